@@ -1,0 +1,178 @@
+"""From a preset and a few overrides to checked settings, and back to plain data.
+
+A preset (`presets/<name>.yaml`) holds what differs from the defaults in `sections.py`;
+`--set key=value` comes on top.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UsageError, nearest, unknown
+from .fields import Section, field_types, parse_text, show
+from .sections import (
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    ProbeSettings,
+    RLSettings,
+    Settings,
+    SFTSettings,
+    TrainingSettings,
+    VerifierSettings,
+)
+
+__all__ = [
+    "DataSettings", "EvaluationSettings", "ModelSettings", "ProbeSettings", "RLSettings",
+    "SFTSettings", "Settings", "TrainingSettings", "VerifierSettings", "describe", "difference",
+    "load_settings", "preset_names", "resolve_preset", "settings_from_dict", "settings_to_dict",
+    "smoke_from_environment",
+]
+
+PRESET_FOLDER = Path(__file__).parent / "presets"
+PRESETS = ("tiny", "smollm2", "colab", "paper")
+SECTIONS: dict[str, type[Section]] = {
+    entry.name: entry.default_factory for entry in fields(Settings)}
+KEYS: dict[str, Any] = {f"{section}.{name}": kind for section, cls in SECTIONS.items()
+                        for name, kind in field_types(cls).items()}
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets a user can pick, the default one first."""
+    return PRESETS
+
+
+def resolve_preset(name: str) -> str:
+    """The preset that `name` stands for; `auto` is `colab` with a GPU and `tiny` without.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    if name == "auto":
+        import torch  # here alone: everything else about settings works without torch
+
+        return "colab" if torch.cuda.is_available() else "tiny"
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return name
+
+
+def smoke_from_environment() -> bool:
+    """Whether HYBRIDRL_SMOKE asks for tiny budgets."""
+    return os.environ.get("HYBRIDRL_SMOKE", "") not in ("", "0")
+
+
+def load_settings(preset: str, overrides: Sequence[str] | str = (),
+                  smoke: bool | None = None) -> Settings:
+    """The settings of a preset with some of them changed.
+
+    Args:
+        preset: a name of `preset_names()`, or `auto`.
+        overrides: `section.key=value`, one an item, or all in one text as after `--set`.
+        smoke: shrink every budget so that a run takes seconds, whatever the preset, but less than
+            what `overrides` say; None asks HYBRIDRL_SMOKE.
+
+    Raises:
+        UsageError: an unknown preset or key, or an impossible value.
+    """
+    values = dict(read_preset(resolve_preset(preset)))
+    if smoke_from_environment() if smoke is None else smoke:
+        values |= read_preset("smoke")
+    for text in split_overrides(overrides):
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"{text!r} is no setting; write it as section.key=value, such as "
+                             "rl.group_size=16.")
+        known_key(key.strip())
+        values[key.strip()] = parse_text(key.strip(), KEYS[key.strip()], value.strip())
+    return build(values)
+
+
+def split_overrides(overrides: Sequence[str] | str) -> list[str]:
+    """The single `key=value` texts of what stands after `--set`."""
+    if not isinstance(overrides, str):
+        return list(overrides)
+    try:
+        return shlex.split(overrides)
+    except ValueError:
+        raise UsageError(f"The settings {overrides!r} have an open quote; close it.") from None
+
+
+@cache
+def read_preset(name: str) -> dict[str, Any]:
+    """What a preset's file says, by dotted key."""
+    text = (PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    return flatten(yaml.safe_load(text) or {})
+
+
+def flatten(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{section: {key: value}} as {section.key: value}, every key checked."""
+    flat = {}
+    for section, values in nested.items():
+        if section not in SECTIONS:
+            raise unknown("section of settings", str(section), SECTIONS)
+        flat |= {f"{section}.{name}": value for name, value in (values or {}).items()}
+    for key in flat:
+        known_key(key)
+    return flat
+
+
+def known_key(key: str) -> None:
+    """Refuses a key that no section has, with the nearest one."""
+    if key in KEYS:
+        return
+    guess = nearest(key, KEYS)
+    section = key.partition(".")[0]
+    if guess or section in SECTIONS:
+        raise unknown("setting", key, [guess] if guess else
+                      [name for name in KEYS if name.startswith(section + ".")])
+    raise UsageError(f"There is no setting {key!r}; a setting is section.key with a section out of "
+                     f"{', '.join(SECTIONS)}.")
+
+
+def build(values: dict[str, Any]) -> Settings:
+    """Settings from {section.key: value}; what is absent has its default."""
+    grouped: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        grouped[section][name] = value
+    return Settings(**{section: SECTIONS[section](**grouped[section]) for section in SECTIONS})
+
+
+def settings_to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
+    """{section: {key: value}} that JSON holds without loss."""
+    return {section: {name: list(value) if isinstance(value, tuple) else value
+                      for name, value in values.items()}
+            for section, values in asdict(settings).items()}
+
+
+def settings_from_dict(values: dict[str, dict[str, Any]]) -> Settings:
+    """The inverse of `settings_to_dict`.
+
+    Raises:
+        UsageError: an unknown section or key, or an impossible value.
+    """
+    return build(flatten(values))
+
+
+def describe(settings: Settings) -> list[tuple[str, str, str]]:
+    """(key, value, meaning and source) of every setting, for the hyperparameter table."""
+    rows = []
+    for section, cls in SECTIONS.items():
+        for entry in fields(cls):
+            value = getattr(getattr(settings, section), entry.name)
+            meaning = f"{entry.metadata['meaning']} ({entry.metadata['source']})"
+            rows.append((f"{section}.{entry.name}", show(value), meaning))
+    return rows
+
+
+def difference(one: Settings, other: Settings) -> list[str]:
+    """`key: value -> value` for each setting in which two differ."""
+    return [f"{key}: {before} -> {after}" for (key, before, _), (_, after, _)
+            in zip(describe(one), describe(other), strict=True) if before != after]

@@ -1,0 +1,225 @@
+"""What this machine has and what will therefore work: `hybridrl doctor`.
+
+Nothing is downloaded and no model is loaded; the hub gets one question with a short time limit.
+"""
+
+import os
+import platform
+import sys
+import threading
+import urllib.request
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from .config import Settings, load_settings, preset_names, resolve_preset
+from .problems import gsm8k, math500
+from .problems.source import FOLDER_HINT, FOLDER_VARIABLE
+
+PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "papermill", "gguf")
+OPTIONAL = {"gguf": "only needed to read GGUF files: pip install gguf"}
+REAL_SOURCES = {"gsm8k": gsm8k.SOURCE, "math500": math500.SOURCE}
+HUB_SECONDS = 3.0
+
+# What a machine should have for the preset, in GiB, estimated: (GPU memory, main memory).
+NEEDS = {"tiny": (0, 2), "smollm2": (0, 6), "colab": (12, 8), "paper": (20, 12)}
+
+Row = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found.
+
+    Attributes:
+        device: `cuda` or `cpu`; empty where torch cannot be imported.
+        device_name: for people.
+        precision: what `model.precision = auto` comes to.
+        gpu_memory, memory: GiB; 0 where there is none or it cannot be told.
+        hub: why the hub cannot be read; empty if it can.
+        data: why the real problems cannot be read from a folder; empty if they can.
+        tiny_model: whether the shipped model is there.
+    """
+
+    device: str
+    device_name: str
+    precision: str
+    gpu_memory: float
+    memory: float
+    hub: str
+    data: str
+    tiny_model: bool
+
+
+def report(preset: str | None = None) -> list[Row]:
+    """(topic, value, advice) of everything looked at; advice is empty where nothing is to be done.
+
+    Args:
+        preset: judge this preset alone; None judges them all.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    presets = preset_names() if preset is None else (resolve_preset(preset),)
+    machine = look()
+    return [
+        ("python", f"{platform.python_version()} ({sys.executable})", ""),
+        *(package_row(name) for name in PACKAGES),
+        ("device", machine.device_name,
+         "no CUDA GPU: tiny and smollm2 are made for this" if machine.device == "cpu" else ""),
+        ("precision", machine.precision, ""),
+        ("memory", gibibytes(machine.memory), ""),
+        ("GPU memory", gibibytes(machine.gpu_memory), ""),
+        ("tiny model", "shipped" if machine.tiny_model else "missing",
+         "" if machine.tiny_model else "make it again with 'hybridrl pretrain-tiny'"),
+        ("data folder", os.environ.get(FOLDER_VARIABLE, "") or "not set", machine.data),
+        ("hub", "not reached" if machine.hub else "reachable", machine.hub),
+        *(preset_row(name, machine) for name in presets),
+    ]
+
+
+def render(preset: str | None = None) -> str:
+    """The report as text: a line a topic, with its advice on a line below."""
+    rows = report(preset)
+    width = max(len(topic) for topic, _, _ in rows)
+    lines = []
+    for topic, value, advice in rows:
+        lines.append(f"{topic:<{width}}  {value}")
+        if advice:
+            lines.append(f"{'':<{width}}  -> {advice}")
+    return "\n".join(lines)
+
+
+def look() -> Machine:
+    """Looks at the machine; takes as long as importing torch and asking the hub."""
+    try:
+        from .policy import choose_device, choose_precision, tiny_model_folder
+    except ImportError as error:
+        return Machine("", f"unknown: {error}", "unknown", 0.0, main_memory(), hub_problem(),
+                       folder_problem(), False)
+    import torch
+
+    device = choose_device()
+    name, gpu_memory = f"CPU, {usable_cores()} cores", 0.0
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu_memory = properties.total_memory / 2**30
+        name = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    shipped = all((tiny_model_folder() / part).is_file()
+                  for part in ("config.json", "tokenizer.json", "model.safetensors"))
+    return Machine(device.type, name, choose_precision("auto", device), gpu_memory, main_memory(),
+                   hub_problem(), folder_problem(), shipped)
+
+
+def preset_row(name: str, machine: Machine) -> Row:
+    """Whether a preset will work, and if not, everything that stands in its way."""
+    problems = preset_problems(name, load_settings(name, smoke=False), machine)
+    return f"preset {name}", "no" if problems else "yes", "; ".join(problems)
+
+
+def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str]:
+    """Why a preset will not work on a machine, with what to do, one a problem."""
+    gpu_memory, memory = NEEDS[name]
+    problems = []
+    if not machine.device:
+        problems.append("torch and transformers must be installed: make env")
+    if settings.model.path == "tiny":
+        if not machine.tiny_model:
+            problems.append("the tiny model is missing: hybridrl pretrain-tiny")
+    elif machine.hub and not in_hub_cache(settings.model.path):
+        problems.append(f"{settings.model.path} cannot be fetched: give a model folder or a GGUF "
+                        "file with --set model.path=...")
+    if set(settings.data.benchmarks) & set(REAL_SOURCES) and machine.data and machine.hub:
+        problems.append("GSM8K and MATH-500 are neither in a folder nor to be had from the hub: "
+                        f"set {FOLDER_VARIABLE}")
+    if machine.gpu_memory < gpu_memory:
+        found = "there is none" if machine.device != "cuda" else gibibytes(machine.gpu_memory)
+        problems.append(f"it needs a GPU with {gpu_memory} GiB, and {found} here")
+    if 0 < machine.memory < memory:
+        problems.append(f"it needs about {memory} GiB of memory")
+    return problems
+
+
+def package_row(name: str) -> Row:
+    """The installed version of a package, with advice if it is missing or below our floor."""
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return name, "missing", OPTIONAL.get(name, "make env, or: pip install -e .")
+    floor = floors().get(name)
+    if floor is not None and not floor.contains(version, prereleases=True):
+        return name, version, f"{name}{floor} is needed: make env, or: pip install -e ."
+    return name, version, ""
+
+
+def floors() -> dict[str, object]:
+    """The versions that this package asks for, by package; empty if it is not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        wanted = map(Requirement, metadata.requires("hybridrl_lib") or ())
+    except (ImportError, metadata.PackageNotFoundError):
+        return {}
+    return {requirement.name: requirement.specifier for requirement in wanted}
+
+
+def folder_problem() -> str:
+    """Why the real problems cannot be read from the data folder; empty if they can."""
+    folder = os.environ.get(FOLDER_VARIABLE, "").strip()
+    if not folder:
+        return f"to read the real problems without the hub, {FOLDER_HINT}"
+    missing = [f"{source.folder}/{split}.jsonl" for source in REAL_SOURCES.values()
+               for split in source.splits
+               if not (Path(folder).expanduser() / source.folder / f"{split}.jsonl").is_file()]
+    return f"{', '.join(missing)} missing there; {FOLDER_HINT}" if missing else ""
+
+
+def hub_problem(seconds: float = HUB_SECONDS) -> str:
+    """Why the hub cannot be read within the time limit; empty if it can."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return "HF_HUB_OFFLINE is set: only what is in the hub's cache can be used"
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    answers = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(endpoint, timeout=seconds) as reply:
+                answers.append("" if reply.status < 500 else f"status {reply.status}")
+        except (OSError, ValueError) as error:
+            answers.append(str(getattr(error, "reason", error)))
+
+    # A thread, because the time limit of urlopen does not hold for looking up the host's name.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    problem = answers[0] if answers else f"no answer within {seconds:g} s"
+    return f"{endpoint}: {problem}; use a model folder and a data folder" if problem else ""
+
+
+def in_hub_cache(name: str) -> bool:
+    """Whether config and weights of a hub model were fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        return all(isinstance(try_to_load_from_cache(name, part), str)
+                   for part in ("config.json", "model.safetensors"))
+    except ValueError:  # not a hub name
+        return False
+
+
+def main_memory() -> float:
+    """The machine's memory in GiB; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return 0.0
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gibibytes(amount: float) -> str:
+    """An amount of memory for people."""
+    return f"{amount:.1f} GiB" if amount else "none"

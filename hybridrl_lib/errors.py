@@ -1,0 +1,34 @@
+"""Errors a user can cause and mend: one sentence each, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """What is wrong and what to do about it, in one sentence.
+
+    The command line prints the sentence and exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A command, setting or value that does not exist: the call has to be changed."""
+
+    exit_code = 2
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate spelled most like `word`, or None if none comes near."""
+    matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown(kind: str, word: str, candidates: Iterable[str]) -> UsageError:
+    """The error for a name that is not one of `candidates`, with the nearest one."""
+    candidates = list(candidates)
+    guess = nearest(word, candidates)
+    hint = f"did you mean {guess!r}" if guess else "choose one of " + ", ".join(candidates)
+    return UsageError(f"There is no {kind} {word!r}; {hint}?" if guess else
+                      f"There is no {kind} {word!r}; {hint}.")

@@ -1,0 +1,23 @@
+"""The paper's six setups: SFT epochs with lambda = (1, 0), then RL epochs with lambda = (0, 1).
+
+Algorithm 1: for each epoch of SFT, for each batch, compute L_SFT and update; for each epoch of RL,
+for each x, sample, reward, compute L_RL and update. A setup with both stages gives each half of
+the epochs (5 + 5), the odd one to SFT.
+"""
+
+from ..config import Settings
+from ..setups import Setup
+from .method import Progress, Stage, Weights
+
+
+class Staged:
+    """Stages of fixed length, one after the other."""
+
+    def __init__(self, setup: Setup, settings: Settings):
+        epochs, count = settings.training.epochs, max(1, len(setup.stages))
+        shares = [epochs // count + (i < epochs % count) for i in range(count)]
+        self.stages = tuple(Stage(name, share)
+                            for name, share in zip(setup.stages, shares, strict=False))
+
+    def weights(self, progress: Progress) -> Weights:
+        return Weights(1.0, 0.0) if progress.stage.name == "sft" else Weights(0.0, 1.0)

@@ -1,0 +1,197 @@
+"""The losses, as pure functions of tensors: L_SFT, L_GRPO, KL and entropy (paper, section 3).
+
+Tokens of all completions of an optimiser step lie flat in one dimension, N; `sequence` (N,) says
+which completion each belongs to. A loss is then always a weighted sum over tokens,
+
+    L = sum_t  weight_t * loss_t,
+
+and everything that papers argue about in normalisation is in the weights (`token_weights`), which
+are computed once over the whole optimiser step. However the tokens are then cut into
+micro-batches, the gradient is the same.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Log-ratios are clamped before exp() so that one freak token cannot make the loss infinite.
+LARGEST_LOG_RATIO = 20.0
+
+
+# 1. Log-probabilities and entropy ---------------------------------------------------------------
+
+
+def _score_chunk(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor,
+                 temperature: float | Tensor, with_entropy: bool,
+                 ) -> tuple[Tensor, Tensor]:
+    logits = torch.nn.functional.linear(hidden, head, bias).float() / temperature
+    log_normaliser = logits.logsumexp(-1)
+    log_probabilities = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
+    if not with_entropy:
+        return log_probabilities, torch.zeros_like(log_probabilities)
+    # H = -sum_v p_v log p_v = log Z - sum_v p_v logit_v
+    probabilities = torch.softmax(logits, -1)
+    return log_probabilities, log_normaliser - (probabilities * logits).sum(-1)
+
+
+def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor | None = None,
+                 temperature: float | Tensor = 1.0, chunk_tokens: int = 1024,
+                 with_entropy: bool = True) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and entropy of the distribution it was drawn from.
+
+    The (tokens x vocabulary) logits are the memory of a small model. They exist here for
+    `chunk_tokens` tokens at a time and are computed again in the backward pass.
+
+    Args:
+        hidden: (N, width) last hidden states, at the positions *before* the targets.
+        head: (vocabulary, width) weights of the output layer.
+        targets: (N,) token ids.
+        bias: (vocabulary,) of the output layer, if it has one.
+        temperature: divides the logits; the one used for sampling. A number, or (N,).
+        chunk_tokens: how many tokens' logits are in memory at a time.
+        with_entropy: False saves the work and returns zeros.
+
+    Returns:
+        log_probabilities (N,) and entropies (N,), in nats, fp32. The entropy is over the whole
+        vocabulary.
+    """
+    pieces = []
+    for start in range(0, len(targets), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        warmth = temperature[part, None] if isinstance(temperature, Tensor) else temperature
+        arguments = (hidden[part], head, bias, targets[part], warmth, with_entropy)
+        if torch.is_grad_enabled() and len(targets) > chunk_tokens:
+            pieces.append(checkpoint(_score_chunk, *arguments, use_reentrant=False))
+        else:
+            pieces.append(_score_chunk(*arguments))
+    log_probabilities, entropies = zip(*pieces, strict=True)
+    return torch.cat(log_probabilities), torch.cat(entropies)
+
+
+# 2. Normalisation -------------------------------------------------------------------------------
+
+
+def token_weights(lengths: Tensor, normalisation: str, longest: int | None = None) -> Tensor:
+    """The weight of each token of each completion in a mean over the optimiser step.
+
+    Args:
+        lengths: (S,) number of tokens T_i of every completion of the step, EOS included.
+        normalisation:
+            `sequence_mean`  1 / (S * T_i), the paper's 1/G sum_i 1/T_i sum_t;
+            `token_mean`     1 / sum_i T_i, every token counts the same;
+            `sequence_sum`   1 / S, the letter of the paper's L_SFT and H;
+            `constant`       1 / (S * longest), Dr. GRPO.
+        longest: the cap on completion tokens, for `constant`.
+
+    Returns:
+        (S,) weights; token t of completion i has weight result[i].
+    """
+    lengths = lengths.to(torch.float32)
+    count = len(lengths)
+    if normalisation == "sequence_mean":
+        return 1.0 / (count * lengths.clamp(min=1))
+    if normalisation == "token_mean":
+        return torch.ones_like(lengths) / lengths.sum().clamp(min=1)
+    if normalisation == "sequence_sum":
+        return torch.ones_like(lengths) / count
+    if normalisation == "constant":
+        if not longest:
+            raise ValueError("normalisation 'constant' needs `longest`, the cap on tokens")
+        return torch.ones_like(lengths) / (count * longest)
+    raise ValueError(f"unknown normalisation {normalisation!r}")
+
+
+# 3. Advantages ----------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, scale: str = "group_std", epsilon: float = 1e-4) -> Tensor:
+    """The gain of each answer over the mean reward of its group (paper, L_GRPO).
+
+    Args:
+        rewards: (groups, G).
+        scale: `group_std` divides by the group's standard deviation (GRPO, Bessel-corrected) plus
+            epsilon; `none` leaves the plain gain (the paper's words).
+
+    Returns:
+        (groups, G). All zero in a group whose rewards are all equal.
+    """
+    gains = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "none" or rewards.shape[1] < 2:
+        return gains
+    if scale != "group_std":
+        raise ValueError(f"unknown advantage scale {scale!r}")
+    return gains / (rewards.std(dim=1, keepdim=True) + epsilon)
+
+
+# 4. KL divergence -------------------------------------------------------------------------------
+
+
+def kl_to_old(log_probabilities: Tensor, old: Tensor) -> Tensor:
+    """KL(pi_theta || pi_old) per token from samples of pi_old: rho log rho - rho + 1.
+
+    Unbiased under pi_old, never negative, and its gradient is that of the divergence.
+    Shapes (N,), nats.
+    """
+    log_ratio = (log_probabilities - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    ratio = log_ratio.exp()
+    return ratio * log_ratio - ratio + 1
+
+
+def k3(log_probabilities: Tensor, reference: Tensor) -> Tensor:
+    """The k3 estimate of KL(pi_theta || pi_reference) per token, from samples of pi_theta.
+
+    exp(u) - u - 1 with u = log pi_reference - log pi_theta: never negative. Shapes (N,), nats.
+    """
+    u = (reference - log_probabilities).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return u.exp() - u - 1
+
+
+def kl_to_reference(log_probabilities: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+    """KL(pi_theta || pi_reference) per token from samples of pi_old: rho * k3. Shapes (N,)."""
+    log_ratio = (log_probabilities - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    return log_ratio.exp() * k3(log_probabilities, reference)
+
+
+# 5. The losses, per token -----------------------------------------------------------------------
+
+
+def sft_token_losses(log_probabilities: Tensor) -> Tensor:
+    """L_SFT per token: -log pi_theta(y_t | x, y_<t). Shape (N,)."""
+    return -log_probabilities
+
+
+def policy_token_losses(log_probabilities: Tensor, old: Tensor, advantages: Tensor,
+                        epsilon_low: float, epsilon_high: float) -> Tensor:
+    """The clipped surrogate of L_GRPO per token, with the sign of a loss.
+
+    -min[rho A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) A], rho = pi_theta / pi_old per token.
+
+    Args:
+        log_probabilities, old, advantages: (N,); `old` and `advantages` carry no gradient.
+    """
+    log_ratio = (log_probabilities - old).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def is_clipped(log_probabilities: Tensor, old: Tensor, advantages: Tensor, epsilon_low: float,
+               epsilon_high: float) -> Tensor:
+    """(N,) bool: where the clip is active, so that the token has no policy gradient."""
+    ratio = (log_probabilities - old).exp()
+    return ((ratio < 1 - epsilon_low) & (advantages < 0)) | (
+        (ratio > 1 + epsilon_high) & (advantages > 0))
+
+
+def entropy_terms(log_probabilities: Tensor, entropies: Tensor, estimator: str) -> Tensor:
+    """H per token as the entropy term uses it. Shapes (N,).
+
+    `vocabulary`: the entropy of the distribution over the vocabulary. `sampled`: the letter of the
+    paper, -pi log pi of the sampled token; differentiated, it pushes the probability of every
+    sampled token towards 1/e and is no estimator of the entropy.
+    """
+    if estimator == "vocabulary":
+        return entropies
+    if estimator == "sampled":
+        return -log_probabilities.exp() * log_probabilities
+    raise ValueError(f"unknown entropy estimator {estimator!r}")

@@ -1,0 +1,125 @@
+"""Packs completions into rows for one forward pass: a prompt once, its completions side by side.
+
+    row:        p p p | a a a a | b b | c c c          (prompt p, completions a, b, c)
+    position:   0 1 2 | 3 4 5 6 | 3 4 | 3 4 5
+    attends to: every token sees the prompt and what came before it in its own completion.
+
+A group of G answers to one question needs its prompt computed once instead of G times, in the
+forward and in the backward pass; the gradient is the same (tests/test_packing.py). A demonstration
+is a group of one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptCompletion:
+    """One completion of one prompt, as token ids; the completion ends with EOS if it finished."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch of R rows of length L with N completion tokens.
+
+    Attributes:
+        input_ids, position_ids: (R, L).
+        attention_mask: (R, 1, L, L) bool, True where a query may look.
+        before: (N,) flat index (row * L + column) of the position that predicts each token.
+        targets: (N,) the completion tokens.
+        sequence: (N,) which completion (index into the list that was packed) each belongs to.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    before: Tensor
+    targets: Tensor
+    sequence: Tensor
+
+    def to(self, device) -> "Packed":
+        return Packed(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def _rows(sequences: Sequence[PromptCompletion], row_tokens: int) -> list[list[int]]:
+    """Indices of the completions of each row: same prompt, at most `row_tokens` tokens."""
+    rows: list[list[int]] = []
+    used: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> (its open row, tokens in it)
+    for index, item in enumerate(sequences):
+        key, size = tuple(item.prompt), len(item.completion) - 1
+        row, tokens = used.get(key, (-1, row_tokens + 1))
+        if tokens + size > row_tokens:
+            row, tokens = len(rows), len(key)
+            rows.append([])
+        rows[row].append(index)
+        used[key] = (row, tokens + size)
+    return rows
+
+
+def _row_length(sequences: Sequence[PromptCompletion], row: Sequence[int]) -> int:
+    return len(sequences[row[0]].prompt) + sum(len(sequences[i].completion) - 1 for i in row)
+
+
+def pack(sequences: Sequence[PromptCompletion], budget_tokens: int, pad_id: int = 0) -> list[Packed]:
+    """Packs completions into micro-batches of at most `budget_tokens` tokens, padding included.
+
+    Rows of like length share a micro-batch. A single completion longer than the budget gets a
+    micro-batch of its own.
+
+    Args:
+        sequences: completions with their prompts; every completion has at least one token.
+        budget_tokens: rows x longest row of a micro-batch.
+        pad_id: token id at unused places; never read by any loss.
+    """
+    if any(not item.completion or not item.prompt for item in sequences):
+        raise ValueError("a prompt and a completion have at least one token each")
+    rows = sorted(_rows(sequences, budget_tokens), key=lambda row: _row_length(sequences, row))
+    batches, current = [], []
+    for row in rows:
+        # Sorted by length, so the newest row is the longest of the micro-batch.
+        if current and (len(current) + 1) * _row_length(sequences, row) > budget_tokens:
+            batches.append(current)
+            current = []
+        current.append(row)
+    if current:
+        batches.append(current)
+    return [_fill(sequences, batch, pad_id) for batch in batches]
+
+
+def _fill(sequences: Sequence[PromptCompletion], rows: list[list[int]], pad_id: int) -> Packed:
+    length = max(_row_length(sequences, row) for row in rows)
+    shape = (len(rows), length)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    segment = torch.full(shape, -1, dtype=torch.long)  # 0 prompt, 1.. completions, -1 padding
+    before, targets, owner = [], [], []
+    for r, row in enumerate(rows):
+        prompt = sequences[row[0]].prompt
+        end = len(prompt)
+        input_ids[r, :end] = torch.tensor(prompt)
+        position_ids[r, :end] = torch.arange(end)
+        segment[r, :end] = 0
+        for number, index in enumerate(row, start=1):
+            completion = sequences[index].completion
+            inner = len(completion) - 1  # the last token is predicted and never read
+            input_ids[r, end:end + inner] = torch.tensor(completion[:-1], dtype=torch.long)
+            position_ids[r, end:end + inner] = len(prompt) + torch.arange(inner)
+            segment[r, end:end + inner] = number
+            before.append(torch.cat([torch.tensor([len(prompt) - 1]),
+                                     torch.arange(end, end + inner)]) + r * length)
+            targets.append(torch.tensor(completion, dtype=torch.long))
+            owner.append(torch.full((len(completion),), index))
+            end += inner
+    query, key = segment[:, :, None], segment[:, None, :]
+    earlier = torch.ones(length, length, dtype=torch.bool).tril()
+    allowed = ((key == 0) | (key == query)) & earlier
+    # A padded query looks at itself: a row of the softmax without any key would be NaN.
+    allowed = torch.where(query == -1, torch.eye(length, dtype=torch.bool), allowed)
+    return Packed(input_ids, position_ids, allowed[:, None], torch.cat(before), torch.cat(targets),
+                  torch.cat(owner))

@@ -1,0 +1,301 @@
+"""The policy: model and tokenizer from a folder, a hub name or a GGUF file, and back to disk."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from .config import ModelSettings
+from .errors import UserError
+from .objectives import score_tokens
+from .packing import Packed
+from .problems.prompts import encode_prompt, pad_token_id, stop_token_ids
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tiny_model_folder() -> Path:
+    """The folder of the tiny base model that ships with the package."""
+    return Path(str(files("hybridrl_lib") / "assets" / "tiny"))
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """The device to run on: `auto` takes a CUDA GPU if there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device is 'cuda', but torch sees no CUDA GPU; set it to 'auto'.")
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """The arithmetic of matrix products; weights and optimiser state stay in fp32.
+
+    `auto`: fp32 on a CPU; bf16 on GPUs of compute capability 8.0 and up; fp32 on older ones (a T4
+    has no bf16, and fp16 needs loss scaling, which RL's small gradients suffer from).
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    return "fp32"
+
+
+@dataclass
+class Policy:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        model: the model being trained (a `PeftModel` when an adapter is on).
+        tokenizer: its tokenizer.
+        name: what it was loaded from, without any folder of this machine.
+        sha256: checksum of the weights that were loaded.
+        precision: `fp32`, `bf16` or `fp16`.
+        stop_ids: tokens that end a completion.
+        pad_id: token at unused places.
+    """
+
+    model: PreTrainedModel
+    tokenizer: object
+    name: str
+    sha256: str
+    precision: str
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    adapter: str = "none"
+    _frozen: PreTrainedModel | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eos_id(self) -> int:
+        """The token that a demonstration ends with."""
+        return self.stop_ids[0]
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    # Text and tokens ---------------------------------------------------------------------------
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """Token ids of the prompt for a question (the one template of the project)."""
+        return encode_prompt(self.tokenizer, question)
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Token ids of a demonstration, with exactly one EOS at its end."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a completion, without special tokens."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    # Scores ------------------------------------------------------------------------------------
+
+    def autocast(self):
+        """The context in which forward passes run."""
+        return torch.autocast(self.device.type, DTYPES[self.precision],
+                              enabled=self.precision != "fp32")
+
+    def score(self, packed: Packed, *, temperature: float | Tensor = 1.0, chunk_tokens: int = 1024,
+              with_entropy: bool = True, model: PreTrainedModel | None = None,
+              ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of every completion token of a micro-batch.
+
+        Args:
+            packed: N completion tokens, on this policy's device.
+            model: another model of the same shape (the reference) instead of this one.
+
+        Returns:
+            (N,) and (N,), nats, fp32.
+        """
+        model = model or self.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        with self.autocast():
+            hidden = base.get_decoder()(
+                input_ids=packed.input_ids, attention_mask=packed.attention_mask,
+                position_ids=packed.position_ids, use_cache=False).last_hidden_state
+            hidden = hidden.flatten(0, 1)[packed.before]
+            head = base.get_output_embeddings()
+            return score_tokens(hidden, head.weight, packed.targets, bias=head.bias,
+                                temperature=temperature, chunk_tokens=chunk_tokens,
+                                with_entropy=with_entropy)
+
+    # The reference -----------------------------------------------------------------------------
+
+    def keep_reference(self) -> None:
+        """Remembers the weights as they are now as the KL anchor.
+
+        With an adapter nothing is copied: the reference is the model without it.
+        """
+        if self.adapter == "none":
+            self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The reference model, for scoring inside the `with` block."""
+        if self.adapter != "none":
+            with self.model.disable_adapter():
+                yield self.model
+        elif self._frozen is None:
+            raise RuntimeError("keep_reference() was not called before reference()")
+        else:
+            yield self._frozen
+
+    # Disk --------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Writes an ordinary model folder (or adapter folder): config, safetensors, tokenizer."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+
+
+# Loading ----------------------------------------------------------------------------------------
+
+
+def load_policy(settings: ModelSettings) -> Policy:
+    """Loads model and tokenizer as `settings` says.
+
+    No code from a model folder is run and no pickle is read: `trust_remote_code` is off and only
+    safetensors (or a GGUF file) are accepted.
+
+    Raises:
+        UserError: the folder, file or hub name cannot be loaded; says why and what to do.
+    """
+    source, arguments, name = _locate(settings)
+    device = choose_device(settings.device)
+    tokenizer = _load_tokenizer(source, arguments, settings.path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa",
+            **({} if "gguf_file" in arguments else {"use_safetensors": True}), **arguments)
+    except Exception as error:
+        raise _loading_error(settings.path, error) from error
+    model.eval()  # dropout off in all passes: sampling and training must see the same policy
+    sha256 = _checksum(source, arguments, model)
+    if settings.adapter == "lora":
+        model = _add_adapter(model, settings)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # transformers checkpoints in training mode only; dropout is refused below
+        _refuse_dropout(model)
+    return Policy(
+        model=model.to(device), tokenizer=tokenizer, name=name, sha256=sha256,
+        precision=choose_precision(settings.precision, device),
+        stop_ids=stop_token_ids(tokenizer, model.generation_config.eos_token_id),
+        pad_id=pad_token_id(tokenizer), adapter=settings.adapter)
+
+
+def _locate(settings: ModelSettings) -> tuple[str, dict, str]:
+    """(what from_pretrained takes, its arguments, the name for records)."""
+    if settings.path == "tiny":
+        folder = tiny_model_folder()
+        if not (folder / "config.json").exists():
+            raise UserError("The shipped tiny model is missing from the package; make it again "
+                            "with 'hybridrl pretrain-tiny'.")
+        return str(folder), {}, "tiny-v1"
+    path = Path(settings.path).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise UserError(f"There is no GGUF file {settings.path}; check model.path.")
+        return str(path.parent), {"gguf_file": path.name}, path.name
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"The folder {settings.path} holds no model (no config.json); "
+                            "model.path takes a model folder, a hub name or a GGUF file.")
+        return str(path), {}, path.resolve().name
+    if path.is_absolute() or settings.path.startswith((".", "~")):
+        raise UserError(f"There is no model folder {settings.path}; check model.path.")
+    return settings.path, {"revision": settings.revision}, settings.path
+
+
+def _load_tokenizer(source: str, arguments: dict, path: str):
+    try:
+        loader = PreTrainedTokenizerFast if _is_plain_fast(source) else AutoTokenizer
+        tokenizer = loader.from_pretrained(source, trust_remote_code=False, **arguments)
+    except Exception as error:
+        if Path(source).is_dir() and "gguf_file" not in arguments and not (
+                Path(source) / "tokenizer_config.json").exists():
+            raise UserError(f"The folder {path} has a model but no tokenizer; put tokenizer.json "
+                            "and tokenizer_config.json beside its config.json.") from error
+        raise _loading_error(path, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of {path} has no EOS token, so an answer could never end; "
+                        "set eos_token in its tokenizer_config.json.")
+    return tokenizer
+
+
+def _is_plain_fast(source: str) -> bool:
+    """Whether a folder asks for its tokenizer.json to be used as it is.
+
+    AutoTokenizer would replace it with the class usual for the architecture, and a Qwen2 model
+    with a vocabulary of its own would read nonsense.
+    """
+    path = Path(source) / "tokenizer_config.json"
+    if not path.is_file():
+        return False
+    named = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class", "")
+    return named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+
+
+def _loading_error(path: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+    if path.lower().endswith(".gguf"):
+        missing = isinstance(error, ImportError)
+        return UserError(
+            "Reading a GGUF file needs the package gguf; install it with 'pip install gguf'."
+            if missing else
+            f"The GGUF file {path} cannot be read ({reason}); it may be cut off: fetch it again.")
+    if Path(path).expanduser().is_dir():
+        return UserError(f"The model folder {path} cannot be loaded ({reason}); it needs "
+                         "config.json, tokenizer files and weights in safetensors.")
+    return UserError(f"The model {path} could not be fetched from the hub ({reason}); check the "
+                     "name and the network, or set model.path to a local folder or GGUF file.")
+
+
+def _checksum(source: str, arguments: dict, model: PreTrainedModel) -> str:
+    """sha256 of the weight files, or of the tensors when they came from the hub's cache."""
+    digest = hashlib.sha256()
+    folder = Path(source)
+    if "gguf_file" in arguments:
+        weights = [folder / arguments["gguf_file"]]
+    else:
+        weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    for path in weights:
+        with path.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+    if not weights:
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _add_adapter(model: PreTrainedModel, settings: ModelSettings):
+    from peft import LoraConfig, get_peft_model
+
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    targets = [target for target in settings.lora_targets if target in present]
+    if not targets:
+        raise UserError("None of model.lora_targets is a layer of this model; its layers are "
+                        + ", ".join(sorted(present)[:20]) + ".")
+    return get_peft_model(model, LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0,
+        target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def _refuse_dropout(model: torch.nn.Module) -> None:
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    if rates or json.loads(model.config.to_json_string()).get("attention_dropout", 0) > 0:
+        raise UserError("This model has dropout, which makes the sampled and the trained policy "
+                        "differ; set its dropout rates to 0 in its config.json.")

@@ -1,0 +1,54 @@
+r"""GSM8K: 8,792 word problems of grade school (Cobbe et al. 2021, MIT licence).
+
+A row's `answer` holds steps with calculator notes (`48/2 = <<48/2=24>>24`) and ends with a line
+`#### 72`. The notes are removed and the last line becomes `The answer is \boxed{72}.`, so that one
+answer format serves all benchmarks (a choice of this project; the paper does not say).
+"""
+
+import re
+
+from ..errors import UserError
+from .problem import BenchmarkData, Problem, answer_sentence
+from .source import Row, Source, load_rows
+
+SOURCE = Source(folder="gsm8k", path="openai/gsm8k", name="main", splits=("train", "test"),
+                revision="740312add88f781978c0658806c59bc2815b9866")
+
+CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
+FINAL_LINE = re.compile(r"####\s*(\S.*)")
+THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3})")
+
+
+def rewrite_solution(row: Row) -> tuple[str, str]:
+    """The solution as SFT learns it, and the gold answer, of one row.
+
+    Raises:
+        UserError: the row does not end with a line `#### ANSWER`.
+    """
+    answer = CALCULATOR_NOTE.sub("", row.text("answer"))
+    lines = [line.rstrip() for line in answer.splitlines() if line.strip()]
+    found = FINAL_LINE.fullmatch(lines[-1]) if lines else None
+    if found is None:
+        raise UserError(f"There is no last line '#### ANSWER' in {row.place}; "
+                        "mend or remove that row.")
+    gold = THOUSANDS_SEPARATOR.sub("", found[1])
+    return "\n".join([*lines[:-1], answer_sentence(gold)]), gold
+
+
+def load_gsm8k() -> BenchmarkData:
+    """All rows, first the training file, then the test file; ids such as `gsm8k/train/123`.
+
+    The number in an id counts the rows of the file from 0, as the hub does.
+
+    Raises:
+        UserError: see `load_rows` and `rewrite_solution`.
+    """
+    rows, revision = load_rows(SOURCE)
+    problems = []
+    for row in rows:
+        solution, gold = rewrite_solution(row)
+        problems.append(Problem(id=f"gsm8k/{row.split}/{row.index}",
+                                question=row.text("question").strip(), solution=solution,
+                                answer=gold, benchmark="gsm8k"))
+    test = frozenset(f"gsm8k/{row.split}/{row.index}" for row in rows if row.split == "test")
+    return BenchmarkData(tuple(problems), revision, test)

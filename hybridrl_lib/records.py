@@ -1,0 +1,182 @@
+"""What a run leaves on disk, and how it goes on where it stopped.
+
+Everything is written whole or not at all (a temporary name, then a rename); a line log may lose its
+last line and never an earlier one. `results/` and its names are described in the README.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+# Raised whenever the three-step digest of a reference run changes (tests/test_numerics.py).
+NUMERICS_VERSION = 1
+
+LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl")
+
+
+def results_folder() -> Path:
+    """Where new runs go: `HYBRIDRL_RESULTS_DIR`, or `results/runs` of the nearest checkout.
+
+    A notebook runs in `notebooks/`, a command anywhere: the folder above that holds the project's
+    `pyproject.toml` is taken, and the current one if there is none.
+    """
+    chosen = os.environ.get("HYBRIDRL_RESULTS_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    return project_folder() / "results" / "runs"
+
+
+def project_folder() -> Path:
+    """The checkout that the current folder lies in, or the current folder."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "hybridrl_lib").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here
+
+
+def experiment_folder(experiment: str) -> Path:
+    """The folder of an experiment's new runs.
+
+    Raises:
+        UserError: the name would leave the results folder.
+    """
+    if not experiment or Path(experiment).name != experiment or experiment.startswith("."):
+        raise UserError(f"The experiment name {experiment!r} is not a plain folder name; "
+                        "use letters, digits, '-' and '_'.")
+    return results_folder() / experiment
+
+
+def to_json(value: Any, **arguments) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, **arguments)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+def disk_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"Could not write {path.name} ({error.strerror or error}); free some space or "
+                     "set HYBRIDRL_RESULTS_DIR to another folder, then run the same command again: "
+                     "it goes on from the last checkpoint.")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log. A last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number + 1 == len(lines):
+                break
+            raise UserError(f"Line {number + 1} of {path.name} is damaged; delete the run folder "
+                            f"{path.parent.name} and run it again.") from error
+    return rows
+
+
+class RunFolder:
+    """The folder of one run: `<experiment>/<setup>/seed-<n>/`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    # Whole files -------------------------------------------------------------------------------
+
+    def write(self, name: str, value: Any) -> None:
+        write_whole(self.path / name, to_json(value, indent=2) + "\n")
+
+    def write_lines(self, name: str, rows: Iterable[Mapping]) -> None:
+        write_whole(self.path / name, "".join(to_json(row) + "\n" for row in rows))
+
+    def read(self, name: str) -> dict | None:
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def lines(self, name: str) -> list[dict]:
+        return read_lines(self.path / name)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run was trained, evaluated and recorded to its end."""
+        manifest = self.read("manifest.json")
+        return bool(manifest and manifest.get("complete"))
+
+    # Logs --------------------------------------------------------------------------------------
+
+    def append(self, name: str, row: Mapping) -> None:
+        """Adds a line to a log."""
+        path = self.path / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(to_json(row) + "\n")
+        except OSError as error:
+            raise disk_error(path, error) from error
+
+    def forget_after(self, step: int) -> None:
+        """Cuts the logs back to a checkpoint: the steps after it will be taken again."""
+        for name in LOGS:
+            if (self.path / name).exists():
+                self.write_lines(name, [row for row in self.lines(name) if row["step"] <= step])
+
+    # Checkpoints -------------------------------------------------------------------------------
+
+    def save_checkpoint(self, step: int, write: Any) -> None:
+        """Keeps the newest checkpoint: `write(folder)` fills a new folder, the old one goes last.
+
+        The folder gets its final name only when it is complete.
+        """
+        root = self.path / "checkpoint"
+        temporary, final = root / "writing", root / f"step-{step:06d}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise disk_error(final, error) from error
+        for folder in root.glob("step-*"):
+            if folder != final:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def drop_step_checkpoints(self) -> None:
+        """Removes what only an unfinished run needs; the final model stays."""
+        for folder in (self.path / "checkpoint").glob("step-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def newest_checkpoint(self) -> tuple[int, Path] | None:
+        """(step, folder) of the newest checkpoint, or None."""
+        folders = sorted((self.path / "checkpoint").glob("step-*"))
+        return (int(folders[-1].name.split("-")[1]), folders[-1]) if folders else None
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed for one purpose of one run, from the run's seed and the purpose's names."""
+    return zlib.crc32("/".join(map(str, parts)).encode())

@@ -1,0 +1,123 @@
+"""The table of everything needed to repeat the runs, out of their config.json."""
+
+from typing import Any
+
+from ..errors import UserError
+from ..setups import SETUPS
+from .loading import Experiment, setup_title
+from .text import NOTHING, bullets, markdown_table
+
+# the paper's symbol, what it is, the settings that hold it
+SYMBOLS = (
+    ("ε", "clip range of the ratio", ("rl.epsilon_low", "rl.epsilon_high")),
+    ("β", "weight of the KL divergence", ("rl.beta", "rl.kl_anchor")),
+    ("γ in SFT", "weight of the entropy (setups with entropy regularisation; 0 in the others)",
+     ("sft.gamma",)),
+    ("γ in RL", "weight of the entropy (setups with entropy regularisation; 0 in the others)",
+     ("rl.gamma",)),
+    ("learning_rate in SFT", "peak of the schedule", ("sft.learning_rate",)),
+    ("learning_rate in RL", "peak of the schedule", ("rl.learning_rate",)),
+    ("batch_size in SFT", "reference solutions an optimiser step", ("sft.batch_size",)),
+    ("batch_size in RL", "problems a batch of rollouts, and the mini-batches it is consumed in",
+     ("rl.prompts_per_step", "rl.updates_per_rollout")),
+    ("k, G", "completions a problem", ("rl.group_size",)),
+    ("sft_epochs, rl_epochs", "epochs in all; two stages share them", ("training.epochs",)),
+    ("T", "longest completion (tokens)", ("rl.max_new_tokens",)),
+)
+
+
+def hyperparameters_markdown(experiment: Experiment) -> str:
+    """λ by setup, the paper's symbols with their values, and every setting with its meaning."""
+    configs = [run.config for run in experiment.runs if run.config.get("settings")]
+    parts = [f"# Settings, experiment `{experiment.name}`\n"]
+    if not configs:
+        return "\n".join([*parts, "No run of this experiment has a config.json.\n"])
+    flat = [_flatten(config["settings"]) for config in configs]
+    keys = list(dict.fromkeys(key for values in flat for key in values))
+    values = {key: _one_or_all([entry.get(key) for entry in flat]) for key in keys}
+    presets = sorted({str(config.get("preset")) for config in configs if config.get("preset")})
+    if presets:
+        parts.append(f"Preset: {', '.join(presets)}. Every value as the runs recorded it.\n")
+    parts += ["## Weights of the losses by setup\n", _lambda_table(experiment, values),
+              "## The paper's symbols\n", _symbol_table(values),
+              "## All settings\n",
+              markdown_table(["setting", "value", "meaning"], _setting_rows(configs[0], values))]
+    mixed = [key for key in keys if len({_show(entry.get(key)) for entry in flat}) > 1]
+    if mixed:
+        parts.append(bullets([f"The runs do not agree on {', '.join(f'`{key}`' for key in mixed)}: "
+                              "all their values are shown, and the setups are not compared like "
+                              "for like."]))
+    return "\n".join(parts)
+
+
+def _lambda_table(experiment: Experiment, values: dict[str, str]) -> str:
+    """λ_SFT and λ_RL in each stage as the step logs recorded them, and γ."""
+    rows = []
+    for setup in experiment.setups:
+        if setup == "base":
+            continue
+        run = experiment.of(setup)[0]
+        stages = list(dict.fromkeys(line["stage"] for line in run.metrics if line.get("stage")))
+        known = SETUPS.get(setup)
+        for stage in stages:
+            lines = [line for line in run.metrics if line.get("stage") == stage]
+            entropy = values.get(f"{stage}.gamma", NOTHING) if known and known.entropy else "0"
+            rows.append([setup_title(setup), stage, _epochs(lines, run.metrics),
+                         _lambda(lines, "lambda/sft"), _lambda(lines, "lambda/rl"),
+                         entropy if known else NOTHING])
+    return (markdown_table(["setup", "stage", "epochs", "λ_SFT", "λ_RL", "γ"], rows, range(2, 6))
+            + "\nReward of a completion: 1 if it is right by the strict rule, 0 otherwise.\n")
+
+
+def _epochs(lines: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:
+    """How many epochs a stage lasted."""
+    end = max(line["epoch"] for line in lines)
+    first = min(line["step"] for line in lines)
+    start = max((line["epoch"] for line in everything if line["step"] < first), default=0.0)
+    return f"{end - start:.3g}"
+
+
+def _lambda(lines: list[dict[str, Any]], key: str) -> str:
+    """A weight's value, or its range where a method moves it; 0 where it was not logged."""
+    found = [float(line.get(key) or 0.0) for line in lines]
+    low, high = min(found), max(found)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def _symbol_table(values: dict[str, str]) -> str:
+    rows = [[symbol, meaning, ", ".join(f"`{key}` = {values[key]}" for key in keys)]
+            for symbol, meaning, keys in SYMBOLS if all(key in values for key in keys)]
+    return markdown_table(["paper", "meaning", "here"], rows)
+
+
+def _setting_rows(config: dict[str, Any], values: dict[str, str]) -> list[list[str]]:
+    """(key, value, meaning); records of another version may hold keys that have no meaning here."""
+    meanings: dict[str, str] = {}
+    try:
+        from ..config import describe, settings_from_dict
+
+        meanings = {key: meaning
+                    for key, _, meaning in describe(settings_from_dict(config["settings"]))}
+    except (ImportError, UserError):
+        pass
+    return [[f"`{key}`", value, meanings.get(key, NOTHING)] for key, value in values.items()]
+
+
+def _flatten(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, values in settings.items()
+            for key, value in values.items()}
+
+
+def _one_or_all(found: list[Any]) -> str:
+    return " / ".join(dict.fromkeys(map(_show, found)))
+
+
+def _show(value: Any) -> str:
+    """A value as one would type it after --set."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "(" + ", ".join(map(str, value)) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,295 @@
+"""Reads what finished runs left on disk; nothing here needs torch.
+
+A run that is not finished, or whose record is broken, is left out with a note: one bad run must not
+keep the reader from the others, nor pass unseen.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+from ..setups import SETUPS
+
+PAPER_MODEL = "Qwen2.5-0.5B"
+
+
+@dataclass(frozen=True)
+class BenchmarkTitle:
+    """How a benchmark is called in tables, and in whose place it stands in the paper's table."""
+
+    title: str
+    stands_for: str | None = None
+
+    def paper_key(self, name: str) -> str:
+        """The benchmark of the paper's column that is printed beside this one."""
+        return self.stands_for or name
+
+
+BENCHMARKS: dict[str, BenchmarkTitle] = {
+    "tiny_word": BenchmarkTitle("tiny word problems", "gsm8k"),
+    "tiny_symbolic": BenchmarkTitle("tiny symbolic maths", "math500"),
+    "gsm8k": BenchmarkTitle("GSM8K"),
+    "math500": BenchmarkTitle("MATH-500"),
+}
+
+
+class BrokenRecord(Exception):
+    """A file of a run that cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A run's verdicts on P problems: one checkpoint, one part, one benchmark, by ascending id."""
+
+    ids: tuple[str, ...]
+    strict: np.ndarray  # (P,) bool, greedy
+    lenient: np.ndarray  # (P,) bool, greedy
+    finished: np.ndarray  # (P,) bool, the greedy answer ended with EOS
+    tokens: np.ndarray  # (P,) length of the greedy answer
+    samples: int  # m, 0 where nothing was sampled
+    right: np.ndarray  # (P,) how many of m samples are right, strict
+    right_lenient: np.ndarray  # (P,)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run; two runs are equal only if they are the same object."""
+
+    setup: str
+    seed: int
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    probe: list[dict[str, Any]]
+    answers: dict[tuple[str, str, str], Answers]  # (checkpoint, part, benchmark)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The finished runs of one folder, and what is missing."""
+
+    name: str
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def setups(self) -> tuple[str, ...]:
+        """Setups with a finished run, in the order of Table 2, others behind them."""
+        return tuple(dict.fromkeys(run.setup for run in self.runs))
+
+    @property
+    def benchmarks(self) -> tuple[str, ...]:
+        """Benchmarks that were scored, the known ones first."""
+        found = {key[2] for run in self.runs for key in run.answers}
+        known = [name for name in BENCHMARKS if name in found]
+        return (*known, *sorted(found - set(known)))
+
+    def of(self, setup: str) -> tuple[Run, ...]:
+        """The runs of a setup by ascending seed."""
+        return tuple(run for run in self.runs if run.setup == setup)
+
+
+def setup_title(name: str) -> str:
+    """A setup's name in tables; its own where it is not one of the paper's."""
+    return SETUPS[name].title if name in SETUPS else name
+
+
+def benchmark_title(name: str) -> BenchmarkTitle:
+    """How a benchmark is called."""
+    return BENCHMARKS.get(name, BenchmarkTitle(name))
+
+
+def paper_value(setup: str, benchmark: str) -> float | None:
+    """Exact match in percent that the paper prints there, None where it has no such cell."""
+    if setup not in SETUPS:
+        return None
+    return SETUPS[setup].paper.get(benchmark_title(benchmark).paper_key(benchmark))
+
+
+def load_experiment(folder: Path) -> Experiment:
+    """Every finished run below `folder` (<setup>/seed-<n>/).
+
+    Raises:
+        UserError: there is no such folder, or no finished run in it.
+    """
+    folder = Path(folder)
+    name = folder.resolve().name
+    if not folder.is_dir():
+        raise UserError(f"There is no experiment folder {folder}; train a setup first, for example "
+                        "with `hybridrl run sft`.")
+    runs, notes = [], []
+    for path in sorted(folder.glob("*/seed-*"), key=_run_order):
+        label = f"{path.parent.name}, seed {path.name.removeprefix('seed-')}"
+        try:
+            run = _load_run(path)
+        except BrokenRecord as error:
+            notes.append(f"Left out: {label} ({error}).")
+            continue
+        if run is None:
+            notes.append(f"Left out: {label} (the run is not finished).")
+        else:
+            runs.append(run)
+    if not runs:
+        raise UserError(f"No finished run in {folder}; train a setup first, for example with "
+                        f"`hybridrl run sft --experiment {name}`.")
+    notes += _missing(runs)
+    return Experiment(name, tuple(runs), tuple(notes))
+
+
+def _run_order(path: Path) -> tuple[int, str, int, str]:
+    """Table 2's order of setups, then seeds as numbers."""
+    known = list(SETUPS)
+    setup, seed = path.parent.name, path.name.removeprefix("seed-")
+    place = known.index(setup) if setup in known else len(known)
+    return place, setup, int(seed) if seed.isdecimal() else -1, seed
+
+
+def _missing(runs: list[Run]) -> list[str]:
+    """Sentences on setups and seeds that others lead one to expect."""
+    present = {run.setup for run in runs}
+    notes = []
+    absent = [setup_title(name) for name in SETUPS if name not in present]
+    if absent:
+        notes.append("No finished run of: " + ", ".join(absent).rstrip(".") + ".")
+    trained = {name for name in present if name != "base"}
+    seeds = {name: {run.seed for run in runs if run.setup == name} for name in trained}
+    everything = set().union(*seeds.values())
+    for name in [name for name in dict.fromkeys(run.setup for run in runs) if name in trained]:
+        gone = sorted(everything - seeds[name])
+        if gone:
+            notes.append(f"{setup_title(name)} lacks seed{'s' if len(gone) > 1 else ''} "
+                         + ", ".join(map(str, gone)) + " that other setups have.")
+    return notes
+
+
+def _load_run(folder: Path) -> Run | None:
+    """The run of a folder, or None if it is not finished.
+
+    Raises:
+        BrokenRecord: a file cannot be read.
+    """
+    manifest = _read_json(folder / "manifest.json")
+    if manifest is None or manifest.get("complete") is not True:
+        return None
+    seed = folder.name.removeprefix("seed-")
+    if not seed.isdecimal():
+        raise BrokenRecord(f"{folder.name} is no seed's folder")
+    return Run(
+        setup=folder.parent.name, seed=int(seed), manifest=manifest,
+        config=_read_json(folder / "config.json") or {},
+        metrics=_read_steps(folder / "metrics.jsonl"),
+        probe=_read_steps(folder / "probe.jsonl"),
+        answers=_read_answers(folder / "eval.jsonl"))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BrokenRecord(f"{path.name} is not JSON") from None
+    if not isinstance(content, dict):
+        raise BrokenRecord(f"{path.name} is not a JSON object")
+    return content
+
+
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The lines of a log; its last one may be cut off, since a log is written line by line.
+
+    Raises:
+        BrokenRecord: a line before the last is not a JSON object.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+            if not isinstance(content, dict):
+                raise ValueError
+        except ValueError:
+            if number == len(lines):
+                return
+            raise BrokenRecord(f"line {number} of {path.name} is not a JSON object") from None
+        yield content
+
+
+def _read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log over training, each with a step and an epoch."""
+    lines = list(read_lines(path))
+    for line in lines:
+        if not all(isinstance(line.get(key), int | float) for key in ("step", "epoch")):
+            raise BrokenRecord(f"a line of {path.name} has no step or no epoch")
+    return lines
+
+
+def _read_answers(path: Path) -> dict[tuple[str, str, str], Answers]:
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in read_lines(path):
+        try:
+            key = (line["checkpoint"], line["part"], line["benchmark"])
+        except KeyError as missing:
+            raise BrokenRecord(f"a line of {path.name} has no {missing}") from None
+        groups.setdefault(key, []).append(line)
+    try:
+        return {key: _gather(lines) for key, lines in groups.items()}
+    except (KeyError, TypeError) as error:
+        raise BrokenRecord(f"a line of {path.name} lacks a verdict: {error}") from None
+    except ValueError as error:
+        raise BrokenRecord(f"{path.name}: {error}") from None
+
+
+def _gather(lines: list[dict[str, Any]]) -> Answers:
+    """Columns out of lines, by ascending id, so that all runs have the same order."""
+    lines = sorted(lines, key=lambda line: str(line["id"]))
+    ids = tuple(str(line["id"]) for line in lines)
+    if len(set(ids)) < len(ids):
+        raise ValueError("a problem is scored twice")
+
+    def greedy(key: str, kind: type) -> np.ndarray:
+        return np.array([line["greedy"][key] for line in lines], dtype=kind)
+
+    drawn = [line.get("samples") or {"strict": [], "lenient": []} for line in lines]
+    counts = {len(verdicts["strict"]) for verdicts in drawn}
+    if len(counts) > 1:
+        raise ValueError("the number of samples differs between problems")
+    return Answers(
+        ids=ids, strict=greedy("strict", bool), lenient=greedy("lenient", bool),
+        finished=greedy("finished", bool), tokens=greedy("tokens", int), samples=counts.pop(),
+        right=np.array([sum(map(int, verdicts["strict"])) for verdicts in drawn]),
+        right_lenient=np.array([sum(map(int, verdicts["lenient"])) for verdicts in drawn]))
+
+
+def series(run: Run, log: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and values of the lines of `probe` or `metrics` that hold a finite `key`."""
+    lines = run.probe if log == "probe" else run.metrics
+    pairs = [(float(line["epoch"]), float(line[key])) for line in lines
+             if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
+    return (np.array([epoch for epoch, _ in pairs]), np.array([value for _, value in pairs]))
+
+
+def stage_change(run: Run) -> float | None:
+    """The epoch at which the second stage starts, None for a run of one stage.
+
+    It is that of the last step of the first stage; of the last probe where steps were not logged.
+    """
+    for log in (run.metrics, run.probe):
+        stages = [(line["stage"], float(line["epoch"])) for line in log
+                  if line.get("stage") and line["step"] > 0]
+        names = list(dict.fromkeys(stage for stage, _ in stages))
+        if len(names) > 1:
+            return max(epoch for stage, epoch in stages if stage == names[0])
+    return None
+
+
+def agreed(runs: Iterable[Run], value: Callable[[Run], Any]) -> list[str]:
+    """The different values that runs hold, as sorted text; one entry where they agree."""
+    found = (value(run) for run in runs)
+    return sorted({str(entry) for entry in found if entry not in (None, "", [], {})})

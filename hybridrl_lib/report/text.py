@@ -1,0 +1,104 @@
+"""Numbers as text, tables as CSV, Markdown and LaTeX, and files written whole or not at all."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+NOTHING = "–"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with so many decimals; "" for None.
+
+    Machines sum in different orders and so differ in the last bit. Rounding twice keeps a value
+    that lies on a half from falling to either side of it, and no zero gets a minus sign.
+    """
+    if value is None:
+        return ""
+    return f"{round(value, 9) + 0.0:.{digits}f}".replace("-0." + "0" * digits, "0." + "0" * digits)
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A share in percent, without the sign."""
+    return number(None if share is None else 100.0 * share, digits)
+
+
+def p_text(p_value: float) -> str:
+    """A p-value to four decimals."""
+    return "<0.0001" if p_value < 0.0001 else number(p_value, 4)
+
+
+def bracket(mean: float, low: float, high: float) -> str:
+    """`mean [low, high]` of shares, in percent."""
+    return f"{percent(mean, 1)} [{percent(low, 1)}, {percent(high, 1)}]"
+
+
+def signed(mean: float, low: float, high: float) -> str:
+    """`+mean [low, high]` of differences of shares, in percentage points."""
+    return " ".join(filter(None, (plus(100.0 * mean),
+                                  f"[{plus(100.0 * low)}, {plus(100.0 * high)}]")))
+
+
+def plus(value: float | None) -> str:
+    """A number with one decimal and its sign, or a dash."""
+    if value is None:
+        return NOTHING
+    text = number(value, 1)
+    return text if text.startswith("-") or text == "0.0" else "+" + text
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A CSV file's text."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]],
+                   right: Iterable[int] = ()) -> str:
+    """A Markdown table; `right` are the columns whose cells are numbers."""
+    right = set(right)
+    marks = ["---:" if index in right else "---" for index in range(len(header))]
+    lines = [header, marks, *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line)
+                     + " |" for line in lines) + "\n"
+
+
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: the first column to the left, the others to the right."""
+    widths = [max(len(line[index]) for line in (header, *rows)) for index in range(len(header))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]),
+                   *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+        for line in (header, *rows))
+
+
+def bullets(sentences: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "".join(f"- {sentence}\n" for sentence in sentences)
+
+
+_TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$",
+        "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+
+
+def tex(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    return "".join(_TEX.get(character, character) for character in text)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Writes a file under a temporary name and renames it, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,174 @@
+"""Finding the answer in a completion, and writing it in one canonical way."""
+
+import re
+from functools import lru_cache
+
+MAX_ANSWER_CHARACTERS = 2_000
+"""A longer answer is unparsable at once: no answer of GSM8K or MATH-500 is a tenth as long."""
+
+MAX_BRACE_DEPTH = 40
+
+_BOX_TOKENS = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\.|[{}]", re.DOTALL)
+
+
+def scan_boxes(text: str) -> tuple[list[str], bool]:
+    r"""The contents of all outermost `\boxed{...}` (or `\fbox{...}`), and whether one is unclosed.
+
+    One pass with a stack: 100 kB of opened boxes cost no more than 100 kB of prose.
+    """
+    open_groups: list[int | None] = []  # where a box's content starts, None for a plain group
+    closed: list[tuple[int, int]] = []
+    for token in _BOX_TOKENS.finditer(text):
+        if token["box"]:
+            open_groups.append(token.end())
+        elif token[0] == "{":
+            open_groups.append(None)
+        elif token[0] == "}" and open_groups:
+            start = open_groups.pop()
+            if start is not None:
+                while closed and closed[-1][0] > start:
+                    closed.pop()  # a box inside this one
+                closed.append((start, token.start()))
+    unclosed = any(start is not None for start in open_groups)
+    return [text[start:end].strip() for start, end in closed], unclosed
+
+
+def extract_boxes(text: str) -> list[str]:
+    r"""The contents of all closed outermost `\boxed{...}` of `text`, in order; [] if none."""
+    return scan_boxes(text)[0]
+
+
+_HASHES = re.compile(r"####[ \t]*([^\n#]*)")
+_LAST_NUMBER = re.compile(
+    r"(?:(?<![\w)\]}])[-−])?\$?(?:"
+    r"\\[dt]?frac\{-?[0-9]+\}\{-?[0-9]+\}"
+    r"|[0-9]+[ ]+[0-9]+/[0-9]+"
+    r"|(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:[ ]?/[ ]?[0-9]+)?"
+    r"|(?<![0-9])\.[0-9]+"
+    r")(?:[ ]?\\?%)?"  # no capturing group: `findall` is to give whole matches
+)
+
+
+def extract_lenient(text: str) -> str | None:
+    """The answer a forgiving reader would take: last box, else last `#### x`, else last number.
+
+    None if the text has none of them (paper.md §2, "lenient").
+    """
+    boxes = extract_boxes(text)
+    if boxes:
+        return boxes[-1]
+    marked = [line.strip(" \t*") for line in _HASHES.findall(text)]
+    marked = [line for line in marked if line]
+    if marked:
+        return marked[-1]
+    numbers = _LAST_NUMBER.findall(text)
+    return numbers[-1].replace("$", "") if numbers else None
+
+
+_REPLACEMENTS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<!\\)\\[()\[\]]", ""),  # \( \) \[ \] around the formula
+        (r"\\!\s*", ""),  # 11,\!111: a negative space inside a number
+        (r"\\?[$€£]", ""),
+        (r"\\%", "%"),
+        (r"\{,\}", ","),
+        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*", ""),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:text(?:bf|it|rm|normal)|math(?:rm|bf|it)|mbox)\s*\{", r"\\text{"),
+        (r"\\text\{\s*i\s*\}", "i"),  # an upright imaginary unit is no word
+        (r"\\(?:displaystyle|limits)(?![A-Za-z])", ""),
+        (r"\\(?:degree(?![A-Za-z])|deg(?![A-Za-z]))|°|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\s+", " "),
+        # "5, 100" is a list and "5,100" a number: that one space has to survive (as a tab)
+        (r"(?<=[0-9]), (?=[0-9]{3}(?![0-9]))", ",\t"),
+        (r"(?<=[^A-Za-z0-9]) | (?=[^A-Za-z0-9])", ""),
+        (r"(?<=[0-9]) (?=[A-Za-z])", ""),
+        (r"(\\[A-Za-z]+) (?=[0-9])", r"\1"),
+        (r"\t", " "),
+    )
+)
+_SYMBOLS = str.maketrans(
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "⁄": "/",
+     "∞": r"\infty ", "√": r"\sqrt ", "∪": r"\cup ", "²": "^2", "³": "^3", "±": r"\pm "}
+)  # fmt: skip
+
+
+@lru_cache(maxsize=65_536)
+def canonical(answer: str) -> str:
+    """`answer` without what does not change its meaning: spaces, dollar signs, text wrappers.
+
+    Two answers with the same canonical text are the same answer. Nothing is evaluated here.
+    """
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return answer
+    text = answer.strip()
+    while re.match(r"\\f?box(ed)?\s*\{", text):
+        inner = re.fullmatch(r"\\f?box(?:ed)?\s*(\{.*\})", text, re.DOTALL)
+        if not inner or not is_one_group(inner[1]):
+            break
+        text = inner[1][1:-1].strip()
+    text = text.translate(_SYMBOLS)
+    for pattern, replacement in _REPLACEMENTS:
+        text = pattern.sub(replacement, text)
+    text = text.strip().rstrip(".,;").strip()
+    wrapped = re.fullmatch(r"\\text\{([^{}]*)\}", text)
+    return wrapped[1].strip() if wrapped else text
+
+
+def is_one_group(text: str, opening: str = "{", closing: str = "}") -> bool:
+    """Whether the bracket that opens `text` is closed by its last character."""
+    if not text.startswith(opening):
+        return False
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == opening) - (character == closing)
+        if depth == 0:
+            return place == len(text) - 1
+    return False
+
+
+_WORD = re.compile(r"[^\W_]+")
+_IS_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mathrm|mathbf|mbox)\s*\{[^{}]*\}")
+
+
+def is_text(answer: str) -> bool:
+    r"""Whether the whole answer is words, as `\text{Evelyn}` or `\text{(C)}`."""
+    return bool(_IS_TEXT.fullmatch(answer.strip())) and bool(words(answer))
+
+
+def words(answer: str) -> tuple[str, ...]:
+    """The words of an answer in lower case, without brackets and punctuation."""
+    return tuple(_WORD.findall(canonical(answer).replace(r"\text", " ").lower()))
+
+
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
+_EMPTY_FRACTION = re.compile(
+    r"\\frac(?:\{\s*\}|(?![{0-9A-Za-z\\])|\{[^{}]*\}(?:\{\s*\}|(?![{0-9A-Za-z\\])))"
+)
+_DANGLING_OPERATOR = re.compile(
+    r"^(?:[*/^_]|\\(?:times|cdot|div)(?![A-Za-z]))"
+    r"|(?:[\^_+*/=<>\\-]|\\(?:times|cdot|div|frac|sqrt))$"
+)
+_GROUP_TOKENS = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+@lru_cache(maxsize=65_536)
+def is_malformed(answer: str) -> bool:
+    """Whether no parser can make sense of `answer`, so that no worker need be asked."""
+    if len(answer) > MAX_ANSWER_CHARACTERS or _FORBIDDEN.search(answer):
+        return True
+    text = canonical(answer)
+    if not re.search(r"[^\W_]|\\[A-Za-z]", text) or re.search(r"\\f?box", text):
+        return True
+    if text.count(r"\begin{") != text.count(r"\end{"):
+        return True
+    if _EMPTY_FRACTION.search(text) or _DANGLING_OPERATOR.search(text):
+        return True
+    depth = 0
+    for token in _GROUP_TOKENS.findall(text):
+        depth += (token == "{") - (token == "}")
+        if depth < 0 or depth > MAX_BRACE_DEPTH:
+            return True
+    return depth != 0

@@ -1,0 +1,246 @@
+"""The fast path: verdicts on plain numbers and words, decided exactly and without a worker."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+from hybridrl_lib.rewards.answers import canonical, is_malformed, is_one_group, is_text, words
+
+TOLERANCE = Fraction(1, 10**6)
+"""How far an answer written as a decimal may be off: 0.333333 is 1/3, and 0.33 is not."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as it was written: its exact value, and whether in decimals or in per cent."""
+
+    value: Fraction
+    is_decimal: bool = False
+    is_percent: bool = False
+
+
+_MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+                "trillion": 10**12, "dozen": 12}  # fmt: skip
+_FUNCTIONS = frozenset(
+    ("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "abs", "max", "min", "gcd",
+     "lcm", "mod", "inf", "infinity", "infty", "theta", "alpha", "beta", "gamma", "lambda", "pi",
+     "choose", "squared", "cubed", "factorial")
+)  # fmt: skip
+_ALTERNATIVES = frozenset(
+    ("or", "and", "to", "between", "either", "neither", "out", "of", "half", "halves", "third",
+     "thirds", "quarter", "quarters", "fourths", "fifths", "sixths", "eighths", "tenths",
+     "hundredths", "remainder", "plus", "minus", "times", "not", "over", "more", "less")
+)  # fmt: skip
+"""Words that make another thing of the number before them than so many of something."""
+
+_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
+_DECIMAL = rf"(?:{_INTEGER}\.[0-9]+|{_INTEGER}|\.[0-9]+)"
+_NUMBER = re.compile(
+    rf"(?P<plain>{_DECIMAL})"
+    rf"|(?:(?P<whole>[0-9]+) )?(?P<above>{_DECIMAL})/(?P<below>{_DECIMAL})"
+    rf"|(?P<latex_whole>[0-9]+)?\\frac(?:\{{(?P<numerator>-?{_DECIMAL})\}}|(?P<top>[0-9]))"
+    rf"(?:\{{(?P<denominator>-?{_DECIMAL})\}}|(?P<bottom>[0-9]))"
+)
+_UNIT = re.compile(
+    r"(?P<number>.*[0-9}%])(?:\\text\{(?P<text>[A-Za-z. /]*)\}"
+    r"|(?P<bare>[A-Za-z]{3,}(?: [A-Za-z]+)*))(?:\^\{?[23]\}?)?"
+)
+
+
+def _fraction(text: str) -> Fraction:
+    return Fraction(text.replace(",", "").replace(" ", ""))
+
+
+def _parse_unsigned(text: str) -> tuple[Fraction, bool] | None:
+    match = _NUMBER.fullmatch(text)
+    if not match:
+        return None
+    if match["plain"]:
+        return _fraction(match["plain"]), "." in text
+    above = _fraction(match["above"] or match["numerator"] or match["top"])
+    below = _fraction(match["below"] or match["denominator"] or match["bottom"])
+    if below == 0:
+        return None
+    value = above / below
+    whole = match["whole"] or match["latex_whole"]
+    if whole:
+        if not 0 < value < 1:  # 2\frac{3}{2} could be a product: not ours to decide
+            return None
+        value += int(whole)
+    return value, "." in text
+
+
+def _split_unit(text: str) -> tuple[str, int] | None:
+    """The number before a unit and what "thousand" and the like multiply it by."""
+    match = _UNIT.fullmatch(text)
+    if not match:
+        return text, 1
+    unit = re.findall("[a-z]+", (match["text"] or match["bare"] or "").lower())
+    multiplier = 1
+    while unit and unit[0] in _MULTIPLIERS:
+        multiplier *= _MULTIPLIERS[unit.pop(0)]
+    if not _FUNCTIONS.isdisjoint(unit) or not _ALTERNATIVES.isdisjoint(unit):
+        return None
+    return match["number"] + ("%" if "percent" in unit else ""), multiplier
+
+
+@lru_cache(maxsize=65_536)
+def parse_number(answer: str) -> Number | None:
+    r"""`answer` as a number, or None if it is none, or none for certain.
+
+    Integers with separators, decimals, `a/b`, `\frac`, mixed numbers, `x = 5`; a currency sign,
+    a unit, degrees and per cent are allowed around them, "3 million" is 3,000,000.
+    """
+    text = re.sub(r"^[A-Za-z]=", "", canonical(answer))
+    if not re.search(r"[0-9]", text):
+        return None
+    split = _split_unit(text)
+    if split is None:
+        return None
+    text, multiplier = split
+    is_percent = text.endswith("%")
+    text = re.sub(r"\^\\circ(?:\\text\{[CF]\}|[CF])?$", "", text.rstrip("%"))
+    sign = 1
+    for _ in range(3):  # -(3), {-3}, (-3)
+        if text.startswith(("-", "+")) and sign == 1:
+            sign = -1 if text[0] == "-" else 1
+            text = text[1:]
+        if is_one_group(text) or is_one_group(text, "(", ")"):
+            text = text[1:-1]
+    try:
+        parsed = _parse_unsigned(text)
+    except ValueError:  # Python's own limit on the digits of an integer
+        return None
+    if parsed is None:
+        return None
+    return Number(sign * multiplier * parsed[0], parsed[1], is_percent)
+
+
+def _same(gold: Number, answer: Number) -> bool:
+    readings = [(gold.value, answer.value)]
+    if gold.is_percent != answer.is_percent:  # "20 %" may answer 20 as well as 0.2
+        readings.append(
+            (gold.value / 100, answer.value) if gold.is_percent
+            else (gold.value, answer.value / 100)
+        )  # fmt: skip
+    if any(left == right for left, right in readings):
+        return True
+    if not (gold.is_decimal or answer.is_decimal):
+        return False
+    return any(
+        abs(left - right) <= TOLERANCE * min(1, abs(left)) for left, right in readings
+    )
+
+
+_ONLY_WORDS = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z ,.'\"!?()]*")
+_TERM = r"(?:[1-9][0-9]*)?[abknpqruvwxyz](?:\^\{?[1-9][0-9]*\}?)?"
+_WITH_VARIABLE = re.compile(rf"[-+]?(?:{_TERM}(?:[-+/][1-9][0-9]*)?|[0-9]+[-+]{_TERM})")
+_THOUSANDS = re.compile(r"(?<![0-9,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])")
+_LIST_MARK = re.compile(r"[,;]|(?<![A-Za-z])(?:or|and|to|between)(?![A-Za-z])")
+_OTHER_COMMAND = re.compile(r"\\(?!text\{|frac|sqrt|pi(?![A-Za-z])|pm|[{}])")
+_SUM = re.compile(r"(?:[0-9 .,+*/(){}^-]|\\times|\\cdot|\\div|\\frac)+")
+_NO_NUMERAL = re.compile(
+    r"-?[0-9.]+(?: [0-9.]+)+"  # math-verify reads "3 5" as 3 + 5
+    r"|-?[0-9]*\.[0-9]*\.[0-9.]*"
+    r"|-?[0-9.]+/[0-9.]+(?:/[0-9.]+)+"
+    r"|-?[0-9.]+/0+|-?\\frac\{-?[0-9.]+\}\{0+\}"
+)
+_EQUALS = re.compile(r"(?<![<>!\\:])=")
+
+
+def _is_another_thing(text: str) -> bool:
+    """Whether `text` (canonical, not a number) is for certain not the one number asked for."""
+    if _ONLY_WORDS.fullmatch(text) or _WITH_VARIABLE.fullmatch(text):
+        return True
+    if _NO_NUMERAL.fullmatch(text):
+        return True
+    if text.count("(") != text.count(")") and not re.search(r"[][]", text):
+        return True
+    if not _OTHER_COMMAND.search(text):
+        if _LIST_MARK.search(_THOUSANDS.sub("0", text)):
+            return True
+        if re.search(r"[0-9}]\\text\{", text) and not _ALTERNATIVES.isdisjoint(
+            re.findall("[a-z]+", text.lower())
+        ):
+            return True
+    # A sum or a product of numbers is a calculation that was left to the reader. The value is
+    # right, but rewarding "24-7" for 17 teaches a model to stop before the last step.
+    if _SUM.fullmatch(text):
+        operators = re.findall(r"(?<=[0-9)}])(?:[-+*]|\\times|\\cdot|\\div)", text)
+        if "+" in operators or "-" in operators or (operators and "^" not in text):
+            return True
+    return False
+
+
+def numbers_equal(gold: str, answer: str) -> bool | None:
+    """Whether `answer` is the number `gold`; None if that takes a computer algebra system.
+
+    Exact in fractions; a decimal may be off by `TOLERANCE` (of the gold, if that is below 1).
+    None too if the gold is no plain number.
+    """
+    gold_number = parse_number(gold)
+    if gold_number is None:
+        return None
+    if is_malformed(answer):
+        return False
+    number = parse_number(answer)
+    if number is None:
+        text = canonical(answer)
+        if _is_another_thing(text):
+            return False
+        last = _EQUALS.split(text)[-1]  # 3+4=7: the last side is the answer
+        if last == text or re.search(r"\{[^{}]*=", text):  # none, or the one of a \sum_{k=1}
+            return None
+        number = parse_number(last)
+        if number is None:
+            return False if is_malformed(last) or _is_another_thing(canonical(last)) else None
+    return _same(gold_number, number)
+
+
+_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_\{?([0-9]+)\}?")
+_PLAIN_DIGITS = re.compile(r"[0-9A-Za-z,]+")
+
+
+def _numerals_equal(gold: str, answer: str) -> bool | None:
+    """A numeral with its base, as `52_8`: the same digits, and no other base named."""
+    gold_numeral = _BASED.fullmatch(canonical(gold))
+    if not gold_numeral or not re.search("[0-9]", gold_numeral[1]):
+        return None
+    text = canonical(answer)
+    numeral = _BASED.fullmatch(text)
+    if numeral:
+        digits, base = numeral.groups()
+    elif _PLAIN_DIGITS.fullmatch(text):
+        digits, base = text.replace(",", ""), gold_numeral[2]
+    else:
+        return None
+    same_digits = digits.lower().lstrip("0") == gold_numeral[1].lower().lstrip("0")
+    return same_digits and base == gold_numeral[2]
+
+
+@lru_cache(maxsize=65_536)
+def decide(gold: str, answer: str) -> str | None:
+    """The outcome "right", "wrong" or "unparsable", or None if a worker has to be asked."""
+    if is_malformed(answer):
+        return "unparsable"
+    if canonical(gold) == canonical(answer):
+        return "right"
+    equal = numbers_equal(gold, answer)
+    if equal is None and is_text(gold):
+        equal = words(gold) == words(answer)
+    if equal is None:
+        equal = _numerals_equal(gold, answer)
+    # math-verify takes the set {3, 5} for the point or interval (3, 5)
+    if equal is None and canonical(gold)[0] in "([" and canonical(answer).startswith(r"\{"):
+        equal = False
+    return None if equal is None else "right" if equal else "wrong"
+
+
+def is_plain(gold: str) -> bool:
+    """Whether the gold is a number, words or a numeral with a base: sound without a parser."""
+    return not is_malformed(gold) and (
+        parse_number(gold) is not None
+        or is_text(gold)
+        or bool(_BASED.fullmatch(canonical(gold)))
+    )

@@ -1,0 +1,169 @@
+"""Policy and prompts -> completions: sampling at a temperature, or greedy answers.
+
+What is sampled is the policy's own distribution: the temperature divides the logits here and in
+the log-probabilities of the loss, and there is no top-k or top-p. Random numbers are drawn per
+prompt and sample before anything is sorted or batched, so how the work is cut does not matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .decoding import Decoder, TransformersDecoder
+from .policy import Policy
+
+COMPACT_BELOW = 0.8  # share of live rows under which the batch is compacted
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer.
+
+    Attributes:
+        token_ids: T ids, with the stop token at the end if the answer finished.
+        log_probabilities: T numbers, log pi(token) as the sampler saw it, at its temperature.
+        entropies: T numbers, entropy of each step's distribution in nats.
+        finished: whether it ended by itself; False if it was cut off at the cap.
+        text: without special tokens.
+    """
+
+    token_ids: list[int]
+    log_probabilities: list[float]
+    entropies: list[float]
+    finished: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G completions of one prompt."""
+
+    prompt_ids: list[int]
+    completions: list[Completion]
+
+
+def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """Draws one token a row by inverting the cumulative distribution.
+
+    Args:
+        logits: (R, vocabulary) fp32.
+        uniform: (R,) in [0, 1).
+        temperature: 0 takes the most likely token.
+
+    Returns:
+        tokens (R,), log-probabilities (R,), entropies (R,). For temperature 0 the scores are those
+        at temperature 1.
+    """
+    log_p = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    p = log_p.exp()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        cumulative = p.cumsum(-1)
+        # Scaled by the sum as it was rounded, so that no draw falls behind the last token.
+        threshold = uniform[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    chosen = log_p.gather(-1, tokens[:, None]).squeeze(-1)
+    return tokens, chosen, -(p * log_p.clamp(min=-1e4)).sum(-1)
+
+
+@torch.inference_mode()
+def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, max_new_tokens: int,
+           temperature: float, seed: int = 0, batch_size: int = 512) -> list[Group]:
+    """Samples `samples` completions of every prompt from the policy as it is now.
+
+    Args:
+        prompts: token ids.
+        samples: G, completions a prompt.
+        max_new_tokens: cap on a completion's tokens.
+        temperature: 0 for greedy answers.
+        seed: of the random numbers; the same seed repeats the same completions.
+        batch_size: completions decoded together, at most.
+
+    Returns:
+        One `Group` a prompt, in the order of the prompts.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(prompts), samples, max_new_tokens, generator=generator)
+    decoder = Decoder(policy) if Decoder.supports(policy) else TransformersDecoder(policy)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    at_once = max(1, batch_size // samples)
+    groups: dict[int, Group] = {}
+    for start in range(0, len(order), at_once):
+        indices = order[start:start + at_once]
+        rows = _decode(policy, decoder, [list(prompts[i]) for i in indices], uniform[indices],
+                       temperature)
+        texts = policy.tokenizer.batch_decode([row[0] for row in rows], skip_special_tokens=True)
+        completions = [Completion(*row, text=text) for row, text in zip(rows, texts, strict=True)]
+        for j, i in enumerate(indices):
+            groups[i] = Group(list(prompts[i]), completions[j * samples:(j + 1) * samples])
+    return [groups[i] for i in range(len(prompts))]
+
+
+def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
+            temperature: float) -> list[tuple[list[int], list[float], list[float], bool]]:
+    """Decodes a batch: every prompt is read once, then its cache is shared out to G rows."""
+    device, (count, samples, most) = policy.device, uniform.shape
+    longest = max(map(len, prompts))
+    ids = torch.full((count, longest), policy.pad_id)
+    present = torch.zeros(count, longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):  # left-padded: the next token follows the last column
+        ids[row, longest - len(prompt):] = torch.tensor(prompt)
+        present[row, longest - len(prompt):] = True
+    positions = (present.cumsum(1) - 1).clamp(min=0)
+    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask = (present[:, None, None] & causal) | torch.eye(longest, dtype=torch.bool)
+    cache = decoder.new_cache(count, longest)
+    hidden = decoder.advance(ids.to(device), positions.to(device), cache, 0, mask.to(device))
+
+    rows = count * samples
+    cache = decoder.share(cache, samples, most - 1)
+    hidden = hidden.repeat_interleave(samples, dim=0)
+    mask = torch.cat([present.repeat_interleave(samples, 0),
+                      torch.ones(rows, most, dtype=torch.bool)], dim=1).to(device)
+    position = positions[:, -1].repeat_interleave(samples).to(device)
+    uniform = uniform.reshape(rows, most).to(device)
+    stops = torch.tensor(policy.stop_ids, device=device)
+
+    live = torch.arange(rows, device=device)  # which answer each row of the batch is writing
+    done = torch.zeros(rows, dtype=torch.bool, device=device)  # per row of the batch
+    record: list[tuple[Tensor, ...]] = []
+    for step in range(most):
+        tokens, log_p, entropy = choose_tokens(decoder.logits(hidden), uniform[live, step],
+                                               temperature)
+        ended = torch.isin(tokens, stops)
+        record.append((live, tokens, log_p, entropy, done.clone(), ended))
+        done |= ended
+        left = int((~done).sum())
+        if left == 0 or step + 1 == most:
+            break
+        if left < COMPACT_BELOW * len(done):
+            keep = (~done).nonzero().squeeze(-1)
+            cache = decoder.keep(cache, keep, longest + step)
+            live, tokens, position, mask = live[keep], tokens[keep], position[keep], mask[keep]
+            done = done[keep]
+        position = position + 1
+        end = longest + step + 1
+        hidden = decoder.advance(tokens[:, None], position[:, None], cache, longest + step,
+                                 mask[:, None, None, :end])
+    return _collect(record, rows)
+
+
+def _collect(record: list[tuple[Tensor, ...]], rows: int) -> list[tuple]:
+    """Turns the record of steps into one (ids, log-probabilities, entropies, finished) a row."""
+    table = [([], [], [], False) for _ in range(rows)]
+    for step in record:
+        for row, token, log_p, entropy, over, ended in zip(*(t.tolist() for t in step),
+                                                           strict=True):
+            if over:
+                continue
+            ids, scores, entropies, _ = table[row]
+            ids.append(token)
+            scores.append(log_p)
+            entropies.append(entropy)
+            if ended:
+                table[row] = (ids, scores, entropies, True)
+    return table

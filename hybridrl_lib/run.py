@@ -1,0 +1,212 @@
+"""One run: a setup trained and evaluated at a preset and a seed, with its record."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from .config import (
+    Settings,
+    difference,
+    load_settings,
+    resolve_preset,
+    settings_from_dict,
+    settings_to_dict,
+    smoke_from_environment,
+)
+from .errors import UserError
+from .evaluation import evaluate
+from .methods import make_method
+from .policy import Policy, load_policy
+from .problems import ProblemParts, load_parts
+from .progress import Lines, Observer
+from .records import NUMERICS_VERSION, RunFolder, experiment_folder
+from .rewards import Verifier
+from .setups import get_setup
+from .training import Trainer
+
+PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "tokenizers", "safetensors",
+            "math-verify", "numpy", "papermill")
+
+
+def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None = None,
+        settings: str | Sequence[str] = (), observer: Observer | None = None) -> RunFolder:
+    """Trains a setup, evaluates it and leaves its record. A finished run is not run again.
+
+    Args:
+        setup: a name of `setups.SETUPS`; `base` evaluates the untrained model.
+        preset: a preset's name, or `auto`.
+        seed: order of the problems and all sampling.
+        experiment: the folder under `results/runs/`; the preset's name unless given.
+        settings: differences from the preset, as after `--set`.
+        observer: told what happens; prints plain lines unless given.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: the folder holds a run with other settings, data or model cannot be had, ...
+    """
+    chosen, preset = get_setup(setup), resolve_preset(preset)
+    resolved = load_settings(preset, settings)
+    experiment = experiment or default_experiment(preset)
+    folder = RunFolder(experiment_folder(experiment) / setup / f"seed-{seed}")
+    observer = observer or Lines(name=f"{setup} seed {seed}")
+    config = {"setup": setup, "seed": seed, "preset": preset, "experiment": experiment,
+              "settings": settings_to_dict(resolved)}
+    _claim(folder, config, resolved)
+    if folder.is_complete:
+        observer.note("already complete; its record is read, nothing is run again")
+        return folder
+
+    began, device_began = time.monotonic(), time.process_time()
+    parts = load_parts(resolved.data)
+    policy = load_policy(resolved.model)
+    parts = fit_to_policy(parts, policy, resolved, observer)
+    with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as verifier:
+        trainer = Trainer(policy, make_method(chosen, resolved), parts, resolved,
+                          with_entropy=chosen.entropy, seed=seed, folder=folder,
+                          verifier=verifier, observer=observer)
+        trainer.train()
+        observer.note("evaluating")
+        folder.write_lines("eval.jsonl", _evaluate(trainer, parts, resolved, verifier, seed))
+        policy.save(folder.path / "checkpoint" / "final")
+        folder.write("manifest.json", {
+            **provenance(), "setup": setup, "seed": seed, "preset": preset,
+            "device": device_name(policy.device), "precision": policy.precision,
+            "threads": torch.get_num_threads(),
+            "model": {"name": policy.name, "parameters": policy.parameter_count(),
+                      "trained_parameters": sum(p.numel() for p in trainer.parameters),
+                      "sha256": policy.sha256},
+            "data": {name: {"revision": parts.revisions.get(name), "problems": dict(counts)}
+                     for name, counts in parts.counts.items()},
+            "steps": trainer.step, "tokens": trainer.tokens, "best_on_validation": trainer.best,
+            "verdicts": dict(verifier.counts), "resumed_from": trainer.resumed_from,
+            "seconds/wall": round(time.monotonic() - began, 2),
+            "seconds/device": round(time.process_time() - device_began, 2),
+            "complete": True})
+    folder.drop_step_checkpoints()
+    observer.note(f"done in {time.monotonic() - began:.0f} s")
+    return folder
+
+
+def default_experiment(preset: str) -> str:
+    """The preset's name; a smoke run gets an experiment of its own."""
+    return f"{preset}-smoke" if smoke_from_environment() else preset
+
+
+def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
+    """Writes config.json, or refuses a folder that holds a run with other settings."""
+    before = folder.read("config.json")
+    if before is None:
+        folder.write("config.json", config)
+        return
+    changes = difference(settings_from_dict(before["settings"]), settings)
+    if changes:
+        raise UserError(
+            f"The run {folder.path.parent.name}/{folder.path.name} of experiment "
+            f"{config['experiment']} was made with other settings ({'; '.join(changes)}); choose "
+            "another --experiment or delete its folder.")
+
+
+def fit_to_policy(parts: ProblemParts, policy: Policy, settings: Settings,
+                  observer: Observer) -> ProblemParts:
+    """Leaves out training and validation problems that are too long for the settings' caps."""
+    data = settings.data
+
+    def fits(problem) -> bool:
+        return (len(policy.encode_prompt(problem.question)) <= data.max_prompt_tokens and
+                len(policy.encode_completion(problem.solution)) <= data.max_demonstration_tokens)
+
+    train, validation = (tuple(p for p in part if fits(p))
+                         for part in (parts.train, parts.validation))
+    dropped = len(parts.train) + len(parts.validation) - len(train) - len(validation)
+    if dropped:
+        observer.note(f"{dropped} training or validation problems are over the length caps "
+                      "(data.max_prompt_tokens, data.max_demonstration_tokens) and left out")
+    if not train:
+        raise UserError("No training problem is left after data.max_prompt_tokens and "
+                        "data.max_demonstration_tokens; raise these caps.")
+    counts = {name: {**old, "train": sum(p.benchmark == name for p in train),
+                     "validation": sum(p.benchmark == name for p in validation)}
+              for name, old in parts.counts.items()}
+    return replace(parts, train=train, validation=validation, counts=counts)
+
+
+def _evaluate(trainer: Trainer, parts: ProblemParts, settings: Settings, verifier: Verifier,
+              seed: int) -> list[dict]:
+    """Rows for the last weights on test and training part, then for the best on validation."""
+    evaluation, policy = settings.evaluation, trainer.policy
+    train = first_per_benchmark(parts.train, evaluation.train_limit)
+    rows = evaluate(policy, parts.test, evaluation, verifier, part="test",
+                    samples=evaluation.samples, seed=seed)
+    rows += evaluate(policy, train, evaluation, verifier, part="train",
+                     samples=evaluation.train_samples, seed=seed)
+    last = {name: weight.detach().cpu().clone() for name, weight in trainer.weights().items()}
+    if trainer.use_best_weights():
+        rows += evaluate(policy, parts.test, evaluation, verifier, part="test",
+                         checkpoint="best", samples=0, seed=seed)
+        trainer.load_weights(last)
+    return rows
+
+
+def first_per_benchmark(problems: Sequence, limit: int | None) -> list:
+    """The first `limit` problems of each benchmark (all of them for None)."""
+    taken: dict[str, int] = {}
+    chosen = []
+    for problem in problems:
+        taken[problem.benchmark] = taken.get(problem.benchmark, 0) + 1
+        if limit is None or taken[problem.benchmark] <= limit:
+            chosen.append(problem)
+    return chosen
+
+
+def provenance() -> dict:
+    """What produced a record: commit, versions, machine; no host name and no path."""
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    commit, dirty = _git_state()
+    return {"git_commit": commit, "git_dirty": dirty, "numerics_version": NUMERICS_VERSION,
+            "versions": {"python": platform.python_version(),
+                         **{name: installed(name) for name in PACKAGES}},
+            "started_by": Path(sys.argv[0]).name}
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit of the checkout this package lies in and whether its code has changes."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None, None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True,
+                              check=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"}).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip(), bool(
+            git("status", "--porcelain", "--untracked-files=no", "hybridrl_lib").strip())
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: the GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"CPU: {model}, {os.cpu_count()} cores"

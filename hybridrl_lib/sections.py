@@ -1,0 +1,269 @@
+"""The settings themselves: one frozen dataclass a section, each field with meaning and source.
+
+Defaults that depend on the model are the tiny world's; `presets/` holds each preset's own.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from .fields import Section, setting
+
+BENCHMARK_NAMES = ("tiny_word", "tiny_symbolic", "gsm8k", "math500")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModelSettings(Section):
+    """The base model and how it is held."""
+
+    section: ClassVar[str] = "model"
+    path: str = setting(
+        "tiny",
+        "tiny = the model shipped with the package; else a model folder, a hub name or a GGUF "
+        "file",
+        "paper §1: Qwen2.5-0.5B, in the presets colab and paper")
+    revision: str | None = setting(None, "commit of a hub model; none = its newest")
+    adapter: str = setting(
+        "none", "none = all weights are trained; lora = low-rank adapters only",
+        choices=("none", "lora"))
+    lora_rank: int = setting(16, "rank of each adapter", at_least=1)
+    lora_alpha: float = setting(
+        32.0, "the adapter's output is scaled by lora_alpha / lora_rank",
+        above=0)
+    lora_targets: tuple[str, ...] = setting(LORA_TARGETS, "linear layers that get an adapter")
+    precision: str = setting(
+        "auto",
+        "number format of the forward pass; auto = bf16 from CUDA capability 8.0 on, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = setting("auto", "auto = the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, about a third more time")
+
+
+@dataclass(frozen=True)
+class DataSettings(Section):
+    """Which problems there are and how they are parted."""
+
+    section: ClassVar[str] = "data"
+    benchmarks: tuple[str, ...] = setting(
+        ("tiny_word", "tiny_symbolic"), "benchmarks, joined for training and scored apart",
+        "paper §1: GSM8K and MATH-500 joined", choices=BENCHMARK_NAMES)
+    split: str = setting(
+        "paper",
+        "paper = all rows pooled and parted by train_fraction; official = GSM8K's own test file",
+        "paper §1; which rows it pools is left open", choices=("paper", "official"))
+    train_fraction: float = setting(
+        0.6, "share of each benchmark that is the training part",
+        "paper §1", above=0, below=1)
+    validation_fraction: float = setting(
+        0.1, "share of the training part held out for validation",
+        above=0, below=1)
+    split_seed: int = setting(0, "seed of the split; the run's seed does not move it", at_least=0)
+    train_limits: tuple[int, ...] = setting(
+        (),
+        "training problems of each benchmark, in the order of data.benchmarks, or one number for "
+        "all; () = all",
+        at_least=0)
+    validation_limits: tuple[int, ...] = setting((), "the same for validation problems", at_least=0)
+    test_limits: tuple[int, ...] = setting((), "the same for test problems", at_least=0)
+    max_solution_steps: int | None = setting(
+        None,
+        "training problems only: lines of the reference solution, at most; a rule that does not "
+        "look at the model",
+        at_least=1)
+    max_level: int | None = setting(
+        None, "training problems only: MATH level, at most",
+        at_least=1, at_most=5)
+    max_prompt_tokens: int = setting(
+        512, "training problems with a longer prompt are left out (tokens)",
+        at_least=1)
+    max_demonstration_tokens: int = setting(
+        512, "training problems with a longer reference solution are left out (tokens)",
+        at_least=1)
+
+    def check(self) -> None:
+        if not self.benchmarks or len(set(self.benchmarks)) < len(self.benchmarks):
+            self.refuse("benchmarks", "name one benchmark or more, each once")
+        for name in ("train_limits", "validation_limits", "test_limits"):
+            limits = getattr(self, name)
+            if len(limits) == 1:
+                object.__setattr__(self, name, limits * len(self.benchmarks))
+            elif limits and len(limits) != len(self.benchmarks):
+                self.refuse(name, f"give one number for all or {len(self.benchmarks)} numbers")
+            if limits and not any(limits):
+                self.refuse(name, "at least one benchmark must keep a problem")
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Section):
+    """What both stages share."""
+
+    section: ClassVar[str] = "training"
+    epochs: int = setting(
+        10,
+        "passes over the training problems; a two-stage setup gives each stage half, and SFT the "
+        "odd one",
+        "paper §1: 10, or 5 + 5", at_least=2)
+    betas: tuple[float, ...] = setting(
+        (0.9, 0.95), "AdamW's decay rates of the gradient's first and second moment",
+        at_least=0, below=1)
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", at_least=0)
+    gradient_clip: float = setting(
+        1.0, "largest norm of a step's gradient",
+        "HPT", above=0)
+    warmup_steps: int = setting(
+        10, "optimiser steps over which the learning rate rises, in each stage",
+        at_least=0)
+    final_learning_rate_fraction: float = setting(
+        0.1, "share of the learning rate to which it falls linearly by the stage's last step",
+        at_least=0, at_most=1)
+    micro_batch_tokens: int = setting(
+        4096,
+        "tokens, padding included, in one forward and backward pass; moves memory, never the "
+        "result",
+        at_least=1)
+    logit_chunk_tokens: int = setting(
+        1024, "tokens whose logits are held at once; moves memory, never the result",
+        at_least=1)
+    entropy: str = setting(
+        "vocabulary",
+        "vocabulary = entropy over all words at each token; sampled = the printed sum over the "
+        "tokens of the text",
+        "paper §1 prints the latter", choices=("vocabulary", "sampled"))
+    checkpoint_every: int = setting(50, "optimiser steps between checkpoints", at_least=1)
+    samples_every: int = setting(25, "optimiser steps between lines of samples.jsonl", at_least=1)
+    validate_every: int = setting(1, "epochs between scores on the validation problems", at_least=1)
+
+    def check(self) -> None:
+        if len(self.betas) != 2:
+            self.refuse("betas", "give two numbers")
+
+
+@dataclass(frozen=True)
+class SFTSettings(Section):
+    """The supervised stage: L_SFT - gamma * H."""
+
+    section: ClassVar[str] = "sft"
+    batch_size: int = setting(32, "reference solutions an optimiser step", at_least=1)
+    learning_rate: float = setting(2e-4, "AdamW's peak learning rate", above=0)
+    gamma: float = setting(
+        0.1, "weight of the entropy, in setups with entropy regularisation only",
+        "paper §1 has the term, not its weight", at_least=0)
+    loss_normalisation: str = setting(
+        "token_mean", "what a step's token losses are divided by",
+        "the paper's letter is sequence_sum",
+        choices=("token_mean", "sequence_mean", "sequence_sum"))
+
+
+@dataclass(frozen=True)
+class RLSettings(Section):
+    """The reinforcement stage: L_GRPO - gamma * H."""
+
+    section: ClassVar[str] = "rl"
+    prompts_per_step: int = setting(16, "problems in a batch of rollouts", at_least=1)
+    group_size: int = setting(
+        8, "G, completions a problem",
+        "most GRPO recipes", at_least=2)
+    updates_per_rollout: int = setting(
+        2, "mini-batches, each one optimiser step, in which a batch of rollouts is consumed once",
+        "Algorithm 1: 1, where ratio, clip and KL to old are inert", at_least=1)
+    learning_rate: float = setting(1.5e-4, "AdamW's peak learning rate", above=0)
+    gamma: float = setting(
+        0.02, "weight of the entropy, in setups with entropy regularisation only",
+        "paper §1 has the term, not its weight", at_least=0)
+    beta: float = setting(
+        0.02, "weight of the KL divergence in the loss",
+        "paper §1 has the term, not its weight", at_least=0)
+    kl_anchor: str = setting(
+        "old",
+        "from which policy the KL divergence is taken: the one that sampled, or the frozen one "
+        "that the stage started from",
+        "paper §1: old; GRPO as published: reference", choices=("old", "reference"))
+    epsilon_low: float = setting(
+        0.2, "the ratio is clipped below 1 - epsilon_low",
+        "paper §1 has one epsilon, not its value", above=0, below=1)
+    epsilon_high: float = setting(
+        0.2, "the ratio is clipped above 1 + epsilon_high",
+        "as epsilon_low", above=0)
+    advantage_scale: str = setting(
+        "group_std",
+        "group_std = reward less the group's mean, over its deviation; none = the difference "
+        "alone",
+        "GRPO; the paper's words are none", choices=("group_std", "none"))
+    loss_normalisation: str = setting(
+        "sequence_mean", "what a step's token losses are divided by",
+        "paper §1: 1/G sum 1/T_i",
+        choices=("sequence_mean", "token_mean", "constant", "sequence_sum"))
+    temperature: float = setting(
+        1.0, "of sampling and of the trained log-probabilities alike",
+        "paper §1: samples of the policy itself", above=0)
+    max_new_tokens: int = setting(56, "cap of a completion (tokens)", at_least=1)
+    reference_every: int = setting(
+        1, "optimiser steps between measurements of kl/reference where the loss does not need it",
+        at_least=1)
+
+    def check(self) -> None:
+        if self.prompts_per_step % self.updates_per_rollout:
+            self.refuse("updates_per_rollout", "it must divide rl.prompts_per_step "
+                        f"({self.prompts_per_step}) so that no group is cut")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(Section):
+    """How a trained model is scored."""
+
+    section: ClassVar[str] = "evaluation"
+    samples: int = setting(
+        16, "sampled solutions a test problem, m in Pass@k; 0 = the greedy answer only",
+        "paper §1 has Pass@k, not its m", at_least=0)
+    train_samples: int = setting(16, "the same on the training problems, for the gap", at_least=0)
+    pass_at: tuple[int, ...] = setting((1, 2, 4, 8), "the k of Pass@k", at_least=1)
+    temperature: float = setting(1.0, "of the sampled solutions", above=0)
+    max_new_tokens: int = setting(56, "cap of a solution (tokens)", at_least=1)
+    batch_size: int = setting(512, "sequences decoded together", at_least=1)
+    train_limit: int | None = setting(
+        None, "training problems a benchmark scored for the gap; none = all",
+        at_least=0)
+
+    def check(self) -> None:
+        largest = max(self.pass_at, default=0)
+        for name in ("samples", "train_samples"):
+            if 0 < getattr(self, name) < largest:
+                self.refuse(name, f"Pass@{largest} of evaluation.pass_at needs {largest} samples")
+
+
+@dataclass(frozen=True)
+class ProbeSettings(Section):
+    """The measurement that every setup takes on the same validation problems while it trains."""
+
+    section: ClassVar[str] = "probe"
+    every: int = setting(10, "optimiser steps between probes", at_least=1)
+    prompts: int = setting(32, "validation problems that are sampled", at_least=1)
+    samples: int = setting(8, "completions a problem", at_least=2)
+
+
+@dataclass(frozen=True)
+class VerifierSettings(Section):
+    """The processes that compare an answer with the gold answer."""
+
+    section: ClassVar[str] = "verifier"
+    workers: int = setting(
+        1, "processes for the answers that the numeric fast path cannot decide",
+        at_least=1)
+    time_limit: float = setting(
+        5.0, "seconds an answer; after that the process is killed and the answer earns 0",
+        above=0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, by section."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    sft: SFTSettings = field(default_factory=SFTSettings)
+    rl: RLSettings = field(default_factory=RLSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+    verifier: VerifierSettings = field(default_factory=VerifierSettings)

@@ -1,0 +1,59 @@
+"""The one table of setups: name -> method, its stages, its row in the paper's Table 2."""
+
+from dataclasses import dataclass
+
+from .errors import unknown
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One row of Table 2.
+
+    Attributes:
+        name: what `hybridrl run` takes and what the record's folder is called.
+        title: the row's name in tables and figures.
+        stages: the stages in order; the epochs of the run are shared among them.
+        entropy: whether the entropy term -gamma * H is in the loss (paper, setup iv).
+        paper: exact match in percent as the paper prints it, by benchmark.
+        notebook: the notebook that runs it.
+        method: the file in `methods/` that turns progress into lambda_SFT and lambda_RL.
+    """
+
+    name: str
+    title: str
+    stages: tuple[str, ...]
+    entropy: bool
+    paper: dict[str, float]
+    notebook: str
+    method: str = "staged"
+
+
+SETUPS: dict[str, Setup] = {
+    setup.name: setup
+    for setup in (
+        Setup("base", "base model", (), False, {}, "00_start_here"),
+        Setup("sft", "SFT", ("sft",), False, {"gsm8k": 44.1, "math500": 33.2}, "10_sft"),
+        Setup("rl", "RL", ("rl",), False, {"gsm8k": 31.8, "math500": 20.7}, "11_rl"),
+        Setup("sft_then_rl", "SFT + RL", ("sft", "rl"), False,
+              {"gsm8k": 51.6, "math500": 36.1}, "12_sft_then_rl"),
+        Setup("sft_entropy", "SFT + entropy reg.", ("sft",), True,
+              {"gsm8k": 45.2, "math500": 33.9}, "13_sft_entropy"),
+        Setup("rl_entropy", "RL + entropy reg.", ("rl",), True,
+              {"gsm8k": 33.0, "math500": 20.8}, "14_rl_entropy"),
+        Setup("sft_then_rl_entropy", "SFT + RL + entropy reg.", ("sft", "rl"), True,
+              {"gsm8k": 52.7, "math500": 37.4}, "15_sft_then_rl_entropy"),
+    )
+}
+
+TRAINED_SETUPS: tuple[str, ...] = tuple(name for name, s in SETUPS.items() if s.stages)
+
+
+def get_setup(name: str) -> Setup:
+    """The setup of that name.
+
+    Raises:
+        UsageError: there is none; the sentence names the nearest one.
+    """
+    if name not in SETUPS:
+        raise unknown("setup", name, SETUPS)
+    return SETUPS[name]
