@@ -19,6 +19,12 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class Stopped(UserError):
+    """The user stopped it, and nothing is lost: 128 + SIGINT, as shells have it."""
+
+    exit_code = 130
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate spelled most like `word`, or None if none comes near."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

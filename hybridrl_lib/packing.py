@@ -66,7 +66,8 @@ def _row_length(sequences: Sequence[PromptCompletion], row: Sequence[int]) -> in
     return len(sequences[row[0]].prompt) + sum(len(sequences[i].completion) - 1 for i in row)
 
 
-def pack(sequences: Sequence[PromptCompletion], budget_tokens: int, pad_id: int = 0) -> list[Packed]:
+def pack(sequences: Sequence[PromptCompletion], budget_tokens: int,
+         pad_id: int = 0) -> list[Packed]:
     """Packs completions into micro-batches of at most `budget_tokens` tokens, padding included.
 
     Rows of like length share a micro-batch. A single completion longer than the budget gets a

@@ -50,10 +50,10 @@ class World:
     """
 
     word_share: float = 0.6
-    boxed_A: float = 0.8
-    boxed_B: float = 0.35
-    sloppy: float = 0.25
-    misconception: float = 0.6
+    boxed_A: float = 0.75
+    boxed_B: float = 0.2
+    sloppy: float = 0.3
+    misconception: float = 0.5
     annotator_layout: float = 0.1
     layers: int = 3
     width: int = 128

@@ -83,7 +83,7 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
             "device": device_name(policy.device), "precision": policy.precision,
             "threads": torch.get_num_threads(),
             "model": {"name": policy.name, "parameters": policy.parameter_count(),
-                      "trained_parameters": sum(p.numel() for p in trainer.parameters),
+                      "trained_parameters": sum(p.numel() for p in trainer.learner.parameters),
                       "sha256": policy.sha256},
             "data": {name: {"revision": parts.revisions.get(name), "problems": dict(counts)}
                      for name, counts in parts.counts.items()},

@@ -12,11 +12,9 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,67 +23,15 @@ from .errors import UserError
 from .evaluation import accuracy, evaluate, verdicts_of
 from .interrupt import Interrupt
 from .methods import Method, Progress, Stage
-from .objectives import (
-    entropy_terms,
-    group_advantages,
-    is_clipped,
-    k3,
-    kl_to_old,
-    kl_to_reference,
-    policy_token_losses,
-    sft_token_losses,
-    token_weights,
-)
-from .packing import PromptCompletion, pack
+from .objectives import group_advantages, k3, token_weights
+from .packing import PromptCompletion
 from .policy import Policy
 from .problems import Problem, ProblemParts
 from .progress import Observer
 from .records import RunFolder, seed_of, to_json, write_whole
 from .rewards import Verifier
 from .rollouts import Group, sample
-
-PATIENCE_WITH_NON_FINITE = 5  # updates in a row with a non-finite gradient before a run stops
-
-
-@dataclass
-class Update:
-    """What one optimiser update learns from: S completions and the weight of each one's tokens.
-
-    Attributes:
-        sequences: S demonstrations and rollouts.
-        sft, rl, entropy: (S,) weight of every token of completion i in L_SFT, L_RL and H, with
-            lambda and gamma multiplied in; 0 where a term does not apply.
-        advantages: (S,).
-        temperature: (S,) that the completion was sampled at; 1 for demonstrations.
-        old: log pi_old of every token, a tensor (T_i,) a completion; None while the policy is
-            still the one that sampled (then the ratio is 1).
-        reference: log pi_reference likewise, when the loss needs it.
-    """
-
-    sequences: list[PromptCompletion]
-    sft: Tensor
-    rl: Tensor
-    entropy: Tensor
-    advantages: Tensor
-    temperature: Tensor
-    old: list[Tensor] | None = None
-    reference: list[Tensor] | None = None
-
-
-@dataclass
-class Totals:
-    """Sums over the tokens of a step, for its line in metrics.jsonl."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-
-    def add(self, name: str, values: Tensor, count: int | None = None) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
-        self.tokens[name] = self.tokens.get(name, 0) + (
-            values.numel() if count is None else count)
-
-    def mean(self, name: str) -> float | None:
-        return self.sums[name] / self.tokens[name] if self.tokens.get(name) else None
+from .updates import Learner, Totals, Update
 
 
 class Trainer:
@@ -109,20 +55,12 @@ class Trainer:
         self.policy, self.method, self.parts, self.settings = policy, method, parts, settings
         self.with_entropy, self.seed, self.folder = with_entropy, seed, folder
         self.verifier, self.observer = verifier, observer
-        self.accelerator = Accelerator(
-            cpu=policy.device.type == "cpu",
-            mixed_precision="fp16" if policy.precision == "fp16" else "no")
-        if self.accelerator.num_processes > 1:
-            raise UserError("This version trains in one process; start it without 'accelerate "
-                            "launch' and use --jobs to run setups side by side.")
-        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.optimizer = None
+        self.learner = Learner(policy, settings)
         self.step = self.stage_index = self.stage_step = 0
         self.tokens = {"demonstrations": 0, "rollouts": 0}
         self.best = {"strict": -1.0, "step": 0}
         self.best_weights: dict[str, Tensor] | None = None
         self.resumed_from: list[int] = []
-        self.skipped_in_a_row = 0
         self.probe_problems = list(parts.validation)[:settings.probe.prompts]
         policy.keep_reference()
 
@@ -143,10 +81,10 @@ class Trainer:
                 stage = stages[index]
                 if index != self.stage_index:
                     self.stage_index, self.stage_step = index, 0
-                    self.optimizer = None  # a stage starts with a fresh optimiser and warm-up
+                    self.learner.optimizer = None  # a stage starts with a fresh one, and warm-up
                 steps = self.steps_of(stage)
-                if self.optimizer is None:
-                    self.optimizer = self._new_optimizer()
+                if self.learner.optimizer is None:
+                    self.learner.new_optimizer()
                 while self.stage_step < steps:
                     self._one_step(Progress(stage, self.stage_step, steps))
                     self._after_step(stage, steps, last=index + 1 == len(stages)
@@ -207,13 +145,13 @@ class Trainer:
         updates = [self._make_update(demonstrations[i::count], rollouts, i, count, weights, gamma)
                    for i in range(count)]
         self._score_old(updates)
-        if rollouts and (self._needs_reference() or
+        if rollouts and (self.learner.needs_reference or
                          self.step % settings.rl.reference_every == 0):
-            self._score_reference(updates, row)
+            self._score_reference(updates, rollouts, row)
 
         totals, norms = Totals(), []
         for update in updates:
-            norm = self._apply(update, learning_rate, totals)
+            norm = self.learner.apply(update, learning_rate, totals)
             if norm is not None:
                 norms.append(norm)
         self.step += 1
@@ -278,8 +216,6 @@ class Trainer:
                      weights, gamma: float) -> Update:
         """Mini-batch `index` of `count`: whole groups, with every token's weight in the loss."""
         settings = self.settings
-        entropy_mean = ("token_mean" if settings.training.entropy == "vocabulary"
-                        else settings.sft.loss_normalisation)
         taught = [PromptCompletion(self.policy.encode_prompt(p.question),
                                    self.policy.encode_completion(p.solution))
                   for p in demonstrations]
@@ -301,23 +237,9 @@ class Trainer:
                            none_sampled]),
             rl=torch.cat([none_taught,
                           spread(sampled, settings.rl.loss_normalisation, weights.rl)]),
-            entropy=spread(taught + sampled, entropy_mean, gamma),
+            entropy=spread(taught + sampled, settings.sft.loss_normalisation, gamma),
             advantages=torch.cat([none_taught, *(advantages for _, _, advantages in groups)]),
             temperature=torch.cat([none_taught + 1, none_sampled + settings.rl.temperature]))
-
-    def _has_gradient(self, update: Update) -> Tensor:
-        """(S,) bool: the completions that can move the policy.
-
-        A group of equal rewards has no policy gradient. While the policy is still the one that
-        sampled, the KL to it has none either. Without an entropy term such a group is skipped.
-        """
-        anchored = self.settings.rl.beta > 0 and (
-            self.settings.rl.kl_anchor == "reference" or update.old is not None)
-        return ((update.sft != 0) | (update.entropy != 0)
-                | ((update.rl != 0) & ((update.advantages != 0) | anchored)))
-
-    def _needs_reference(self) -> bool:
-        return self.settings.rl.beta > 0 and self.settings.rl.kl_anchor == "reference"
 
     def _score_old(self, updates: list[Update]) -> None:
         """log pi_old for the mini-batches that come after the first update.
@@ -326,128 +248,24 @@ class Trainer:
         log-probabilities are the old ones.
         """
         for update in updates[1:]:
-            update.old = self._scores(update.sequences)
+            update.old = self.learner.scores(update.sequences)
 
-    def _score_reference(self, updates: list[Update], row: dict) -> None:
+    def _score_reference(self, updates: list[Update], rollouts, row: dict) -> None:
+        """log pi_reference of every token, and its k3 divergence from the policy that sampled."""
         total, tokens = 0.0, 0
         with self.policy.reference() as model:
-            for update in updates:
-                update.reference = self._scores(update.sequences, model)
-        for update in updates:
-            current = update.old or self._scores(update.sequences)
-            for mine, theirs, weight in zip(current, update.reference, update.rl, strict=True):
-                if weight != 0:
-                    total, tokens = total + float(k3(mine, theirs).sum()), tokens + len(mine)
+            for index, update in enumerate(updates):
+                update.reference = self.learner.scores(update.sequences, model)
+                sampled = [c for group, _, _ in rollouts[index::len(updates)]
+                           for c in group.completions]
+                theirs = update.reference[len(update.reference) - len(sampled):]
+                for completion, reference in zip(sampled, theirs, strict=True):
+                    mine = torch.tensor(completion.log_probabilities, device=reference.device)
+                    total += float(k3(mine, reference).sum())
+                    tokens += len(mine)
         row["kl/reference"] = total / max(1, tokens)
 
-    @torch.no_grad()
-    def _scores(self, sequences: Sequence[PromptCompletion], model=None,
-                temperature: float | None = None) -> list[Tensor]:
-        """Log-probabilities (T_i,) of every completion under the policy or another model."""
-        temperature = temperature or self.settings.rl.temperature
-        result: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for packed in pack(sequences, self.settings.training.micro_batch_tokens,
-                           self.policy.pad_id):
-            scores, _ = self.policy.score(
-                packed.to(self.policy.device), temperature=temperature,
-                chunk_tokens=self.settings.training.logit_chunk_tokens, with_entropy=False,
-                model=model)
-            lengths = packed.sequence.unique_consecutive(return_counts=True)
-            for index, piece in zip(lengths[0].tolist(), scores.split(lengths[1].tolist()),
-                                    strict=True):
-                result[index] = piece
-        return result
-
-    # 5. The update -----------------------------------------------------------------------------
-
-    def _apply(self, update: Update, learning_rate: float, totals: Totals) -> float | None:
-        """Accumulates the gradient over micro-batches and steps; returns its norm before clipping.
-
-        Returns None where there was nothing to learn from, or the gradient was not finite.
-        """
-        keep = self._has_gradient(update).nonzero().squeeze(-1).tolist()
-        self._count_skipped(update, keep, totals)
-        if not keep:
-            return None
-        sequences = [update.sequences[i] for i in keep]
-        for packed in pack(sequences, self.settings.training.micro_batch_tokens,
-                           self.policy.pad_id):
-            loss = self._loss(update, keep, packed, totals)
-            self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.parameters,
-                                                self.settings.training.gradient_clip)
-        norm = float(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        finite = math.isfinite(norm)
-        if finite or self.accelerator.mixed_precision == "fp16":  # the scaler skips by itself
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= PATIENCE_WITH_NON_FINITE:
-            raise UserError(
-                f"The gradient was not finite {self.skipped_in_a_row} times in a row, last at step "
-                f"{self.step + 1}; lower the learning rate or set model.precision=fp32.")
-        return norm if finite else None
-
-    def _count_skipped(self, update: Update, keep: list[int], totals: Totals) -> None:
-        """Skipped completions count as what they are: ratio 1, no KL, not clipped."""
-        skipped = sum(len(s.completion) for s in update.sequences) - sum(
-            len(update.sequences[i].completion) for i in keep)
-        if skipped:
-            for name in ("kl/old", "clip_ratio"):
-                totals.add(name, torch.zeros(1), skipped)
-            totals.add("loss/rl", torch.zeros(1))
-
-    def _loss(self, update: Update, keep: list[int], packed, totals: Totals) -> Tensor:
-        """The part of L that the tokens of one micro-batch make up."""
-        settings, device = self.settings, self.policy.device
-        packed = packed.to(device)
-        owners = torch.tensor(keep)[packed.sequence.cpu()]  # (N,) index into update.sequences
-
-        def per_token(values: Tensor) -> Tensor:
-            return values[owners].to(device)
-
-        scores, entropies = self.policy.score(
-            packed, temperature=per_token(update.temperature),
-            chunk_tokens=settings.training.logit_chunk_tokens)
-
-        sft, rl, entropy = (per_token(w) for w in (update.sft, update.rl, update.entropy))
-        loss = scores.new_zeros(())
-        if (sft != 0).any():
-            part = (sft * sft_token_losses(scores)).sum()
-            loss = loss + part
-            totals.add("loss/sft", part.detach())
-        if (rl != 0).any():
-            old = scores.detach() if update.old is None else self._flat(update.old, owners)
-            advantages = per_token(update.advantages)
-            bounds = (settings.rl.epsilon_low, settings.rl.epsilon_high)
-            losses = policy_token_losses(scores, old, advantages, *bounds)
-            if settings.rl.beta > 0:
-                if self._needs_reference():
-                    divergence = kl_to_reference(scores, old,
-                                                 self._flat(update.reference, owners))
-                else:
-                    divergence = kl_to_old(scores, old)
-                losses = losses + settings.rl.beta * divergence
-            part = (rl * losses).sum()
-            loss = loss + part
-            chosen = rl != 0
-            totals.add("loss/rl", part.detach())
-            totals.add("kl/old", kl_to_old(scores.detach(), old)[chosen])
-            totals.add("clip_ratio",
-                       is_clipped(scores.detach(), old, advantages, *bounds)[chosen].float())
-        if (entropy != 0).any():
-            terms = entropy_terms(scores, entropies, settings.training.entropy)
-            loss = loss - (entropy * terms).sum()
-        totals.add("entropy", entropies.detach())
-        return loss
-
-    def _flat(self, values: list[Tensor], owners: Tensor) -> Tensor:
-        """(N,) per-token values in the order of a micro-batch; its completions are contiguous."""
-        return torch.cat([values[i] for i in owners.unique_consecutive().tolist()])
-
-    # 6. Between steps --------------------------------------------------------------------------
+    # 5. Between steps --------------------------------------------------------------------------
 
     def _after_step(self, stage: Stage, steps: int, last: bool) -> None:
         settings = self.settings
@@ -473,9 +291,9 @@ class Trainer:
         rewards = torch.tensor([float(v.strict) for v in verdicts]).view(-1, probe.samples)
         sequences = [PromptCompletion(g.prompt_ids, c.token_ids)
                      for g in groups for c in g.completions]
-        mine = torch.cat(self._scores(sequences))
+        mine = torch.cat(self.learner.scores(sequences))
         with self.policy.reference() as model:
-            base = torch.cat(self._scores(sequences, model))
+            base = torch.cat(self.learner.scores(sequences, model))
         row = {"step": self.step, "stage": stage_name, "epoch": round(self._epoch(), 6),
                **reward_metrics(groups, rewards), "kl/base": float(k3(mine, base).mean())}
         row["groups_with_signal"] = 1 - row["frac_reward_zero_std"]
@@ -483,7 +301,7 @@ class Trainer:
         self.observer.on_probe(row)
 
     def _validate(self) -> None:
-        """Exact match and mean token loss on the validation problems; remembers the best weights."""
+        """Exact match and token loss on the validation problems; remembers the best weights."""
         problems = list(self.parts.validation)
         if not problems:
             return
@@ -491,7 +309,7 @@ class Trainer:
                         part="validation", samples=0, seed=self.seed)
         taught = [PromptCompletion(self.policy.encode_prompt(p.question),
                                    self.policy.encode_completion(p.solution)) for p in problems]
-        loss = -float(torch.cat(self._scores(taught, temperature=1.0)).mean())
+        loss = -float(torch.cat(self.learner.scores(taught, temperature=1.0)).mean())
         row = {"step": self.step, "epoch": round(self._epoch(), 6), "strict": accuracy(rows),
                "loss": loss, "problems": len(problems)}
         self.folder.append("validation.jsonl", row)
@@ -500,13 +318,7 @@ class Trainer:
             self.best = {"strict": row["strict"], "step": self.step}
             self.best_weights = {k: v.detach().cpu().clone() for k, v in self.weights().items()}
 
-    # 7. Checkpoints ----------------------------------------------------------------------------
-
-    def _new_optimizer(self):
-        training = self.settings.training
-        return self.accelerator.prepare(torch.optim.AdamW(
-            self.parameters, lr=0.0, betas=tuple(training.betas),
-            weight_decay=training.weight_decay))
+    # 6. Checkpoints ----------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that training moves: all of them, or the adapter's."""
@@ -534,9 +346,9 @@ class Trainer:
                       folder / "weights.safetensors")
             if self.best_weights is not None:
                 save_file(self.best_weights, folder / "best.safetensors")
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-            if self.accelerator.scaler is not None:
-                torch.save(self.accelerator.scaler.state_dict(), folder / "scaler.pt")
+            torch.save(self.learner.optimizer.state_dict(), folder / "optimizer.pt")
+            if self.learner.accelerator.scaler is not None:
+                torch.save(self.learner.accelerator.scaler.state_dict(), folder / "scaler.pt")
             write_whole(folder / "state.json", to_json(state))
 
         self.folder.save_checkpoint(self.step, write)
@@ -556,11 +368,11 @@ class Trainer:
         self.load_weights(load_file(folder / "weights.safetensors"))
         if (folder / "best.safetensors").exists():
             self.best_weights = load_file(folder / "best.safetensors")
-        self.optimizer = self._new_optimizer()
-        self.optimizer.load_state_dict(
+        self.learner.new_optimizer()
+        self.learner.optimizer.load_state_dict(
             torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
-        if self.accelerator.scaler is not None and (folder / "scaler.pt").exists():
-            self.accelerator.scaler.load_state_dict(
+        if self.learner.accelerator.scaler is not None and (folder / "scaler.pt").exists():
+            self.learner.accelerator.scaler.load_state_dict(
                 torch.load(folder / "scaler.pt", weights_only=True))
         self.folder.forget_after(step)
         self.observer.note(f"going on from the checkpoint of step {step}")

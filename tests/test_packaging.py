@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OUR_NAME = canonicalize_name(PROJECT["name"])
 TARGETS = ("reproduce", "test", "env", "report", "notebooks", "bench", "lint")
-PACKAGE_OF_MODULE = {"yaml": "pyyaml"}
+PACKAGE_OF_MODULE = {"yaml": "pyyaml", "PIL": "pillow"}
 
 
 def pins() -> dict[str, str]:

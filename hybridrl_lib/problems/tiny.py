@@ -86,17 +86,17 @@ def run_chain(start: int, changes: tuple[tuple[str, int], ...]) -> tuple[Step, .
 def draw_word(random_source: random.Random) -> Exercise:
     """A story of two to four changes to a number of things."""
     name, things = random_source.choice(NAMES), random_source.choice(OBJECTS)
-    start = value = random_source.randint(3, 40)
+    start = value = random_source.randint(3, 50)
     changes: list[tuple[str, int]] = []
     for _ in range(random_source.choice((2, 2, 3, 3, 4))):
         options = ["+"]
         options += ["-"] if value > 3 else []
-        options += ["*"] if value <= 30 else []
+        options += ["*"] if value <= 40 else []
         divisors = [n for n in range(2, 6) if value % n == 0 and value > n]
         options += ["/"] if divisors else []
         operation = random_source.choice(options)
-        number = {"+": lambda: random_source.randint(2, 30),
-                  "-": lambda: random_source.randint(2, min(value - 1, 30)),  # noqa: B023
+        number = {"+": lambda: random_source.randint(2, 40),
+                  "-": lambda: random_source.randint(2, min(value - 1, 40)),  # noqa: B023
                   "*": lambda: random_source.randint(2, 3),
                   "/": lambda: random_source.choice(divisors)}[operation]()  # noqa: B023
         changes.append((operation, number))

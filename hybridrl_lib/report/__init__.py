@@ -27,7 +27,7 @@ from .table2 import (
 )
 from .text import plain_table, write
 
-__all__ = ["Experiment", "load_experiment", "make_report"]
+__all__ = ["Experiment", "load_experiment", "make_report", "make_table2", "make_texts"]
 
 
 def make_report(experiment_folder: Path, out_folder: Path | None = None,
@@ -51,7 +51,9 @@ def make_report(experiment_folder: Path, out_folder: Path | None = None,
     experiment = load_experiment(Path(experiment_folder))
     out = Path(out_folder) if out_folder is not None else Path(experiment_folder)
     table = make_table2(experiment)
-    texts, sections = _texts(experiment, table)
+    texts = make_texts(experiment, table)
+    sections = [text for name, text in texts.items()
+                if name.endswith(".md") and name != "hyperparameters.md"]
     if published is not None:
         sections.insert(1, beside_published(experiment, table, Path(published)))
     written = [write(out / name, text) for name, text in texts.items()]
@@ -66,8 +68,8 @@ def make_report(experiment_folder: Path, out_folder: Path | None = None,
     return written
 
 
-def _texts(experiment: Experiment, table: Table2) -> tuple[dict[str, str], list[str]]:
-    """The tables' files by name, and the Markdown ones in report.md's order."""
+def make_texts(experiment: Experiment, table: Table2) -> dict[str, str]:
+    """The tables' files by name, the Markdown ones in report.md's order."""
     texts = {"table2.csv": table2_csv(table), "table2.md": table2_markdown(experiment, table),
              "table2.tex": table2_tex(experiment, table)}
     comparisons, gaps, race = (make_comparisons(experiment), make_gaps(experiment),
@@ -81,8 +83,7 @@ def _texts(experiment: Experiment, table: Table2) -> tuple[dict[str, str], list[
         texts |= {"steps_to_threshold.csv": race_csv(race),
                   "steps_to_threshold.md": race_markdown(experiment, race)}
     texts["hyperparameters.md"] = hyperparameters_markdown(experiment)
-    return texts, [text for name, text in texts.items()
-                   if name.endswith(".md") and name != "hyperparameters.md"]
+    return texts
 
 
 def _draw(experiment: Experiment, folder: Path) -> tuple[list[Path], list[str]]:

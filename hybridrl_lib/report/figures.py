@@ -137,7 +137,7 @@ def draw_table2(experiment: Experiment) -> Figure | None:
         title = benchmark_title(benchmark)
         place = title.stands_for and benchmark_title(title.stands_for).title
         panel.set_title(title.title + (f"\n(in the place of {place})" if place else ""), loc="left")
-        panel.set(xlim=(0.0, 100.0), xlabel="exact match (%)", ylim=(len(setups) - 0.5, -0.5))
+        panel.set(xlim=(0.0, 100.0), xlabel="exact match (%)", ylim=(len(setups) - 0.4, -0.6))
         panel.set_yticks(range(len(setups)), [setup_title(setup) for setup in setups])
         panel.tick_params(axis="y", length=0)
         panel.grid(True, axis="x")

@@ -35,7 +35,8 @@ def report_markdown(experiment: Experiment, sections: list[str], figures: list[s
     if figures:
         parts.append("## Pictures\n")
         parts += [f"![{name}](figures/{name}.png)\n\n{CAPTIONS[name]}\n" for name in figures]
-    parts += ["## Runs\n", runs_table(experiment), facts(experiment), answers_table(experiment)]
+    parts += ["## Runs\n", "Every setting: [hyperparameters.md](hyperparameters.md).\n",
+              runs_table(experiment), facts(experiment), answers_table(experiment)]
     return "\n".join(part for part in parts if part)
 
 

@@ -70,7 +70,8 @@ def _rewards(run: Run) -> list[tuple[int, float, float]]:
 
 def _arrival(probe: list[tuple[int, float, float]], goal: float) -> tuple[int, float] | None:
     """Step and epoch of the first of two probes in a row at the goal, None if there are none."""
-    there = [reward >= goal for *_, reward in probe]
+    # the goal is a mean: its last bit must not decide whether a reward equal to it has arrived
+    there = [reward >= goal - 1e-9 for *_, reward in probe]
     for index, (step, epoch, _) in enumerate(probe):
         if all(there[index:index + 2]):
             return step, epoch

@@ -83,8 +83,7 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
     else:
         figure.savefig(out, format=kind, pil_kwargs={"compress_level": 1})
         # 255 colours are enough for lines and bands, at a third of the size
-        picture = Image.open(out).convert("RGB").quantize(
-            255, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        picture = Image.open(out).convert("RGB").quantize(255, dither=Image.Dither.NONE)
         out = io.BytesIO()
         picture.save(out, format="png", dpi=(RC["savefig.dpi"],) * 2)
     return out.getvalue()

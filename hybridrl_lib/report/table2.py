@@ -195,7 +195,7 @@ def place_notes(experiment: Experiment) -> list[str]:
                      "the real benchmarks.")
     models = agreed(experiment.runs, lambda run: run.manifest.get("model", {}).get("name"))
     notes.append(f"The paper's numbers are {PAPER_MODEL} on the real benchmarks"
-                 + (f"; here the model is {', '.join(models)}" if models else "")
+                 + (f"; here the model is " + ', '.join(f'`{name}`' for name in models) if models else "")
                  + ". Compare the order of the setups, not the height of the numbers.")
     return notes
 

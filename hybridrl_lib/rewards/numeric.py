@@ -232,7 +232,7 @@ def decide(gold: str, answer: str) -> str | None:
     if equal is None:
         equal = _numerals_equal(gold, answer)
     # math-verify takes the set {3, 5} for the point or interval (3, 5)
-    if equal is None and canonical(gold)[0] in "([" and canonical(answer).startswith(r"\{"):
+    if equal is None and canonical(gold).startswith(("(", "[")) and canonical(answer)[:2] == r"\{":
         equal = False
     return None if equal is None else "right" if equal else "wrong"
 

@@ -1,0 +1,103 @@
+"""Where a notebook stands: its preset, whether anyone watches, and the files it writes."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from IPython import get_ipython
+
+from ..config import difference, load_settings, resolve_preset, smoke_from_environment
+from ..errors import UserError
+from ..records import RunFolder, experiment_folder, project_folder
+from ..run import default_experiment
+
+
+def is_headless() -> bool:
+    """Whether nobody watches: then plain lines are shown and no live view.
+
+    `HYBRIDRL_HEADLESS` decides if it is set (0: somebody watches). Otherwise a test, a CI job and
+    Python without a notebook count as headless.
+    """
+    said = os.environ.get("HYBRIDRL_HEADLESS", "")
+    if said:
+        return said != "0"
+    if os.environ.get("CI") or os.environ.get("PYTEST_CURRENT_TEST"):
+        return True
+    return not hasattr(get_ipython(), "kernel")
+
+
+def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
+    """Says what the parameters mean here and returns the preset's own name.
+
+    It also makes a `UserError` show as its one sentence, and quiets the progress bars of model
+    loading, which fill a notebook with lines.
+
+    Raises:
+        UsageError: an unknown preset or setting.
+    """
+    _show_one_sentence_errors()
+    _quiet_model_loading()
+    name = resolve_preset(preset)
+    chosen = load_settings(name, settings)
+    why = {"colab": " (auto: there is a GPU)", "tiny": " (auto: there is no GPU)"}
+    print(f"preset {name}{why.get(name, '') if preset == 'auto' else ''}, seed {seed}, "
+          f"model {chosen.model.path}, benchmarks {' and '.join(chosen.data.benchmarks)}")
+    changes = difference(load_settings(name), chosen)
+    if changes:
+        print("changed: " + "; ".join(changes))
+    if smoke_from_environment():
+        print("HYBRIDRL_SMOKE is set: every budget is cut down, and the scores mean nothing.")
+    print(f"records go to {readable(experiment_path(name, experiment))}")
+    return name
+
+
+def experiment_path(preset: str, experiment: str = "") -> Path:
+    """The folder of an experiment's new runs, as a path from here where that is short."""
+    folder = experiment_folder(experiment or default_experiment(preset))
+    inside = folder.resolve().is_relative_to(project_folder().resolve())
+    return Path(os.path.relpath(folder)) if inside else folder
+
+
+def readable(path: Path) -> str:
+    """A path for people: from the project's folder, and without the folders of this machine."""
+    full = path.resolve()
+    for root, name in ((project_folder(), ""),
+                       (Path(os.environ.get("HYBRIDRL_RESULTS_DIR") or "/nowhere").expanduser(),
+                        "$HYBRIDRL_RESULTS_DIR")):
+        if full.is_relative_to(root.resolve()):
+            return (Path(name) / full.relative_to(root.resolve())).as_posix()
+    return full.name
+
+
+def list_files(*where: RunFolder | Path | Iterable[Path]) -> None:
+    """Names the files that a notebook wrote, with their sizes."""
+    files: list[Path] = []
+    for place in where:
+        if isinstance(place, RunFolder | Path):
+            root = place.path if isinstance(place, RunFolder) else place
+            files += sorted(path for path in root.rglob("*") if path.is_file())
+        else:
+            files += sorted(place)
+    for path in files:
+        print(f"{readable(path)}  ({path.stat().st_size / 1000:,.1f} kB)")
+
+
+def _show_one_sentence_errors() -> None:
+    """A `UserError` says in one sentence what to do: in a notebook no traceback hides it."""
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def show(shell, kind, error, traceback, tb_offset=None):
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
+
+    shell.set_custom_exc((UserError,), show)
+
+
+def _quiet_model_loading() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    # Says on every import that a CPU machine has no GPU kernels.
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

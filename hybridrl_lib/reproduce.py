@@ -1,0 +1,267 @@
+"""The setup notebooks x seeds through papermill, side by side, then the report.
+
+Every notebook is a process of its own and trains by calling the library, which goes on from
+checkpoints and reads finished runs instead of taking them again: so the whole may be stopped and
+started at will, and one failure leaves the others alone.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from .catalogue import published_folder
+from .config import default_experiment, load_settings, resolve_preset, smoke_from_environment
+from .doctor import NEEDS, main_memory, usable_cores
+from .errors import UserError
+from .locks import only_writer
+from .queue import Job, run_queue
+from .records import RunFolder, experiment_folder, project_folder
+from .setups import SETUPS, Setup, get_setup
+
+REPORT_NOTEBOOKS = ("20_table2", "21_training_dynamics")
+KERNEL = "python3"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run, and where.
+
+    Attributes:
+        preset, experiment, settings: as for a single run.
+        folder: the experiment's folder, absolute.
+        notebooks: the folder of the notebooks, absolute.
+        jobs: processes at a time.
+        threads: CPU threads of each.
+        gpus: how many GPUs there are to share; 0 for none.
+    """
+
+    preset: str
+    experiment: str
+    settings: tuple[str, ...]
+    folder: Path
+    notebooks: Path
+    jobs: int
+    threads: int
+    gpus: int
+
+
+def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequence[str] = (),
+              jobs: int | None = None, experiment: str | None = None,
+              settings: Sequence[str] = (), say=None) -> list[Path]:
+    """Runs the notebooks of all setups and seeds, then those of the report.
+
+    Args:
+        preset: a preset's name, or `auto`.
+        seeds: the seeds of every setup.
+        setups: names of `setups.SETUPS`; all of them, the base model too, if empty.
+        jobs: notebooks at a time; None for one a GPU, or without a GPU one a core as far as memory
+            lasts.
+        experiment: the folder under `results/runs/`; the preset's name unless given.
+        settings: differences from the preset, as after `--set`.
+        say: takes a line of progress; prints it unless given.
+
+    Returns:
+        The files of the report.
+
+    Raises:
+        UserError: a notebook failed (after all others were run), there are no notebooks, or another
+            process reproduces the same experiment.
+        Stopped: by Ctrl-C, after the running steps were finished and their checkpoints written.
+    """
+    say = say or (lambda line: print(line, flush=True))
+    preset = resolve_preset(preset)
+    chosen = [get_setup(name) for name in dict.fromkeys(setups or SETUPS)]
+    load_settings(preset, settings)  # refuses a wrong key here, once, rather than in every notebook
+    plan = make_plan(preset, experiment or default_experiment(preset), tuple(settings), jobs,
+                     len(chosen) * len(seeds))
+    runs = [setup_job(plan, setup, seed) for setup in chosen for seed in dict.fromkeys(seeds)]
+    with (only_writer(plan.folder, f"The experiment {plan.experiment}"),
+          tempfile.TemporaryDirectory(prefix="hybridrl-") as temporary):
+        environment = job_environment(plan, Path(temporary))
+        say(f"{len(runs)} notebooks ({len(chosen)} setups x {len(runs) // len(chosen)} seeds), "
+            f"{plan.jobs} at a time with {environment['OMP_NUM_THREADS']} thread"
+            f"{'' if environment['OMP_NUM_THREADS'] == '1' else 's'} each, into {plan.folder}; "
+            "Ctrl-C stops, and the same command goes on")
+        failures = run_queue(runs, plan.jobs, environment, say, gpus=plan.gpus)
+        files, more = make_everything(plan, runs, environment, say)
+        failures |= more
+    if failures:
+        say(f"\n{len(failures)} of {len(runs) + len(REPORT_NOTEBOOKS)} notebooks failed:")
+        for job, reason in failures.items():
+            say(f"* {job.name}: {reason} (log: {job.log})")
+        raise UserError(f"{len(failures)} notebooks failed ("
+                        + ", ".join(job.name for job in failures) + "); mend what their logs say "
+                        "and run the same command again: what is finished is not run again.")
+    return files
+
+
+# The plan ---------------------------------------------------------------------------------------
+
+
+def make_plan(preset: str, experiment: str, settings: tuple[str, ...], jobs: int | None,
+              count: int) -> Plan:
+    """Where `count` runs go and how many at a time."""
+    import torch  # the only way to know how many GPUs the notebooks will see
+
+    gpus = torch.cuda.device_count()
+    jobs = jobs or default_jobs(preset, count, gpus)
+    notebooks = notebooks_folder()
+    return Plan(preset=preset, experiment=experiment,
+                settings=tuple(seen_from(notebooks, text) for text in settings),
+                folder=experiment_folder(experiment).absolute(), notebooks=notebooks,
+                jobs=min(jobs, count), threads=threads_for(preset, min(jobs, count)), gpus=gpus)
+
+
+def default_jobs(preset: str, count: int, gpus: int) -> int:
+    """One a GPU; without one, one a core as far as the preset's share of memory goes."""
+    if gpus:
+        return min(gpus, count)
+    fitting = int(main_memory() // max(1, NEEDS[preset][1])) or 1
+    return max(1, min(usable_cores(), fitting, count))
+
+
+def threads_for(preset: str, jobs: int) -> int:
+    """CPU threads of a run.
+
+    The number of threads moves the last bits of sums. At `tiny` it is always 1, so that a run
+    leaves the same record however many go on beside it, and one thread is nearly as fast as two.
+    """
+    return 1 if preset == "tiny" else max(1, usable_cores() // jobs)
+
+
+def notebooks_folder() -> Path:
+    """The notebooks of the checkout.
+
+    Raises:
+        UserError: there are none, as in a package that was installed without its checkout.
+    """
+    for root in (project_folder(), Path(__file__).parent.parent):
+        if (root / "notebooks").is_dir() and any((root / "notebooks").glob("*.ipynb")):
+            return (root / "notebooks").absolute()
+    raise UserError("There is no folder with notebooks here; run this command inside a checkout of "
+                    "the project.")
+
+
+def seen_from(folder: Path, text: str) -> str:
+    """A setting as it has to read for a process in `folder`: a relative model path is rewritten."""
+    key, _, value = text.partition("=")
+    if key.strip() == "model.path" and value != "tiny" and not Path(value).is_absolute() and \
+            Path(value).exists():
+        return f"{key}={os.path.relpath(value, folder)}"
+    return text
+
+
+def setup_job(plan: Plan, setup: Setup, seed: int) -> Job:
+    """The job of one run, with its weight among the others."""
+    record = RunFolder(plan.folder / setup.name / f"seed-{seed}")
+    weight = 0.3 if record.is_complete else relative_cost(setup)
+    return notebook_job(plan, setup.notebook, f"{setup.name} seed {seed}", seed, weight,
+                        output=f"{setup.notebook}-seed-{seed}", record=record)
+
+
+def relative_cost(setup: Setup) -> float:
+    """About how long a setup takes, in evaluations: RL samples, and the entropy term adds some."""
+    stages = sum({"sft": 1.0, "rl": 9.0}[stage] for stage in setup.stages)
+    return 1.0 + stages / max(1, len(setup.stages)) + 0.5 * setup.entropy
+
+
+def notebook_job(plan: Plan, notebook: str, name: str, seed: int, weight: float, output: str,
+                 record: RunFolder | None = None) -> Job:
+    """A notebook with its parameters, as a papermill command.
+
+    Raises:
+        UserError: the notebook is missing.
+    """
+    source = plan.notebooks / f"{notebook}.ipynb"
+    if not source.is_file():
+        raise UserError(f"The notebook {source.name} is missing in {plan.notebooks}; get it back "
+                        "with 'git checkout notebooks'.")
+    written = plan.folder / "notebooks" / f"{output}.ipynb"
+    # Texts go in raw (-r): papermill would make a number of an experiment called 2025.
+    command = [sys.executable, "-m", "papermill", source.name, str(written), "-k", KERNEL,
+               "-p", "seed", str(seed), "-r", "preset", plan.preset, "-r", "experiment",
+               plan.experiment, "-r", "settings", subprocess_quote(plan.settings),
+               "--no-progress-bar", "--log-output"]
+    return Job(name=name, command=tuple(command), folder=plan.notebooks, output=written,
+               log=written.with_suffix(".log"), weight=weight, record=record)
+
+
+def subprocess_quote(settings: Sequence[str]) -> str:
+    """The settings as one text that `load_settings` splits into the same ones."""
+    import shlex
+
+    return shlex.join(settings)
+
+
+# The environment of a notebook -------------------------------------------------------------------
+
+
+def job_environment(plan: Plan, temporary: Path) -> dict[str, str]:
+    """Environment variables of every job.
+
+    Paths are absolute, since notebooks run in a folder of their own. The kernel is this very
+    interpreter with this very package, whatever `python3` means in the user's Jupyter, and the
+    user's IPython profile stays out of it.
+    """
+    write_kernel(temporary / "jupyter")
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(plan.threads))
+    environment |= {
+        "HYBRIDRL_RESULTS_DIR": str(plan.folder.parent),
+        "JUPYTER_PATH": joined(temporary / "jupyter", os.environ.get("JUPYTER_PATH")),
+        "JUPYTER_RUNTIME_DIR": str(temporary / "runtime"),
+        "IPYTHONDIR": str(temporary / "ipython"),
+        "PYTHONPATH": joined(Path(__file__).parent.parent, os.environ.get("PYTHONPATH")),
+        "PYTHONUNBUFFERED": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of the debugger in every log
+    }
+    for name in ("HYBRIDRL_DATA_DIR", "HF_HOME"):
+        if environment.get(name):
+            environment[name] = str(Path(environment[name]).expanduser().absolute())
+    return environment
+
+
+def joined(first: Path, others: str | None) -> str:
+    return os.pathsep.join([str(first), *([others] if others else [])])
+
+
+def write_kernel(folder: Path) -> None:
+    """A Jupyter kernel named python3 that is this interpreter; what stands there comes first."""
+    import json
+
+    spec = folder / "kernels" / KERNEL / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3", "language": "python"}), encoding="utf-8")
+
+
+# The report -------------------------------------------------------------------------------------
+
+
+def make_everything(plan: Plan, runs: Sequence[Job], environment: dict[str, str], say
+                    ) -> tuple[list[Path], dict[Job, str]]:
+    """The report's notebooks, its files, and Table 2 beside the published one."""
+    from .report import load_experiment, make_report
+    from .report.page import beside_published
+    from .report.table2 import make_table2
+
+    if not any(plan.folder.glob("*/seed-*/manifest.json")):
+        say("No run is finished, so there is no report yet")
+        return [], {}
+    report_jobs = [notebook_job(plan, name, name, 0, 0.5, name) for name in REPORT_NOTEBOOKS
+                   if (plan.notebooks / f"{name}.ipynb").is_file()]
+    failures = run_queue(report_jobs, plan.jobs, environment, say, gpus=plan.gpus)
+    published = published_folder() / plan.preset
+    compared = (published / "table2.csv").is_file() and not smoke_from_environment()
+    say("")
+    files = make_report(plan.folder, published=published if compared else None)
+    if compared:
+        experiment = load_experiment(plan.folder)
+        say("\n" + beside_published(experiment, make_table2(experiment), published))
+    return files, failures

@@ -1,0 +1,214 @@
+"""One optimiser update: the loss of a mini-batch, its gradient over micro-batches, one step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .config import Settings
+from .errors import UserError
+from .objectives import (
+    entropy_terms,
+    is_clipped,
+    kl_to_old,
+    kl_to_reference,
+    policy_token_losses,
+    sft_token_losses,
+)
+from .packing import Packed, PromptCompletion, pack
+from .policy import Policy
+
+PATIENCE_WITH_NON_FINITE = 5  # updates in a row with a non-finite gradient before a run stops
+
+
+@dataclass
+class Update:
+    """What one optimiser update learns from: S completions and the weight of each one's tokens.
+
+    Attributes:
+        sequences: S demonstrations and rollouts.
+        sft, rl, entropy: (S,) weight of every token of completion i in L_SFT, L_RL and H, with
+            lambda and gamma multiplied in; 0 where a term does not apply.
+        advantages: (S,).
+        temperature: (S,) that the completion was sampled at; 1 for demonstrations.
+        old: log pi_old of every token, a tensor (T_i,) a completion; None while the policy is
+            still the one that sampled (then the ratio is 1).
+        reference: log pi_reference likewise, when the loss needs it.
+    """
+
+    sequences: list[PromptCompletion]
+    sft: Tensor
+    rl: Tensor
+    entropy: Tensor
+    advantages: Tensor
+    temperature: Tensor
+    old: list[Tensor] | None = None
+    reference: list[Tensor] | None = None
+
+
+@dataclass
+class Totals:
+    """Sums and counts over the tokens of a step, for its line in metrics.jsonl."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor, count: int | None = None) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
+        self.counts[name] = self.counts.get(name, 0) + (
+            values.numel() if count is None else count)
+
+    def mean(self, name: str) -> float | None:
+        return self.sums[name] / self.counts[name] if self.counts.get(name) else None
+
+
+class Learner:
+    """Scores completions with the policy and moves its weights.
+
+    Args:
+        policy: the model being trained.
+        settings: of the run.
+    """
+
+    def __init__(self, policy: Policy, settings: Settings):
+        self.policy, self.settings = policy, settings
+        self.accelerator = Accelerator(
+            cpu=policy.device.type == "cpu",
+            mixed_precision="fp16" if policy.precision == "fp16" else "no")
+        if self.accelerator.num_processes > 1:
+            raise UserError("A run trains in one process; start it without 'accelerate launch' "
+                            "and use 'hybridrl reproduce --jobs' to run setups side by side.")
+        self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self.optimizer = None
+        self.non_finite_in_a_row = 0
+
+    def new_optimizer(self) -> None:
+        """A fresh AdamW: every stage starts with one."""
+        training = self.settings.training
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(
+            self.parameters, lr=0.0, betas=tuple(training.betas),
+            weight_decay=training.weight_decay))
+
+    @torch.no_grad()
+    def scores(self, sequences: Sequence[PromptCompletion], model=None,
+               temperature: float | None = None) -> list[Tensor]:
+        """Log-probabilities (T_i,) of every completion under the policy or another model."""
+        temperature = temperature or self.settings.rl.temperature
+        result: list[Tensor] = [torch.empty(0)] * len(sequences)
+        for packed in self._pack(sequences):
+            scores, _ = self.policy.score(
+                packed.to(self.policy.device), temperature=temperature, with_entropy=False,
+                chunk_tokens=self.settings.training.logit_chunk_tokens, model=model)
+            owners, lengths = packed.sequence.unique_consecutive(return_counts=True)
+            for index, piece in zip(owners.tolist(), scores.split(lengths.tolist()), strict=True):
+                result[index] = piece
+        return result
+
+    def apply(self, update: Update, learning_rate: float, totals: Totals) -> float | None:
+        """Accumulates the gradient over micro-batches and steps.
+
+        Args:
+            totals: sums for the record are added to it.
+
+        Returns:
+            The gradient's norm before clipping, or None where there was nothing to learn from or
+            the gradient was not finite (then the weights stay as they are).
+
+        Raises:
+            UserError: the gradient was not finite several updates in a row.
+        """
+        keep = self.has_gradient(update).nonzero().squeeze(-1).tolist()
+        self._count_skipped(update, keep, totals)
+        if not keep:
+            return None
+        for packed in self._pack([update.sequences[i] for i in keep]):
+            self.accelerator.backward(self._loss(update, keep, packed, totals))
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters,
+                                                      self.settings.training.gradient_clip))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        finite = math.isfinite(norm)
+        if finite or self.accelerator.mixed_precision == "fp16":  # its scaler skips by itself
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
+        if self.non_finite_in_a_row >= PATIENCE_WITH_NON_FINITE:
+            raise UserError(
+                f"The gradient was not finite {self.non_finite_in_a_row} updates in a row; lower "
+                "the learning rate or set model.precision=fp32, then delete the run's folder.")
+        return norm if finite else None
+
+    def has_gradient(self, update: Update) -> Tensor:
+        """(S,) bool: the completions that can move the policy.
+
+        A group of equal rewards has no policy gradient. While the policy is still the one that
+        sampled, the KL to it has none either. Without an entropy term such a group is skipped.
+        """
+        anchored = self.settings.rl.beta > 0 and (self.needs_reference or update.old is not None)
+        return ((update.sft != 0) | (update.entropy != 0)
+                | ((update.rl != 0) & ((update.advantages != 0) | anchored)))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss holds the KL to the reference model."""
+        return self.settings.rl.beta > 0 and self.settings.rl.kl_anchor == "reference"
+
+    def _pack(self, sequences: Sequence[PromptCompletion]) -> list[Packed]:
+        return pack(sequences, self.settings.training.micro_batch_tokens, self.policy.pad_id)
+
+    def _count_skipped(self, update: Update, keep: list[int], totals: Totals) -> None:
+        """Skipped completions count as what they are: ratio 1, no KL, not clipped."""
+        left_out = set(range(len(update.sequences))) - set(keep)
+        tokens = sum(len(update.sequences[i].completion) for i in left_out)
+        if tokens:
+            totals.add("loss/rl", torch.zeros(1))
+            for name in ("kl/old", "clip_ratio"):
+                totals.add(name, torch.zeros(1), tokens)
+
+    def _loss(self, update: Update, keep: list[int], packed: Packed, totals: Totals) -> Tensor:
+        """The part of L = lambda_SFT L_SFT + lambda_RL L_RL - gamma H in one micro-batch."""
+        settings, device = self.settings, self.policy.device
+        owners = torch.tensor(keep)[packed.sequence]  # (N,) index into update.sequences
+
+        def per_token(values: Tensor) -> Tensor:
+            return values[owners].to(device)
+
+        def flat(values: list[Tensor]) -> Tensor:  # the tokens of a completion are contiguous
+            return torch.cat([values[i] for i in owners.unique_consecutive().tolist()])
+
+        scores, entropies = self.policy.score(
+            packed.to(device), temperature=per_token(update.temperature),
+            chunk_tokens=settings.training.logit_chunk_tokens)
+        totals.add("entropy", entropies.detach())
+        sft, rl, entropy = (per_token(w) for w in (update.sft, update.rl, update.entropy))
+        loss = scores.new_zeros(())
+
+        if (sft != 0).any():
+            part = (sft * sft_token_losses(scores)).sum()
+            totals.add("loss/sft", part.detach())
+            loss = loss + part
+
+        if (rl != 0).any():
+            old = scores.detach() if update.old is None else flat(update.old)
+            arguments = (old, per_token(update.advantages),
+                         settings.rl.epsilon_low, settings.rl.epsilon_high)
+            losses = policy_token_losses(scores, *arguments)
+            if self.needs_reference:
+                losses = losses + settings.rl.beta * kl_to_reference(
+                    scores, old, flat(update.reference))
+            elif settings.rl.beta > 0:
+                losses = losses + settings.rl.beta * kl_to_old(scores, old)
+            part = (rl * losses).sum()
+            sampled = rl != 0
+            totals.add("loss/rl", part.detach())
+            totals.add("kl/old", kl_to_old(scores.detach(), old)[sampled])
+            totals.add("clip_ratio", is_clipped(scores.detach(), *arguments)[sampled].float())
+            loss = loss + part
+
+        if (entropy != 0).any():
+            terms = entropy_terms(scores, entropies, settings.training.entropy)
+            loss = loss - (entropy * terms).sum()
+        return loss
