@@ -30,9 +30,9 @@ from .sections import (
 
 __all__ = [
     "DataSettings", "EvaluationSettings", "ModelSettings", "ProbeSettings", "RLSettings",
-    "SFTSettings", "Settings", "TrainingSettings", "VerifierSettings", "describe", "difference",
-    "load_settings", "preset_names", "resolve_preset", "settings_from_dict", "settings_to_dict",
-    "smoke_from_environment",
+    "SFTSettings", "Settings", "TrainingSettings", "VerifierSettings", "default_experiment",
+    "describe", "difference", "load_settings", "preset_names", "resolve_preset",
+    "settings_from_dict", "settings_to_dict", "smoke_from_environment",
 ]
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
@@ -66,6 +66,11 @@ def resolve_preset(name: str) -> str:
 def smoke_from_environment() -> bool:
     """Whether HYBRIDRL_SMOKE asks for tiny budgets."""
     return os.environ.get("HYBRIDRL_SMOKE", "") not in ("", "0")
+
+
+def default_experiment(preset: str) -> str:
+    """The preset's name; a smoke run gets an experiment of its own."""
+    return f"{preset}-smoke" if smoke_from_environment() else preset
 
 
 def load_settings(preset: str, overrides: Sequence[str] | str = (),

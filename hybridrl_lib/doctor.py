@@ -6,20 +6,18 @@ Nothing is downloaded and no model is loaded; the hub gets one question with a s
 import os
 import platform
 import sys
-import threading
-import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from .config import Settings, load_settings, preset_names, resolve_preset
+from .hub import hub_problem, in_hub_cache
 from .problems import gsm8k, math500
 from .problems.source import FOLDER_HINT, FOLDER_VARIABLE
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "papermill", "gguf")
 OPTIONAL = {"gguf": "only needed to read GGUF files: pip install gguf"}
 REAL_SOURCES = {"gsm8k": gsm8k.SOURCE, "math500": math500.SOURCE}
-HUB_SECONDS = 3.0
 
 # What a machine should have for the preset, in GiB, estimated: (GPU memory, main memory).
 NEEDS = {"tiny": (0, 2), "smollm2": (0, 6), "colab": (12, 8), "paper": (20, 12)}
@@ -78,9 +76,9 @@ def report(preset: str | None = None) -> list[Row]:
     ]
 
 
-def render(preset: str | None = None) -> str:
+def render(preset: str | None = None, rows: list[Row] | None = None) -> str:
     """The report as text: a line a topic, with its advice on a line below."""
-    rows = report(preset)
+    rows = report(preset) if rows is None else rows
     width = max(len(topic) for topic, _, _ in rows)
     lines = []
     for topic, value, advice in rows:
@@ -172,39 +170,6 @@ def folder_problem() -> str:
                for split in source.splits
                if not (Path(folder).expanduser() / source.folder / f"{split}.jsonl").is_file()]
     return f"{', '.join(missing)} missing there; {FOLDER_HINT}" if missing else ""
-
-
-def hub_problem(seconds: float = HUB_SECONDS) -> str:
-    """Why the hub cannot be read within the time limit; empty if it can."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return "HF_HUB_OFFLINE is set: only what is in the hub's cache can be used"
-    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    answers = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(endpoint, timeout=seconds) as reply:
-                answers.append("" if reply.status < 500 else f"status {reply.status}")
-        except (OSError, ValueError) as error:
-            answers.append(str(getattr(error, "reason", error)))
-
-    # A thread, because the time limit of urlopen does not hold for looking up the host's name.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds)
-    problem = answers[0] if answers else f"no answer within {seconds:g} s"
-    return f"{endpoint}: {problem}; use a model folder and a data folder" if problem else ""
-
-
-def in_hub_cache(name: str) -> bool:
-    """Whether config and weights of a hub model were fetched before."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        return all(isinstance(try_to_load_from_cache(name, part), str)
-                   for part in ("config.json", "model.safetensors"))
-    except ValueError:  # not a hub name
-        return False
 
 
 def main_memory() -> float:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers import (
 
 from .config import ModelSettings
 from .errors import UserError
+from .hub import cache_only_if_unreachable
 from .objectives import score_tokens
 from .packing import Packed
 from .problems.prompts import encode_prompt, pad_token_id, stop_token_ids
@@ -178,13 +179,9 @@ def load_policy(settings: ModelSettings) -> Policy:
     """
     source, arguments, name = _locate(settings)
     device = choose_device(settings.device)
-    tokenizer = _load_tokenizer(source, arguments, settings.path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa",
-            **({} if "gguf_file" in arguments else {"use_safetensors": True}), **arguments)
-    except Exception as error:
-        raise _loading_error(settings.path, error) from error
+    with cache_only_if_unreachable() if "revision" in arguments else nullcontext():
+        tokenizer = _load_tokenizer(source, arguments, settings.path)
+        model = _load_model(source, arguments, settings.path)
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
     sha256 = _checksum(source, arguments, model)
     if settings.adapter == "lora":
@@ -198,6 +195,15 @@ def load_policy(settings: ModelSettings) -> Policy:
         precision=choose_precision(settings.precision, device),
         stop_ids=stop_token_ids(tokenizer, model.generation_config.eos_token_id),
         pad_id=pad_token_id(tokenizer), adapter=settings.adapter)
+
+
+def _load_model(source: str, arguments: dict, path: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa",
+            **({} if "gguf_file" in arguments else {"use_safetensors": True}), **arguments)
+    except Exception as error:
+        raise _loading_error(path, error) from error
 
 
 def _locate(settings: ModelSettings) -> tuple[str, dict, str]:
@@ -227,6 +233,8 @@ def _load_tokenizer(source: str, arguments: dict, path: str):
     try:
         loader = PreTrainedTokenizerFast if _is_plain_fast(source) else AutoTokenizer
         tokenizer = loader.from_pretrained(source, trust_remote_code=False, **arguments)
+        if not tokenizer("1 + 1")["input_ids"]:  # what transformers makes up where there is none
+            raise ValueError("its tokenizer has no vocabulary")
     except Exception as error:
         if Path(source).is_dir() and "gguf_file" not in arguments and not (
                 Path(source) / "tokenizer_config.json").exists():
@@ -289,14 +297,21 @@ def _checksum(source: str, arguments: dict, model: PreTrainedModel) -> str:
 def _add_adapter(model: PreTrainedModel, settings: ModelSettings):
     from peft import LoraConfig, get_peft_model
 
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    targets = [target for target in settings.lora_targets if target in present]
+    layers = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()}
+    words = (model.get_input_embeddings(), model.get_output_embeddings())
+    targets = [target for target in settings.lora_targets if target in layers]
+    for target in targets:
+        if layers[target] in words:  # scores and sampler read these two weights directly
+            raise UserError(f"model.lora_targets names {target}, but an adapter goes into the "
+                            "linear layers between the embeddings only; leave it out.")
     if not targets:
         raise UserError("None of model.lora_targets is a layer of this model; its layers are "
-                        + ", ".join(sorted(present)[:20]) + ".")
-    return get_peft_model(model, LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0,
-        target_modules=targets, task_type="CAUSAL_LM"))
+                        + ", ".join(sorted(layers)[:20]) + ".")
+    with torch.random.fork_rng(devices=[]):  # the same adapter in every run, as the base model
+        torch.manual_seed(0)
+        return get_peft_model(model, LoraConfig(
+            r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0,
+            target_modules=targets, task_type="CAUSAL_LM"))
 
 
 def _refuse_dropout(model: torch.nn.Module) -> None:

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,22 @@ def disk_error(path: Path, error: OSError) -> UserError:
                      "it goes on from the last checkpoint.")
 
 
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the writers of tensors raise when a file cannot be written into our sentence.
+
+    safetensors and torch.save raise types of their own in place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, error) from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError" or "failed writing file" in str(error):
+            raise disk_error(path, OSError(str(error).splitlines()[0])) from error
+        raise
+
+
 def read_lines(path: Path) -> list[dict]:
     """The lines of a log. A last line that was cut off is left out."""
     if not path.exists():
@@ -115,7 +132,11 @@ class RunFolder:
 
     def read(self, name: str) -> dict | None:
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{name} of the run {self.path.parent.name}/{self.path.name} is "
+                            "damaged; delete the run's folder and run it again.") from error
 
     def lines(self, name: str) -> list[dict]:
         return read_lines(self.path / name)
@@ -125,6 +146,12 @@ class RunFolder:
         """Whether the run was trained, evaluated and recorded to its end."""
         manifest = self.read("manifest.json")
         return bool(manifest and manifest.get("complete"))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was recorded beside the settings."""
+        return any((self.path / name).exists()
+                   for name in (*LOGS, "eval.jsonl", "manifest.json", "checkpoint"))
 
     # Logs --------------------------------------------------------------------------------------
 
@@ -154,14 +181,15 @@ class RunFolder:
         root = self.path / "checkpoint"
         temporary, final = root / "writing", root / f"step-{step:06d}"
         try:
+            with disk_errors(final):
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                write(temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(temporary, final)
+        except UserError:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise disk_error(final, error) from error
+            raise
         for folder in root.glob("step-*"):
             if folder != final:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -5,12 +5,12 @@ checkpoints and reads finished runs instead of taking them again: so the whole m
 started at will, and one failure leaves the others alone.
 """
 
+import json
 import os
-import subprocess
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from .catalogue import published_folder
 from .config import default_experiment, load_settings, resolve_preset, smoke_from_environment
 from .doctor import NEEDS, main_memory, usable_cores
 from .errors import UserError
+from .jobs import Job, Queue
 from .locks import only_writer
-from .queue import Job, run_queue
 from .records import RunFolder, experiment_folder, project_folder
 from .setups import SETUPS, Setup, get_setup
 
@@ -87,7 +87,7 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
             f"{plan.jobs} at a time with {environment['OMP_NUM_THREADS']} thread"
             f"{'' if environment['OMP_NUM_THREADS'] == '1' else 's'} each, into {plan.folder}; "
             "Ctrl-C stops, and the same command goes on")
-        failures = run_queue(runs, plan.jobs, environment, say, gpus=plan.gpus)
+        failures = Queue(runs, plan.jobs, environment, say, plan.gpus).run()
         files, more = make_everything(plan, runs, environment, say)
         failures |= more
     if failures:
@@ -185,17 +185,10 @@ def notebook_job(plan: Plan, notebook: str, name: str, seed: int, weight: float,
     # Texts go in raw (-r): papermill would make a number of an experiment called 2025.
     command = [sys.executable, "-m", "papermill", source.name, str(written), "-k", KERNEL,
                "-p", "seed", str(seed), "-r", "preset", plan.preset, "-r", "experiment",
-               plan.experiment, "-r", "settings", subprocess_quote(plan.settings),
+               plan.experiment, "-r", "settings", shlex.join(plan.settings),
                "--no-progress-bar", "--log-output"]
     return Job(name=name, command=tuple(command), folder=plan.notebooks, output=written,
                log=written.with_suffix(".log"), weight=weight, record=record)
-
-
-def subprocess_quote(settings: Sequence[str]) -> str:
-    """The settings as one text that `load_settings` splits into the same ones."""
-    import shlex
-
-    return shlex.join(settings)
 
 
 # The environment of a notebook -------------------------------------------------------------------
@@ -218,6 +211,7 @@ def job_environment(plan: Plan, temporary: Path) -> dict[str, str]:
         "IPYTHONDIR": str(temporary / "ipython"),
         "PYTHONPATH": joined(Path(__file__).parent.parent, os.environ.get("PYTHONPATH")),
         "PYTHONUNBUFFERED": "1",
+        "HYBRIDRL_HEADLESS": "1",  # plain lines in the log instead of a live view
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of the debugger in every log
     }
     for name in ("HYBRIDRL_DATA_DIR", "HF_HOME"):
@@ -232,8 +226,6 @@ def joined(first: Path, others: str | None) -> str:
 
 def write_kernel(folder: Path) -> None:
     """A Jupyter kernel named python3 that is this interpreter; what stands there comes first."""
-    import json
-
     spec = folder / "kernels" / KERNEL / "kernel.json"
     spec.parent.mkdir(parents=True)
     spec.write_text(json.dumps({
@@ -251,12 +243,13 @@ def make_everything(plan: Plan, runs: Sequence[Job], environment: dict[str, str]
     from .report.page import beside_published
     from .report.table2 import make_table2
 
-    if not any(plan.folder.glob("*/seed-*/manifest.json")):
+    if not any(RunFolder(path.parent).is_complete
+               for path in plan.folder.glob("*/seed-*/manifest.json")):
         say("No run is finished, so there is no report yet")
         return [], {}
     report_jobs = [notebook_job(plan, name, name, 0, 0.5, name) for name in REPORT_NOTEBOOKS
                    if (plan.notebooks / f"{name}.ipynb").is_file()]
-    failures = run_queue(report_jobs, plan.jobs, environment, say, gpus=plan.gpus)
+    failures = Queue(report_jobs, plan.jobs, environment, say, plan.gpus).run()
     published = published_folder() / plan.preset
     compared = (published / "table2.csv").is_file() and not smoke_from_environment()
     say("")

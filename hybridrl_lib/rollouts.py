@@ -5,7 +5,8 @@ the log-probabilities of the loss, and there is no top-k or top-p. Random number
 prompt and sample before anything is sorted or batched, so how the work is cut does not matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +95,25 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, ma
     groups: dict[int, Group] = {}
     for start in range(0, len(order), at_once):
         indices = order[start:start + at_once]
-        rows = _decode(policy, decoder, [list(prompts[i]) for i in indices], uniform[indices],
-                       temperature)
+        with _evaluation_mode(policy.model):
+            rows = _decode(policy, decoder, [list(prompts[i]) for i in indices], uniform[indices],
+                           temperature)
         texts = policy.tokenizer.batch_decode([row[0] for row in rows], skip_special_tokens=True)
         completions = [Completion(*row, text=text) for row, text in zip(rows, texts, strict=True)]
         for j, i in enumerate(indices):
             groups[i] = Group(list(prompts[i]), completions[j * samples:(j + 1) * samples])
     return [groups[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Out of training mode, where gradient checkpointing switches the cache of keys off."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,

@@ -14,22 +14,23 @@ import torch
 
 from .config import (
     Settings,
+    default_experiment,
     difference,
     load_settings,
     resolve_preset,
     settings_from_dict,
     settings_to_dict,
-    smoke_from_environment,
 )
 from .errors import UserError
 from .evaluation import evaluate
+from .locks import only_writer
 from .methods import make_method
 from .policy import Policy, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer
-from .records import NUMERICS_VERSION, RunFolder, experiment_folder
+from .records import NUMERICS_VERSION, RunFolder, disk_errors, experiment_folder
 from .rewards import Verifier
-from .setups import get_setup
+from .setups import Setup, get_setup
 from .training import Trainer
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "tokenizers", "safetensors",
@@ -61,11 +62,18 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
     observer = observer or Lines(name=f"{setup} seed {seed}")
     config = {"setup": setup, "seed": seed, "preset": preset, "experiment": experiment,
               "settings": settings_to_dict(resolved)}
-    _claim(folder, config, resolved)
-    if folder.is_complete:
-        observer.note("already complete; its record is read, nothing is run again")
-        return folder
+    with only_writer(folder.path, f"The run {setup}/seed-{seed}"):
+        _claim(folder, config, resolved)
+        if folder.is_complete:
+            observer.note("already complete; its record is read, nothing is run again")
+        else:
+            _train_and_evaluate(chosen, seed, preset, resolved, folder, observer)
+    return folder
 
+
+def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Settings,
+                        folder: RunFolder, observer: Observer) -> None:
+    """Fills the folder of a run that is not complete."""
     began, device_began = time.monotonic(), time.process_time()
     parts = load_parts(resolved.data)
     policy = load_policy(resolved.model)
@@ -77,9 +85,10 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
         trainer.train()
         observer.note("evaluating")
         folder.write_lines("eval.jsonl", _evaluate(trainer, parts, resolved, verifier, seed))
-        policy.save(folder.path / "checkpoint" / "final")
+        with disk_errors(folder.path / "checkpoint"):
+            policy.save(folder.path / "checkpoint" / "final")
         folder.write("manifest.json", {
-            **provenance(), "setup": setup, "seed": seed, "preset": preset,
+            **provenance(), "setup": chosen.name, "seed": seed, "preset": preset,
             "device": device_name(policy.device), "precision": policy.precision,
             "threads": torch.get_num_threads(),
             "model": {"name": policy.name, "parameters": policy.parameter_count(),
@@ -94,18 +103,15 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
             "complete": True})
     folder.drop_step_checkpoints()
     observer.note(f"done in {time.monotonic() - began:.0f} s")
-    return folder
-
-
-def default_experiment(preset: str) -> str:
-    """The preset's name; a smoke run gets an experiment of its own."""
-    return f"{preset}-smoke" if smoke_from_environment() else preset
 
 
 def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
-    """Writes config.json, or refuses a folder that holds a run with other settings."""
+    """Writes config.json, or refuses a folder that holds a run with other settings.
+
+    A run that ended before it left anything, say for a misspelt model.path, binds nobody.
+    """
     before = folder.read("config.json")
-    if before is None:
+    if before is None or not folder.has_begun:
         folder.write("config.json", config)
         return
     changes = difference(settings_from_dict(before["settings"]), settings)

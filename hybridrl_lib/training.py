@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import Settings
-from .errors import UserError
+from .errors import Stopped
 from .evaluation import accuracy, evaluate, verdicts_of
 from .interrupt import Interrupt
 from .methods import Method, Progress, Stage
@@ -70,7 +70,8 @@ class Trainer:
         """Runs all stages from where the last checkpoint left off.
 
         Raises:
-            UserError: stopped by Ctrl-C (after a checkpoint), or the loss stopped being finite.
+            Stopped: by Ctrl-C, after a checkpoint.
+            UserError: the loss stopped being finite.
         """
         self._resume()
         if self.step == 0 and not self.folder.lines("probe.jsonl"):
@@ -91,8 +92,8 @@ class Trainer:
                                      and self.stage_step == steps)
                     if interrupt.asked:
                         self._save_checkpoint()
-                        raise UserError(f"Stopped by you after step {self.step}; the checkpoint is "
-                                        "written, and the same command goes on from there.")
+                        raise Stopped(f"Stopped by you after step {self.step}; the checkpoint is "
+                                      "written, and the same command goes on from there.")
 
     def steps_of(self, stage: Stage) -> int:
         return stage.epochs * self.steps_per_epoch(stage)
@@ -144,24 +145,25 @@ class Trainer:
 
         updates = [self._make_update(demonstrations[i::count], rollouts, i, count, weights, gamma)
                    for i in range(count)]
-        self._score_old(updates)
         if rollouts and (self.learner.needs_reference or
                          self.step % settings.rl.reference_every == 0):
             self._score_reference(updates, rollouts, row)
 
         totals, norms = Totals(), []
-        for update in updates:
+        for index, update in enumerate(updates):
+            if not norms and self.learner.has_gradient(update).any():
+                self._score_old(updates[index + 1:])
             norm = self.learner.apply(update, learning_rate, totals)
             if norm is not None:
                 norms.append(norm)
         self.step += 1
         self.stage_step += 1
-        for name in ("loss/sft", "loss/rl", "kl/old", "clip_ratio"):
+        measured = ("loss/sft", "loss/rl", "kl/old", "clip_ratio")
+        for name in measured if rollouts else (*measured, "entropy"):
             if name in totals.sums:
-                row[name] = (totals.sums[name] / count if name.startswith("loss/")
-                             else totals.mean(name))
-        if not rollouts:
-            row["entropy"] = totals.mean("entropy")
+                value = totals.sums[name] / count if name.startswith("loss/") else totals.mean(name)
+                if value is not None and math.isfinite(value):  # JSON has no NaN: absent instead
+                    row[name] = value
         row["grad_norm"] = sum(norms) / len(norms) if norms else 0.0
         row["updates"] = len(norms)
         row["tokens"] = sum(self.tokens.values())
@@ -242,12 +244,12 @@ class Trainer:
             temperature=torch.cat([none_taught + 1, none_sampled + settings.rl.temperature]))
 
     def _score_old(self, updates: list[Update]) -> None:
-        """log pi_old for the mini-batches that come after the first update.
+        """log pi_old for the mini-batches that come after the first one that moves the policy.
 
-        The training model gives it, not the sampler. The first mini-batch needs none: its own
-        log-probabilities are the old ones.
+        The training model gives it, not the sampler. Up to that mini-batch none is needed: the
+        log-probabilities at hand are the old ones.
         """
-        for update in updates[1:]:
+        for update in updates:
             update.old = self.learner.scores(update.sequences)
 
     def _score_reference(self, updates: list[Update], rollouts, row: dict) -> None:

@@ -160,13 +160,17 @@ class Learner:
         return pack(sequences, self.settings.training.micro_batch_tokens, self.policy.pad_id)
 
     def _count_skipped(self, update: Update, keep: list[int], totals: Totals) -> None:
-        """Skipped completions count as what they are: ratio 1, no KL, not clipped."""
+        """Skipped completions count as what they are: not clipped, and no KL while the ratio is 1.
+
+        Once the policy has moved their KL is not 0 but unknown: the mean is over the others.
+        """
         left_out = set(range(len(update.sequences))) - set(keep)
         tokens = sum(len(update.sequences[i].completion) for i in left_out)
         if tokens:
             totals.add("loss/rl", torch.zeros(1))
-            for name in ("kl/old", "clip_ratio"):
-                totals.add(name, torch.zeros(1), tokens)
+            totals.add("clip_ratio", torch.zeros(1), tokens)
+            if update.old is None:
+                totals.add("kl/old", torch.zeros(1), tokens)
 
     def _loss(self, update: Update, keep: list[int], packed: Packed, totals: Totals) -> Tensor:
         """The part of L = lambda_SFT L_SFT + lambda_RL L_RL - gamma H in one micro-batch."""

@@ -8,6 +8,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of a pretrained model run where one is at hand."""
+    if not os.environ.get("HYBRIDRL_TEST_MODEL"):
+        for item in items:
+            if item.get_closest_marker("real_model"):
+                item.add_marker(pytest.mark.skip(reason="HYBRIDRL_TEST_MODEL is not set"))
+
+
 @pytest.fixture(autouse=True)
 def results(tmp_path, monkeypatch):
     """New results go to a folder of the test; returns it."""

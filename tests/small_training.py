@@ -91,7 +91,8 @@ def watch(trainer) -> SimpleNamespace:
         groups: the rollouts of every step.
     """
     seen = SimpleNamespace(gradients=[], weights=[], micro_batches=[], passes=0)
-    clip, backward = trainer.accelerator.clip_grad_norm_, trainer.accelerator.backward
+    accelerator = trainer.learner.accelerator
+    clip, backward = accelerator.clip_grad_norm_, accelerator.backward
 
     def noted_backward(loss, **arguments):
         seen.passes += 1
@@ -107,7 +108,7 @@ def watch(trainer) -> SimpleNamespace:
         seen.passes = 0
         return clip(parameters, *arguments, **more)
 
-    trainer.accelerator.clip_grad_norm_, trainer.accelerator.backward = noted_clip, noted_backward
+    accelerator.clip_grad_norm_, accelerator.backward = noted_clip, noted_backward
     return seen
 
 

@@ -6,7 +6,7 @@ before it becomes part of a page.
 
 from .answers import show_answers, show_completions, show_tokens
 from .curves import new_panels, plot_against, plot_run, show
-from .findings import show_claims, show_findings
+from .findings import published_folder, show_claims, show_findings
 from .live import LiveRun, live
 from .place import begin, experiment_path, is_headless, list_files
 from .questions import check
@@ -15,7 +15,8 @@ from .tables import show_picture, show_rows, show_table
 
 __all__ = [
     "LiveRun", "begin", "check", "experiment_path", "is_headless", "list_files", "live",
-    "new_panels", "plot_against", "plot_run", "show", "show_answers", "show_claims",
+    "new_panels", "plot_against", "plot_run",
+    "published_folder", "show", "show_answers", "show_claims",
     "show_completions", "show_findings", "show_picture", "show_reasons", "show_rows", "show_scores",
     "show_signal", "show_table", "show_tokens",
 ]

@@ -1,6 +1,5 @@
 """Where a notebook stands: its preset, whether anyone watches, and the files it writes."""
 
-import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -99,5 +98,3 @@ def _quiet_model_loading() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # Says on every import that a CPU machine has no GPU kernels.
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..hub import cache_only_if_unreachable
 
 FOLDER_VARIABLE = "HYBRIDRL_DATA_DIR"
 FOLDER_HINT = (f"set {FOLDER_VARIABLE} to a folder with gsm8k/train.jsonl, gsm8k/test.jsonl "
@@ -118,7 +119,9 @@ def _from_hub(source: Source) -> tuple[list[Row], str]:
     rows = []
     for split in source.splits:
         try:
-            table = load_dataset(source.path, source.name, split=split, revision=source.revision)
+            with cache_only_if_unreachable():
+                table = load_dataset(source.path, source.name, split=split,
+                                     revision=source.revision)
         except Exception as error:  # no connection, proxy, time-out, full disk: many types
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(f"{source.path} could not be read from the hub ({reason.rstrip('.')}); "

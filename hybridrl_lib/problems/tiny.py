@@ -86,18 +86,18 @@ def run_chain(start: int, changes: tuple[tuple[str, int], ...]) -> tuple[Step, .
 def draw_word(random_source: random.Random) -> Exercise:
     """A story of two to four changes to a number of things."""
     name, things = random_source.choice(NAMES), random_source.choice(OBJECTS)
-    start = value = random_source.randint(3, 50)
+    start = value = random_source.randint(5, 60)
     changes: list[tuple[str, int]] = []
-    for _ in range(random_source.choice((2, 2, 3, 3, 4))):
+    for _ in range(random_source.choice((2, 3, 3, 4))):
         options = ["+"]
         options += ["-"] if value > 3 else []
         options += ["*"] if value <= 40 else []
-        divisors = [n for n in range(2, 6) if value % n == 0 and value > n]
+        divisors = [n for n in range(2, 7) if value % n == 0 and value > n]
         options += ["/"] if divisors else []
         operation = random_source.choice(options)
-        number = {"+": lambda: random_source.randint(2, 40),
-                  "-": lambda: random_source.randint(2, min(value - 1, 40)),  # noqa: B023
-                  "*": lambda: random_source.randint(2, 3),
+        number = {"+": lambda: random_source.randint(2, 50),
+                  "-": lambda: random_source.randint(2, min(value - 1, 50)),  # noqa: B023
+                  "*": lambda: random_source.randint(2, 4),
                   "/": lambda: random_source.choice(divisors)}[operation]()  # noqa: B023
         changes.append((operation, number))
         value = OPERATIONS[operation](value, number)
@@ -121,7 +121,7 @@ def write_word(name: str, things: str, start: int, changes: tuple[tuple[str, int
 
 
 def draw_remainder(random_source: random.Random) -> Exercise:
-    a, b = random_source.randint(10, 99), random_source.randint(2, 9)
+    a, b = random_source.randint(10, 149), random_source.randint(3, 12)
     phrasing = random_source.choice("AB")
     question = {"A": f"What is the remainder of {a} divided by {b}?",
                 "B": f"Find {a} mod {b}."}[phrasing]
@@ -132,8 +132,8 @@ def draw_remainder(random_source: random.Random) -> Exercise:
 
 
 def draw_linear(random_source: random.Random) -> Exercise:
-    a, x, b = (random_source.randint(2, 9), random_source.randint(2, 15),
-               random_source.randint(1, 30))
+    a, x, b = (random_source.randint(2, 12), random_source.randint(2, 15),
+               random_source.randint(1, 40))
     phrasing = random_source.choice("AB")
     total = a * x + b
     question = {"A": f"Solve {a}x + {b} = {total}.",
@@ -165,7 +165,7 @@ def boxed_fraction(numerator: int, denominator: int) -> str:
 
 def draw_quadratic(random_source: random.Random) -> Exercise:
     a, b, x = (random_source.randint(1, 9), random_source.randint(1, 30),
-               random_source.randint(2, 9))
+               random_source.randint(2, 12))
     phrasing = random_source.choice("AB")
     question = {"A": f"Evaluate x^2 + {a}x + {b} at x = {x}.",
                 "B": f"Find x^2 + {a}x + {b} if x = {x}."}[phrasing]

@@ -61,10 +61,13 @@ def _lambda_table(experiment: Experiment, values: dict[str, str]) -> str:
         known = SETUPS.get(setup)
         for stage in stages:
             lines = [line for line in run.metrics if line.get("stage") == stage]
-            entropy = values.get(f"{stage}.gamma", NOTHING) if known and known.entropy else "0"
+            entropy = values.get(f"{stage}.gamma", NOTHING) if known and known.entropy else \
+                "0" if known else NOTHING
+            if any("gamma" in line for line in lines):
+                entropy = _lambda(lines, "gamma")
             rows.append([setup_title(setup), stage, _epochs(lines, run.metrics), str(len(lines)),
                          _lambda(lines, "lambda/sft"), _lambda(lines, "lambda/rl"),
-                         entropy if known else NOTHING])
+                         entropy])
     header = ["setup", "stage", "epochs", "steps", "λ_SFT", "λ_RL", "γ"]
     return (markdown_table(header, rows, range(2, 7))
             + "\nReward of a completion: 1 if it is right by the strict rule, 0 otherwise.\n")

@@ -1,6 +1,7 @@
 """report.md: the tables and pictures on one page, with what the runs were."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def facts(experiment: Experiment) -> str:
         lines = []
         for name, entry in (manifest.get("data") or {}).items():
             counts = entry.get("problems") or {}
-            lines.append(f"{benchmark_title(name).title} at {entry.get('revision')}: "
+            revision = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", str(entry.get("revision")))
+            lines.append(f"{benchmark_title(name).title} at {revision}: "
                          + ", ".join(f"{count} {part}" for part, count in counts.items()))
         return "; ".join(lines)
 

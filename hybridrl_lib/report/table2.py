@@ -194,9 +194,9 @@ def place_notes(experiment: Experiment) -> list[str]:
         notes.append(f"Stand-ins: {places}. They are problems made by code, far easier, and not "
                      "the real benchmarks.")
     models = agreed(experiment.runs, lambda run: run.manifest.get("model", {}).get("name"))
-    notes.append(f"The paper's numbers are {PAPER_MODEL} on the real benchmarks"
-                 + (f"; here the model is " + ', '.join(f'`{name}`' for name in models) if models else "")
-                 + ". Compare the order of the setups, not the height of the numbers.")
+    here = "; here the model is " + ", ".join(f"`{name}`" for name in models) if models else ""
+    notes.append(f"The paper's numbers are {PAPER_MODEL} on the real benchmarks{here}"
+                 ". Compare the order of the setups, not the height of the numbers.")
     return notes
 
 

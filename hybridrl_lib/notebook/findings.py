@@ -1,0 +1,132 @@
+"""What was found, in sentences made from the published tables: no number is written by hand."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from IPython.display import Markdown, display
+
+from ..records import project_folder
+from ..report.loading import benchmark_title, setup_title
+from ..report.text import NOTHING, markdown_table, p_text, plus
+
+CLEAR = 0.05  # Holm's p below which a difference is more than chance
+
+Line = Mapping[str, str]
+
+# The paper's claims that one difference can answer: (claim, first, second, expected sign).
+CLAIMS = (
+    ("RL alone is worse than SFT", "rl", "sft", -1),
+    ("RL after SFT is better than RL alone", "sft_then_rl", "rl", +1),
+    ("RL without SFT hurts", "rl", "base", -1),
+    ("RL after SFT helps", "sft_then_rl", "sft", +1),
+    ("entropy regularisation helps SFT", "sft_entropy", "sft", +1),
+    ("entropy regularisation helps RL", "rl_entropy", "rl", +1),
+    ("entropy regularisation helps SFT + RL", "sft_then_rl_entropy", "sft_then_rl", +1),
+)
+
+
+def published_folder(experiment: str = "tiny") -> Path:
+    """The folder of the committed records of an experiment."""
+    return project_folder() / "results" / "published" / experiment
+
+
+def show_findings(setup: str, experiment: str = "tiny") -> None:
+    """Says what the published records show about a setup."""
+    display(Markdown(findings(setup, published_folder(experiment))))
+
+
+def findings(setup: str, folder: Path) -> str:
+    """The sentences, as Markdown: scores, then every comparison that begins with the setup."""
+    scores = [row for row in _lines(folder / "table2.csv") if row["setup"] == setup]
+    if not scores:
+        return (f"There are no published records of this setup here (`{folder.name}`): they are in "
+                "the project's repository under `results/published`.")
+    found = {(row["benchmark"], row["metric"]): row for row in scores}
+    differences = [row for row in _lines(folder / "differences.csv") if row["first"] == setup]
+    parts = [f"From the published records of the experiment `{folder.name}`:\n"]
+    for benchmark in dict.fromkeys(row["benchmark"] for row in scores):
+        exact = found.get((benchmark, "exact_match"))
+        if exact is None:
+            continue
+        parts.append(_score_sentence(setup, benchmark, exact, found))
+        parts += [_difference_sentence(row) for row in differences
+                  if row["benchmark"] == benchmark and row["metric"] == "exact_match"]
+    return "\n".join(parts)
+
+
+def _score_sentence(setup: str, benchmark: str, exact: Line, found: Mapping) -> str:
+    title = benchmark_title(benchmark).title
+    text = (f"- **{title}**: {setup_title(setup)} answers {_percent(exact)} of "
+            f"{exact['problems']} test problems right with one greedy answer "
+            f"({_seeds(exact['seeds'], setup)})")
+    one = found.get((benchmark, "pass@1"))
+    many = next((found[benchmark, f"pass@{k}"] for k in (8, 4, 2)
+                 if (benchmark, f"pass@{k}") in found), None)
+    if one and many:
+        text += f"; sampled, pass@1 is {one['mean']} % and {many['metric']} is {many['mean']} %"
+    if exact.get("paper"):
+        text += (f". The paper's number in this place is {exact['paper']} %, of another model on "
+                 "another benchmark" if benchmark.startswith("tiny") else
+                 f". The paper prints {exact['paper']} %")
+    return text + "."
+
+
+def _difference_sentence(row: Line) -> str:
+    first, second = setup_title(row["first"]), setup_title(row["second"])
+    size = float(row["difference"])
+    if float(row["p_holm"]) < CLEAR:
+        verdict = f"**{'better' if size > 0 else 'worse'}** than {second}, beyond chance"
+    else:
+        verdict = f"not told apart from {second}"
+    return (f"    - {first} is {verdict}: {plus(size)} points [{plus(float(row['ci_low']))}, "
+            f"{plus(float(row['ci_high']))}], p = {p_text(float(row['p_holm']))} (Holm).")
+
+
+def show_claims(folder: Path) -> None:
+    """Shows the paper's claims beside the differences that an experiment's report measured."""
+    display(Markdown(claims(Path(folder))))
+
+
+def claims(folder: Path) -> str:
+    """A Markdown table: claim, comparison, what was measured, what it says about the claim."""
+    measured = {(row["first"], row["second"], row["benchmark"]): row
+                for row in _lines(folder / "differences.csv") if row["metric"] == "exact_match"}
+    rows = []
+    for claim, first, second, sign in CLAIMS:
+        for benchmark in dict.fromkeys(key[2] for key in measured):
+            row = measured.get((first, second, benchmark))
+            if row is not None:
+                rows.append([claim, f"{setup_title(first)} − {setup_title(second)}",
+                             benchmark_title(benchmark).title,
+                             f"{plus(float(row['difference']))} [{plus(float(row['ci_low']))}, "
+                             f"{plus(float(row['ci_high']))}]",
+                             plus(float(row["paper"])) if row["paper"] else NOTHING,
+                             _verdict(row, sign)])
+    if not rows:
+        return "No two setups of this experiment have finished yet, so nothing can be compared."
+    return markdown_table(["claim", "difference", "benchmark", "measured, points [95 %]",
+                           "paper", "here"], rows, (3, 4))
+
+
+def _verdict(row: Line, sign: int) -> str:
+    if float(row["p_holm"]) >= CLEAR:
+        return "cannot be told"
+    return "holds" if float(row["difference"]) * sign > 0 else "the opposite holds"
+
+
+def _percent(row: Line) -> str:
+    return f"{row['mean']} % [{row['ci_low']}, {row['ci_high']}]"
+
+
+def _seeds(count: str, setup: str) -> str:
+    if setup == "base":
+        return "no training, so no seeds"
+    return f"mean over {count} seeds" if int(count) > 1 else "one seed"
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))

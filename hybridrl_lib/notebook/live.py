@@ -1,0 +1,83 @@
+"""The live view of a run: curves and a few completions while somebody watches, else plain lines."""
+
+import time
+
+from IPython.display import display
+
+from ..progress import Lines, Observer
+from .answers import completions_table
+from .curves import draw_live, png
+from .place import is_headless
+from .tables import escaped
+
+MOST_SHARE_OF_TIME = 0.05  # that drawing may take from training
+COMPLETIONS = 4
+
+
+def live(setup: str) -> Observer:
+    """What watches a run of a setup: the live view, or plain lines where nobody looks on."""
+    return Lines(name=setup) if is_headless() else LiveRun(setup)
+
+
+class LiveRun(Observer):
+    """Redraws its curves and completions every few seconds, in place.
+
+    Args:
+        setup: what its lines begin with.
+        seconds: between two pictures, at least; more where drawing is slow.
+        show: what puts something on the page and returns a handle (`IPython.display.display`).
+    """
+
+    def __init__(self, setup: str, seconds: float = 3.0, show=display):
+        self.setup, self.seconds, self.show = setup, seconds, show
+        self.metrics: list[dict] = []
+        self.probe: list[dict] = []
+        self.samples: list[dict] = []
+        self.status = ""
+        self.lines = Lines(0.0, setup, write=self._set_status)
+        self.picture = self.page = None
+        self.due = 0.0
+
+    def _set_status(self, line: str) -> None:
+        self.status = line
+
+    def note(self, sentence: str) -> None:
+        print(f"{self.setup}: {sentence}", flush=True)
+
+    def on_step(self, row: dict, total: int) -> None:
+        self.metrics.append(row)
+        self.lines.on_step(row, total)
+        if row["step"] == total or time.monotonic() >= self.due:
+            self.draw()
+
+    def on_probe(self, row: dict) -> None:
+        self.probe.append(row)
+
+    def on_sample(self, row: dict) -> None:
+        self.samples = [*self.samples, row][-COMPLETIONS:]
+
+    def draw(self) -> None:
+        """Puts the newest curves and completions on the page."""
+        began = time.monotonic()
+        try:
+            self._put("picture", {"image/png": png(draw_live(self.metrics, self.probe)),
+                                  "text/plain": self.status})
+            self._put("page", {"text/html": self.html(), "text/plain": self.status})
+        except Exception as error:  # a picture must never end a run of hours
+            self.note(f"the live view failed ({error!r}) and is off; training goes on")
+            self.due = float("inf")
+            return
+        now = time.monotonic()
+        self.due = now + max(self.seconds, (now - began) / MOST_SHARE_OF_TIME)
+
+    def html(self) -> str:
+        """Where the run stands, and the newest completions, as HTML."""
+        page = f"<p>{escaped(self.status)}</p>"
+        return page + (completions_table(self.samples) if self.samples else "")
+
+    def _put(self, name: str, bundle: dict) -> None:
+        handle = getattr(self, name)
+        if handle is None:
+            setattr(self, name, self.show(bundle, raw=True, display_id=True))
+        else:
+            handle.update(bundle, raw=True)

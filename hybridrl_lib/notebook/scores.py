@@ -1,0 +1,102 @@
+"""How good a run is: scores with intervals beside the base model, why answers fail, signal."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from IPython.display import Markdown, display
+
+from ..records import RunFolder
+from ..report import Experiment, load_experiment
+from ..report.comparisons import make_comparisons
+from ..report.loading import benchmark_title, setup_title
+from ..report.scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks
+from ..report.table2 import make_table2
+from ..report.text import markdown_table, p_text, percent, signed
+from ..rewards import REASONS
+from ..statistics import pass_at_k
+from .curves import new_panels, show
+
+
+def show_scores(record: RunFolder) -> None:
+    """Shows a run's test scores in percent with 95 % intervals, and the base model's if it ran.
+
+    Raises:
+        UserError: the run is not finished.
+    """
+    experiment = _this_run_and_base(record)
+    table = make_table2(experiment)
+    metrics = {EXACT_MATCH: "greedy, strict", EXACT_MATCH_LENIENT: "greedy, lenient"}
+    metrics |= {f"pass@{k}": f"pass@{k}" for k in sorted({1, max(pass_ks(experiment))})}
+    rows = [[benchmark_title(benchmark).title, setup_title(setup),
+             *(table.text(setup, benchmark, metric) for metric in metrics)]
+            for benchmark in experiment.benchmarks for setup in reversed(experiment.setups)]
+    text = markdown_table(["benchmark", "", *metrics.values()], rows, range(2, 2 + len(metrics)))
+    text += ("\nPercent of the test problems [95 % interval over them; one seed, so another seed's "
+             "luck is not in it].\n\n")
+    comparisons = [c for c in make_comparisons(experiment) if c.metric == EXACT_MATCH]
+    text += "".join(
+        f"- {benchmark_title(c.benchmark).title}: {setup_title(c.first)} − {setup_title(c.second)} "
+        f"= {signed(c.difference.mean, c.difference.low, c.difference.high)} points, greedy, "
+        f"p = {p_text(c.difference.p_value)}\n" for c in comparisons)
+    if record.path.parent.name != "base" and "base" not in experiment.setups:
+        text += "- The base model was not scored in this experiment; `00_start_here` does it.\n"
+    display(Markdown(text))
+
+
+def _this_run_and_base(record: RunFolder) -> Experiment:
+    """The experiment, cut down to one run and the base model."""
+    experiment = load_experiment(record.path.parent.parent)
+    setup, seed = record.path.parent.name, int(record.path.name.removeprefix("seed-"))
+    runs = tuple(run for run in experiment.runs
+                 if (run.setup, run.seed) == (setup, seed) or run.setup == "base")
+    return replace(experiment, runs=runs)
+
+
+def show_reasons(record: RunFolder) -> None:
+    """Shows on what the strict verdicts of the greedy test answers rest, by benchmark."""
+    counts: dict[str, Counter] = {}
+    for row in _test_rows(record):
+        counts.setdefault(row["benchmark"], Counter())[row["greedy"]["reason"]] += 1
+    totals = {name: sum(count.values()) for name, count in counts.items()}
+    rows = [[reason, *(f"{count[reason]} ({percent(count[reason] / totals[name], 0)} %)"
+                       for name, count in counts.items())]
+            for reason in REASONS if any(count[reason] for count in counts.values())]
+    header = ["reason", *(f"{benchmark_title(name).title} ({totals[name]})" for name in counts)]
+    display(Markdown(markdown_table(header, rows, range(1, len(header)))))
+
+
+def show_signal(record: RunFolder, group_size: int = 8) -> None:
+    """Draws how many of m samples are right, problem by problem, and what that means for RL.
+
+    A group has a signal if some of its G answers are right and some wrong. Its chance follows from
+    c right samples out of m as Pass@k does: Pass@G of the right ones + Pass@G of the wrong - 1.
+    """
+    drawn: dict[str, list[int]] = {}
+    for row in _test_rows(record):
+        if "samples" in row:
+            drawn.setdefault(row["benchmark"], []).append(sum(row["samples"]["strict"]))
+            samples = len(row["samples"]["strict"])
+    if not drawn:
+        print("No answers were sampled in this run (evaluation.samples=0).")
+        return
+    group = min(group_size, samples)
+    figure, panels = new_panels(2.5, columns=len(drawn))
+    for panel, (name, right) in zip(np.atleast_1d(panels), drawn.items(), strict=True):
+        counts = np.bincount(right, minlength=samples + 1)
+        colours = ["#BBBBBB"] + ["#0072B2"] * (samples - 1) + ["#BBBBBB"]
+        panel.bar(range(samples + 1), counts, color=colours)
+        panel.set_title(f"{benchmark_title(name).title} ({len(right)} problems)", loc="left")
+        panel.set(xlabel=f"right samples out of {samples}", ylabel="problems")
+    show(figure, alt="Histogram of right samples a problem; grey: all wrong or all right")
+    for name, right in drawn.items():
+        c = np.array(right)
+        chance = pass_at_k(samples, c, group) + pass_at_k(samples, samples - c, group) - 1
+        print(f"{benchmark_title(name).title}: pass@1 {np.mean(c) / samples:.1%}, "
+              f"pass@{group} {np.mean(pass_at_k(samples, c, group)):.1%}, "
+              f"groups of {group} with signal {np.mean(chance):.0%}")
+
+
+def _test_rows(record: RunFolder) -> list[dict]:
+    return [row for row in record.lines("eval.jsonl")
+            if row["part"] == "test" and row["checkpoint"] == "last"]

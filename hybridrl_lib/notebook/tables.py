@@ -1,0 +1,78 @@
+"""Tables as HTML with every cell escaped, and the report's tables and pictures."""
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from IPython.display import HTML, Markdown, display
+
+from ..errors import UserError
+from ..report import load_experiment
+from ..report.figures import FIGURES
+from ..report.style import style
+
+LONGEST_TEXT = 900  # characters of one text in a cell; the record on disk has all of it
+# No typesetting inside: an answer's dollar signs are part of it.
+PLAIN = 'class="tex2jax_ignore mathjax_ignore"'
+LEFT = 'style="text-align:left;vertical-align:top"'
+
+
+def escaped(text: object) -> str:
+    """Text as HTML that shows exactly this text, whatever a model wrote into it."""
+    text = str(text)
+    if len(text) > LONGEST_TEXT:
+        text = text[:LONGEST_TEXT] + " …"
+    return html.escape(text, quote=True).replace("\n", "<br>")
+
+
+def code(text: object) -> str:
+    """Text as HTML in typewriter letters, spaces and dollar signs kept."""
+    return f'<code {PLAIN} style="white-space:pre-wrap">{escaped(text)}</code>'
+
+
+def html_table(header: Sequence[object], rows: Iterable[Sequence[str]]) -> str:
+    """A table as HTML. Cells are HTML already: text goes through `escaped` or `code` first."""
+    head = "".join(f"<th {LEFT}>{escaped(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td {LEFT}>{cell}</td>" for cell in row) + "</tr>"
+                   for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def show_rows(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """Shows a table of texts and numbers."""
+    display(HTML(html_table(header, [[escaped(_cell(value)) for value in row] for row in rows])))
+
+
+def _cell(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def show_table(path: Path) -> None:
+    """Shows a Markdown table that the report wrote, its headings made smaller.
+
+    Raises:
+        UserError: the report did not write it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"There is no {path.name} in {path.parent.name}; make the report first "
+                        "(some of its tables need more than one setup).")
+    text = path.read_text(encoding="utf-8")
+    display(Markdown("\n".join("##" + line if line.startswith("#") else line
+                               for line in text.split("\n"))))
+
+
+def show_picture(folder: Path, name: str) -> None:
+    """Draws one of the report's pictures (`report.figures.FIGURES`) from an experiment's records.
+
+    Raises:
+        UserError: the experiment has no finished run.
+    """
+    from .curves import show
+
+    with style():
+        figure = FIGURES[name](load_experiment(Path(folder)))
+    if figure is None:
+        print(f"Nothing was measured for the picture {name!r}.")
+    else:
+        show(figure, alt=f"The report's picture {name}")

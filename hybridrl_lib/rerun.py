@@ -1,0 +1,71 @@
+"""The same run again, and whether it gave the same answers."""
+
+from pathlib import Path
+
+from .config import describe, settings_from_dict
+from .errors import UserError
+from .records import RunFolder, experiment_folder
+
+ANSWERS = "eval.jsonl"
+
+
+def rerun(manifest: Path, experiment: str | None = None) -> int:
+    """Runs a recorded run again into an experiment of its own and says if the answers are the same.
+
+    Settings, seed and number of threads are the record's; code, versions and machine are those at
+    hand, and where they differ it is said.
+
+    Args:
+        manifest: manifest.json or config.json of a run, or its folder.
+        experiment: where the second run goes; the first one's name with `-rerun` unless given.
+
+    Returns:
+        0 if the file of answers is the same to the byte, 1 if not.
+
+    Raises:
+        UserError: there is no such record, or it is not finished.
+    """
+    first = RunFolder(manifest.parent if manifest.suffix == ".json" else manifest)
+    config, record = first.read("config.json"), first.read("manifest.json")
+    if not config or not record or not (first.path / ANSWERS).is_file():
+        raise UserError(f"There is no finished run in {first.path} (config.json, manifest.json and "
+                        f"{ANSWERS}); name the manifest.json of one.")
+    overrides = [f"{key}={value}" for key, value, _ in
+                 describe(settings_from_dict(config["settings"]))]
+    experiment = experiment or f"{config['experiment']}-rerun"
+    place = experiment_folder(experiment) / config["setup"] / f"seed-{config['seed']}"
+    if place.resolve() == first.path.resolve():
+        raise UserError("The second run would be the first one itself; choose another "
+                        "--experiment.")
+
+    import torch
+
+    from .run import run
+
+    torch.set_num_threads(record.get("threads") or torch.get_num_threads())
+    return compare(first, run(config["setup"], config["preset"], config["seed"], experiment,
+                              overrides))
+
+
+def compare(first: RunFolder, second: RunFolder) -> int:
+    """Says if two runs' answers are the same; if not, what else differs between the two."""
+    same = (first.path / ANSWERS).read_bytes() == (second.path / ANSWERS).read_bytes()
+    if same:
+        print(f"{ANSWERS} is identical: every answer of {second.path} is that of {first.path}")
+        return 0
+    mine, theirs = first.lines(ANSWERS), second.lines(ANSWERS)
+    changed = sum(one != other for one, other in zip(mine, theirs, strict=False))
+    changed += abs(len(mine) - len(theirs))
+    print(f"{ANSWERS} differs in {changed} of {len(mine)} lines")
+    for name, before, after in differences(first, second):
+        print(f"  {name}: {before} -> {after}")
+    return 1
+
+
+def differences(first: RunFolder, second: RunFolder) -> list[tuple[str, str, str]]:
+    """(what, first, second) for each circumstance in which two runs differ."""
+    one, other = first.read("manifest.json") or {}, second.read("manifest.json") or {}
+    names = ("git_commit", "git_dirty", "numerics_version", "versions", "device", "precision",
+             "threads", "model", "data")
+    return [(name, str(one.get(name)), str(other.get(name))) for name in names
+            if one.get(name) != other.get(name)]
