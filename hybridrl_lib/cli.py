@@ -1,7 +1,7 @@
 """The command `hybridrl`.
 
 Exit codes: 0 it did what it says, 1 it could not, 2 it was called wrongly, 130 it was stopped.
-torch and the like are imported inside the commands that need them, so that the others start at once.
+torch and the like are imported inside the commands that need them; the others start at once.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def not_understood(word: str, command: str | None) -> UsageError:
     """The error for a word on the command line that no command or option takes."""
     if not word.startswith("-"):
         return UsageError(f"{word!r} is one word too many; see 'hybridrl {command} --help'.")
-    one = Parser()
+    one = Parser() if command else make_parser()
     if command:
         COMMANDS[command][1](one)
     return unknown("option", word.partition("=")[0],

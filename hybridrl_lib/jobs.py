@@ -34,6 +34,7 @@ class Job:
         output: the executed notebook.
         log: what the process prints.
         weight: about how long it takes, in any unit; longer ones start first.
+        seed: the seed it gets.
         record: the run that must be complete afterwards; None where there is none.
     """
 
@@ -43,6 +44,7 @@ class Job:
     output: Path
     log: Path
     weight: float
+    seed: int = 0
     record: RunFolder | None = None
 
 

@@ -83,20 +83,22 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
     with (only_writer(plan.folder, f"The experiment {plan.experiment}"),
           tempfile.TemporaryDirectory(prefix="hybridrl-") as temporary):
         environment = job_environment(plan, Path(temporary))
-        say(f"{len(runs)} notebooks ({len(chosen)} setups x {len(runs) // len(chosen)} seeds), "
+        say(f"{len(runs)} notebooks ({', '.join(setup.name for setup in chosen)}; "
+            f"seeds {', '.join(map(str, dict.fromkeys(seeds)))}), "
             f"{plan.jobs} at a time with {environment['OMP_NUM_THREADS']} thread"
             f"{'' if environment['OMP_NUM_THREADS'] == '1' else 's'} each, into {plan.folder}; "
             "Ctrl-C stops, and the same command goes on")
         failures = Queue(runs, plan.jobs, environment, say, plan.gpus).run()
-        files, more = make_everything(plan, runs, environment, say)
-        failures |= more
+        pages = report_jobs(plan, [job.seed for job in runs], say)
+        failures |= Queue(pages, plan.jobs, environment, say, plan.gpus).run()
+        files = write_report(plan, say)
     if failures:
-        say(f"\n{len(failures)} of {len(runs) + len(REPORT_NOTEBOOKS)} notebooks failed:")
+        count = f"{len(failures)} of {len(runs) + len(pages)} notebooks failed"
+        say(f"\n{count}:")
         for job, reason in failures.items():
             say(f"* {job.name}: {reason} (log: {job.log})")
-        raise UserError(f"{len(failures)} notebooks failed ("
-                        + ", ".join(job.name for job in failures) + "); mend what their logs say "
-                        "and run the same command again: what is finished is not run again.")
+        raise UserError(f"{count} ({', '.join(job.name for job in failures)}); mend what is said "
+                        "above and run the same command again: what is finished is not run again.")
     return files
 
 
@@ -188,7 +190,7 @@ def notebook_job(plan: Plan, notebook: str, name: str, seed: int, weight: float,
                plan.experiment, "-r", "settings", shlex.join(plan.settings),
                "--no-progress-bar", "--log-output"]
     return Job(name=name, command=tuple(command), folder=plan.notebooks, output=written,
-               log=written.with_suffix(".log"), weight=weight, record=record)
+               log=written.with_suffix(".log"), weight=weight, seed=seed, record=record)
 
 
 # The environment of a notebook -------------------------------------------------------------------
@@ -236,20 +238,30 @@ def write_kernel(folder: Path) -> None:
 # The report -------------------------------------------------------------------------------------
 
 
-def make_everything(plan: Plan, runs: Sequence[Job], environment: dict[str, str], say
-                    ) -> tuple[list[Path], dict[Job, str]]:
-    """The report's notebooks, its files, and Table 2 beside the published one."""
+def report_jobs(plan: Plan, seeds: Sequence[int], say) -> list[Job]:
+    """The report's notebooks, on a seed that every setup has.
+
+    By themselves they train what is missing. Here they must not: the user chose the setups, and
+    one that has failed would fail again.
+    """
+    finished = [seed for seed in dict.fromkeys(seeds) if all(
+        RunFolder(plan.folder / name / f"seed-{seed}").is_complete for name in SETUPS)]
+    if finished:
+        return [notebook_job(plan, name, name, finished[0], 1.0, name) for name in REPORT_NOTEBOOKS]
+    say(f"{' and '.join(REPORT_NOTEBOOKS)} are left out, since not every setup is finished")
+    return []
+
+
+def write_report(plan: Plan, say) -> list[Path]:
+    """Writes the report's files and prints Table 2, beside the published one where there is one."""
     from .report import load_experiment, make_report
     from .report.page import beside_published
     from .report.table2 import make_table2
 
     if not any(RunFolder(path.parent).is_complete
                for path in plan.folder.glob("*/seed-*/manifest.json")):
-        say("No run is finished, so there is no report yet")
-        return [], {}
-    report_jobs = [notebook_job(plan, name, name, 0, 0.5, name) for name in REPORT_NOTEBOOKS
-                   if (plan.notebooks / f"{name}.ipynb").is_file()]
-    failures = Queue(report_jobs, plan.jobs, environment, say, plan.gpus).run()
+        say("no run is finished, so there is no report yet")
+        return []
     published = published_folder() / plan.preset
     compared = (published / "table2.csv").is_file() and not smoke_from_environment()
     say("")
@@ -257,4 +269,4 @@ def make_everything(plan: Plan, runs: Sequence[Job], environment: dict[str, str]
     if compared:
         experiment = load_experiment(plan.folder)
         say("\n" + beside_published(experiment, make_table2(experiment), published))
-    return files, failures
+    return files

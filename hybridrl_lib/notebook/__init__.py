@@ -4,6 +4,7 @@ A notebook calls these and holds no work of its own. Whatever a model wrote is d
 before it becomes part of a page.
 """
 
+from . import quiet  # noqa: F401  first: the other modules import what it quiets
 from .answers import show_answers, show_completions, show_tokens
 from .curves import new_panels, plot_against, plot_run, show
 from .findings import published_folder, show_claims, show_findings

@@ -86,4 +86,4 @@ def _token(text: str, value: float, strongest: float, digits: int) -> str:
     colour = "0,114,178" if value >= 0 else "213,94,0"  # blue and orange: told apart by everyone
     return (f'<span style="display:inline-block;text-align:center;margin:1px;padding:1px 4px;'
             f'background:rgba({colour},{0.55 * strength:.2f})"><code style="white-space:pre;'
-            f'background:none">{escaped(text)}</code><br><small>{value:.{digits}f}</small></span> ')
+            f'background:none">{escaped(text)}</code><br><small>{round(value, digits) + 0.0:.{digits}f}</small></span> ')

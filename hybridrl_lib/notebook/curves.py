@@ -22,11 +22,11 @@ STEPS, PROBE, VALIDATION = "#0072B2", "#D55E00", "#009E73"
 Rows = Sequence[Mapping[str, object]]
 
 
+@style()
 def new_panels(height: float = 2.6, columns: int = 1, rows: int = 1, width: float = 8.6):
     """A figure in the project's style with its axes; sizes in inches."""
-    with style():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns)
 
 
 def png(figure: Figure) -> bytes:
@@ -56,6 +56,7 @@ def plot_run(record: RunFolder) -> None:
          alt="Reward, losses, entropy, KL divergence, length and groups without signal over epochs")
 
 
+@style()
 def draw_run(metrics: Rows, probe: Rows, validation: Rows) -> Figure:
     """Six panels over epochs, of one run."""
     figure, panels = new_panels(4.6, columns=3, rows=2)
@@ -87,6 +88,7 @@ def draw_run(metrics: Rows, probe: Rows, validation: Rows) -> Figure:
     return figure
 
 
+@style()
 def draw_live(metrics: Rows, probe: Rows) -> Figure:
     """Four panels over epochs, quick to draw, for a run that goes on."""
     figure, panels = new_panels(2.3, columns=4, width=9.6)
@@ -110,6 +112,7 @@ def draw_live(metrics: Rows, probe: Rows) -> Figure:
     return figure
 
 
+@style()
 def plot_against(record: RunFolder, other: str) -> None:
     """Draws a run's probe over that of another setup, same experiment and seed, if it has run."""
     setup, seed = record.path.parent.name, record.path.name
@@ -207,6 +210,5 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     if entries:
-        with style():
-            figure.legend(handles=list(entries.values()), labels=list(entries),
-                          loc="outside lower center", ncols=5, handlelength=2.2)
+        figure.legend(handles=list(entries.values()), labels=list(entries),
+                      loc="outside lower center", ncols=5, handlelength=2.2)

@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import matplotlib
 from IPython import get_ipython
 
 from ..config import difference, load_settings, resolve_preset, smoke_from_environment
 from ..errors import UserError
 from ..records import RunFolder, experiment_folder, project_folder
+from ..report.style import RC
 from ..run import default_experiment
 
 
@@ -29,14 +31,15 @@ def is_headless() -> bool:
 def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
     """Says what the parameters mean here and returns the preset's own name.
 
-    It also makes a `UserError` show as its one sentence, and quiets the progress bars of model
-    loading, which fill a notebook with lines.
+    It also makes a `UserError` show as its one sentence, gives the notebook's own figures the
+    report's look, and quiets the progress bars of model loading, which fill a page with lines.
 
     Raises:
         UsageError: an unknown preset or setting.
     """
     _show_one_sentence_errors()
     _quiet_model_loading()
+    matplotlib.rcParams.update({key: value for key, value in RC.items() if key != "savefig.dpi"})
     name = resolve_preset(preset)
     chosen = load_settings(name, settings)
     why = {"colab": " (auto: there is a GPU)", "tiny": " (auto: there is no GPU)"}

@@ -11,6 +11,7 @@ from ..report import Experiment, load_experiment
 from ..report.comparisons import make_comparisons
 from ..report.loading import benchmark_title, setup_title
 from ..report.scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks
+from ..report.style import style
 from ..report.table2 import make_table2
 from ..report.text import markdown_table, p_text, percent, signed
 from ..rewards import REASONS
@@ -66,6 +67,7 @@ def show_reasons(record: RunFolder) -> None:
     display(Markdown(markdown_table(header, rows, range(1, len(header)))))
 
 
+@style()
 def show_signal(record: RunFolder, group_size: int = 8) -> None:
     """Draws how many of m samples are right, problem by problem, and what that means for RL.
 

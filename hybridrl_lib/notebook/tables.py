@@ -40,7 +40,8 @@ def html_table(header: Sequence[object], rows: Iterable[Sequence[str]]) -> str:
 
 def show_rows(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
     """Shows a table of texts and numbers."""
-    display(HTML(html_table(header, [[escaped(_cell(value)) for value in row] for row in rows])))
+    display(HTML(html_table([_cell(name) for name in header],
+                            [[escaped(_cell(value)) for value in row] for row in rows])))
 
 
 def _cell(value: object) -> object:

@@ -1,0 +1,272 @@
+"""The command `hybridrl`: exit codes, one-sentence errors, and what each command prints."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic_records import build_experiment
+
+from hybridrl_lib import catalogue, cli
+from hybridrl_lib.cli import COMMANDS, main
+from hybridrl_lib.config import (
+    describe,
+    difference,
+    load_settings,
+    preset_names,
+    settings_from_dict,
+    settings_to_dict,
+)
+from hybridrl_lib.errors import UsageError, UserError
+from hybridrl_lib.records import RunFolder
+
+LIGHT = [["--version"], ["list"], ["list", "--json"], *([name, "--help"] for name in COMMANDS)]
+
+
+@pytest.fixture()
+def smoke(monkeypatch):
+    """Runs are cut down to about a second."""
+    monkeypatch.setenv("HYBRIDRL_SMOKE", "1")
+
+
+def written(results: Path, experiment: str = "tiny-smoke", setup: str = "sft") -> RunFolder:
+    return RunFolder(results / experiment / setup / "seed-0")
+
+
+# Without torch ---------------------------------------------------------------------------------
+
+
+def test_light_commands_do_not_import_torch(results):
+    """Help, list and report start at once and work where torch is broken."""
+    build_experiment(results / "small", setups=("base", "sft"), seeds=(0, 1),
+                     test={"tiny_word": 6}, train={"tiny_word": 4}, epochs=2)
+    program = (
+        "import sys\n"
+        "from hybridrl_lib.cli import main\n"
+        f"codes = [main(words) for words in {[*LIGHT, ['report', 'small']]!r}]\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(f'{codes} {heavy}' if heavy or any(codes) else 0)\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (results / "small" / "table2.csv").is_file()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name, capsys):
+    """A user finds a line to copy."""
+    assert main([name, "--help"]) == 0
+    assert f"Example: hybridrl {name}" in capsys.readouterr().out
+
+
+def test_examples_are_understood():
+    """What help shows is not itself wrong use."""
+    for *_, example in COMMANDS.values():
+        _, left_over = cli.make_parser().parse_known_args(example.split()[1:])
+        assert not left_over
+
+
+# Wrong use -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "hint"), [
+    (["rnu", "sft"], "run"), (["run"], "SETUP"), (["run", "sft", "--prest", "tiny"], "--preset"),
+    (["run", "sft", "rl"], "one word too many"), (["run", "sft", "--seed", "-1"], "'-1'"),
+    (["reproduce", "--seeds", "0"], "'0'"), (["reproduce", "--jobs", "x"], "'x'"),
+    (["reproduce", "--setups", "sft,rll"], "rl"), (["--vresion"], "--version"),
+    (["doctor", "--preset", "papre"], "paper"),
+])
+def test_wrong_use_is_one_sentence_and_exit_2(words, hint, capsys):
+    """A misspelt call names what was probably meant, without a usage page or a traceback."""
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("hybridrl: ") and hint in captured.err
+
+
+def test_no_command_shows_help(capsys):
+    """`hybridrl` alone did nothing, which is no success."""
+    assert main([]) == 2
+    assert "reproduce" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", (0, 1, 2)), ("0,4,7", (0, 4, 7)), ("4,", (4,))])
+def test_seeds_are_a_number_or_a_list(text, seeds):
+    """`--seeds 3` means three seeds, not seed 3."""
+    assert cli.seed_list(text) == seeds
+
+
+# Errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("error", "code", "hint"), [
+    (UserError("Do this."), 1, "Do this."), (UsageError("Not so."), 2, "Not so."),
+    (KeyboardInterrupt(), 130, "same command"),
+    (OSError(errno.ENOSPC, "No space left on device"), 1, "free some space"),
+    (PermissionError(errno.EACCES, "Permission denied", "a/b"), 1, "a/b"),
+    (MemoryError(), 1, "micro_batch_tokens"),
+    (ZeroDivisionError("division by zero\nsecond line"), 1, "HYBRIDRL_DEBUG"),
+])
+def test_errors_become_one_sentence(error, code, hint, monkeypatch, capsys):
+    """Nothing that a command raises reaches the user as a traceback."""
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "list", (fail, cli.add_json, "", ""))
+    assert main(["list"]) == code
+    captured = capsys.readouterr()
+    assert hint in captured.err and captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err and "second line" not in captured.err
+
+
+def test_debug_shows_tracebacks(monkeypatch):
+    """HYBRIDRL_DEBUG=1 lets an error through."""
+    monkeypatch.setenv("HYBRIDRL_DEBUG", "1")
+    with pytest.raises(UsageError):
+        main(["run", "stf"])
+
+
+def test_a_closed_pipe_is_no_error_message():
+    """`hybridrl list | head -1` ends quietly."""
+    done = subprocess.run(
+        f"'{sys.executable}' -m hybridrl_lib.cli list --json | head -c 10", shell=True,
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert len(done.stdout) == 10 and done.stderr == ""
+
+
+# run and rerun ---------------------------------------------------------------------------------
+
+
+def test_run_records_and_is_not_run_again(model_folders, results, smoke, capsys):
+    """A finished run is read from its record; its steps are those that `list` promises."""
+    words = ["run", "sft_then_rl", "--set", f"model.path={model_folders['qwen2']}"]
+    assert main(words) == 0
+    run = written(results, setup="sft_then_rl")
+    before = (run.path / "manifest.json").read_bytes()
+    assert run.is_complete and not (run.path / ".lock").exists()
+    settings = settings_from_dict(run.read("config.json")["settings"])
+    promised = catalogue.cost(catalogue.SETUPS["sft_then_rl"], settings)
+    assert promised.steps == run.read("manifest.json")["steps"] == len(run.lines("metrics.jsonl"))
+    assert main(words) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert (run.path / "manifest.json").read_bytes() == before
+
+
+def test_rerun_gives_the_same_answers(model_folders, results, smoke, monkeypatch, capsys):
+    """The second run takes settings and seed from the record alone, and compares to the byte."""
+    assert main(["run", "sft", "--set", f"model.path={model_folders['qwen2']}",
+                 "sft.learning_rate=0.001"]) == 0
+    first = written(results)
+    assert main(["rerun", str(first.path / "manifest.json")]) == 0
+    assert "identical" in capsys.readouterr().out
+    second = written(results, "tiny-smoke-rerun")
+    assert second.read("config.json")["settings"] == first.read("config.json")["settings"]
+
+    rows = first.lines("eval.jsonl")
+    rows[1]["greedy"]["text"] = "another answer"
+    first.write_lines("eval.jsonl", rows)
+    assert main(["rerun", str(first.path)]) == 1
+    assert f"differs in 1 of {len(rows)} lines" in capsys.readouterr().out
+
+
+def test_rerun_refuses_what_it_cannot_do(results, smoke, capsys):
+    """Neither a missing record nor the run itself can be run again."""
+    assert main(["rerun", str(results / "nowhere" / "manifest.json")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    build_experiment(results / "small", setups=("base",), test={"tiny_word": 4}, train={})
+    assert main(["rerun", str(results / "small/base/seed-0"), "--experiment", "small"]) == 0 + 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_rerun_passes_every_setting_on(preset):
+    """All settings survive the way through `--set`, whatever preset they came from."""
+    wanted = load_settings(preset, ["data.train_limits=()", "model.revision=none"], smoke=True)
+    record = settings_from_dict(settings_to_dict(wanted))
+    overrides = [f"{key}={value}" for key, value, _ in describe(record)]
+    for smoke_now in (False, True):
+        assert difference(wanted, load_settings("tiny", overrides, smoke=smoke_now)) == []
+
+
+# report ----------------------------------------------------------------------------------------
+
+
+def test_report_finds_runs_before_published_ones(tmp_path):
+    """New runs win over published ones of that name, which are never written to."""
+    runs, published = tmp_path / "runs", tmp_path / "published"
+    build_experiment(published / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
+    assert cli.find_experiment("tiny", runs, published) == (published / "tiny", runs / "tiny", None)
+    (published / "tiny" / "table2.csv").touch()
+    build_experiment(runs / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
+    assert cli.find_experiment("tiny", runs, published) == (
+        runs / "tiny", None, published / "tiny")
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        cli.find_experiment("tyni", runs, published)
+    with pytest.raises(UserError, match="hybridrl run"):
+        cli.find_experiment("tiny", tmp_path / "a", tmp_path / "b")
+    assert cli.find_experiment("some/folder", runs, published)[0] == Path("some/folder")
+
+
+# list ------------------------------------------------------------------------------------------
+
+
+def test_list_shows_what_there_is(capsys):
+    """Every setup, method and preset is named, for people and for programs."""
+    assert main(["list", "--json"]) == 0
+    listing = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in listing["setups"]} == set(catalogue.SETUPS)
+    assert {row["name"] for row in listing["presets"]} == set(preset_names())
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*catalogue.SETUPS, *catalogue.METHODS, *preset_names()))
+
+
+def test_cost_of_tiny_is_exact():
+    """The training problems of the default preset are counted, not guessed."""
+    from hybridrl_lib.problems import load_parts
+
+    settings = load_settings("tiny", smoke=False)
+    assert catalogue.training_problems(settings) == len(load_parts(settings.data).train)
+
+
+def test_minutes_come_from_published_runs_alone(tmp_path):
+    """A time is the mean of finished runs in one go; without any it is not measured."""
+    build_experiment(tmp_path / "tiny", setups=("sft",), seeds=(0, 1, 2),
+                     test={"tiny_word": 4}, train={})
+    for seed, (seconds, resumed) in enumerate([(60.0, []), (120.0, []), (9000.0, [7])]):
+        path = tmp_path / "tiny" / "sft" / f"seed-{seed}" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest |= {"preset": "tiny", "seconds/wall": seconds, "resumed_from": resumed}
+        path.write_text(json.dumps(manifest))
+    found = catalogue.read_measured(tmp_path)
+    entry, = found.pop(("tiny", "sft"))
+    assert (entry.minutes, entry.runs, entry.experiment) == (1.5, 2, "tiny")
+    assert not found
+    assert catalogue.minutes(()) == catalogue.NOT_MEASURED
+
+
+# doctor, pretrain-tiny -------------------------------------------------------------------------
+
+
+def test_doctor_exits_by_its_verdict(monkeypatch, capsys):
+    """With --preset the exit code says whether it will work here; without it, that it looked."""
+    rows = [("python", "3", ""), ("preset paper", "no", "it needs a GPU")]
+    monkeypatch.setattr("hybridrl_lib.doctor.report", lambda preset=None: rows)
+    assert main(["doctor"]) == 0 and main(["doctor", "--preset", "paper"]) == 1
+    assert "it needs a GPU" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[1]["advice"] == "it needs a GPU"
+
+
+def test_pretrain_tiny_never_overwrites_a_model(tmp_path, monkeypatch, capsys):
+    """The model that results were made with cannot be lost by a command."""
+    made = []
+    monkeypatch.setattr("hybridrl_lib.pretraining.pretrain",
+                        lambda folder, seed, report: made.append((folder, seed)))
+    assert main(["pretrain-tiny", "--out", str(tmp_path / "new"), "--seed", "3"]) == 0
+    assert made == [(tmp_path / "new", 3)]
+    (tmp_path / "config.json").touch()
+    assert main(["pretrain-tiny", "--out", str(tmp_path)]) == 2
+    assert "already holds a model" in capsys.readouterr().err and len(made) == 1

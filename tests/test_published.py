@@ -1,0 +1,54 @@
+"""The committed results: tables are what their records say, and the records are whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hybridrl_lib.records import NUMERICS_VERSION
+from hybridrl_lib.report import load_experiment, make_table2, make_texts
+from hybridrl_lib.setups import SETUPS
+
+PUBLISHED = Path(__file__).parent.parent / "results" / "published"
+EXPERIMENTS = sorted(path.parent for path in PUBLISHED.glob("*/table2.csv"))
+
+
+def test_something_is_published():
+    """Protects the tests below from passing because they found nothing."""
+    assert {folder.name for folder in EXPERIMENTS} >= {"tiny", "smollm2"}
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
+def test_published_tables_are_rebuilt_from_the_records_to_the_letter(folder):
+    """Protects against a table that was edited, or a report that changed and was not made again."""
+    experiment = load_experiment(folder)
+    for name, text in make_texts(experiment, make_table2(experiment)).items():
+        assert (folder / name).read_text(encoding="utf-8") == text, f"{name} differs: make it again"
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
+def test_published_runs_are_complete_and_from_committed_code(folder):
+    """Protects the claim that every number has its manifest and the code that made it."""
+    manifests = sorted(folder.glob("*/seed-*/manifest.json"))
+    assert {path.parent.parent.name for path in manifests} == set(SETUPS)
+    for path in manifests:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        assert manifest["complete"] and manifest["git_commit"] and manifest["git_dirty"] is False
+        assert manifest["numerics_version"] == NUMERICS_VERSION, (
+            f"{path} was made by other arithmetic: run the experiment again")
+
+
+def test_the_published_tiny_run_has_the_promised_workload():
+    """Protects the size of the default: 10 epochs, 400 + 320 problems, G = 8, 16 samples, 5 seeds."""
+    runs = sorted((PUBLISHED / "tiny").glob("*/seed-*"))
+    for setup in SETUPS:
+        assert sum(run.parent.name == setup for run in runs) >= 5
+    for run in runs:
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+        counts = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"].values()
+        assert settings["training"]["epochs"] == 10
+        assert settings["rl"]["group_size"] == 8
+        assert settings["evaluation"]["samples"] == 16
+        assert sum(c["problems"]["train"] for c in counts) >= 400
+        assert sum(c["problems"]["test"] for c in counts) >= 320
+        assert (run / "probe.jsonl").stat().st_size > 0

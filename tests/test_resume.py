@@ -1,0 +1,214 @@
+"""Runs that were cut off and went on, runs that repeat, and runs that must not."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from small_training import SMALL, Coin
+
+from hybridrl_lib.errors import UserError
+from hybridrl_lib.progress import Observer
+from hybridrl_lib.run import run
+
+LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl", "eval.jsonl")
+# Ten steps, one an epoch; probes, samples and checkpoints fall on different steps.
+TEN = (*SMALL, "training.epochs=10", "training.checkpoint_every=2", "training.samples_every=3",
+       "probe.every=3", "sft.learning_rate=0.003", "rl.learning_rate=0.003")
+
+
+class Crash(Exception):
+    """Power cut: nothing is tidied up."""
+
+
+class Ends(Observer):
+    """Ends a run after a step: by a crash in the middle of it, or as Ctrl-C does."""
+
+    def __init__(self, step: int, how: str):
+        self.step, self.how = step, how
+
+    def on_step(self, row, total):
+        if row["step"] == self.step:
+            if self.how == "crash":
+                raise Crash
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def coin(monkeypatch):
+    """Verdicts by coin: a random model is never right."""
+    monkeypatch.setattr("hybridrl_lib.run.Verifier", Coin)
+
+
+@pytest.fixture()
+def start(model_folders):
+    """start(setup, experiment, ...) -> the folder of a run of ten steps."""
+    def begin(setup, experiment, *overrides, seed=0, observer=None):
+        return run(setup, preset="tiny", seed=seed, experiment=experiment,
+                   settings=[*TEN, f"model.path={model_folders['qwen2']}", "model.device=cpu",
+                             *overrides], observer=observer or Observer())
+    return begin
+
+
+def record(folder) -> dict:
+    """Everything in a run's folder that must repeat: logs without times, and the final weights."""
+    logs = {name: [{k: v for k, v in row.items() if not k.startswith("seconds")}
+                   for row in folder.lines(name)] for name in LOGS}
+    final = folder.path / "checkpoint" / "final"
+    weights = {path.name: path.read_bytes() for path in final.glob("*.safetensors")}
+    assert weights and len(logs["metrics.jsonl"]) == 10
+    return {**logs, "weights": weights}
+
+
+def assert_same(one: dict, other: dict) -> None:
+    for name in one:
+        assert one[name] == other[name], f"{name} differs"
+
+
+_whole: dict[tuple, dict] = {}
+
+
+@pytest.fixture()
+def whole(start):
+    """whole(setup, ...) -> the record of the run that was not cut off, made once."""
+    def get(setup, *overrides):
+        if (setup, overrides) not in _whole:
+            _whole[setup, overrides] = record(start(setup, "whole", *overrides))
+        return _whole[setup, overrides]
+    return get
+
+
+@pytest.mark.parametrize("how", ["crash", "ctrl-c"])
+@pytest.mark.parametrize("step", [1, 3, 5, 6, 8, 10])
+def test_ten_steps_are_five_and_resume_and_five(start, whole, step, how):
+    """Bit for bit: cut off in SFT, at the boundary of the stages, in RL, and before evaluation.
+
+    A crash loses the steps since the last checkpoint, whose log lines are taken back; Ctrl-C
+    finishes its step. After 5 of 10 steps the next one belongs to the second stage.
+    """
+    setup = "sft_then_rl_entropy"
+    with pytest.raises(Crash if how == "crash" else UserError) as caught:
+        start(setup, "cut", observer=Ends(step, how))
+    if how == "ctrl-c":
+        assert f"after step {step}" in str(caught.value) and "same command" in str(caught.value)
+    folder = start(setup, "cut")
+    assert_same(record(folder), whole(setup))
+    # Steps 2, 4, 8 by checkpoint_every, 5 and 10 as the last of a stage; a crash comes before.
+    last = {1: None, 3: 2, 5: 4, 6: 5, 8: 6, 10: 8}[step] if how == "crash" else step
+    assert folder.read("manifest.json")["resumed_from"] == ([] if last is None else [last])
+
+
+@pytest.mark.parametrize("setup", ["sft_then_rl", "rl"])
+@pytest.mark.parametrize("overrides", [
+    ("rl.kl_anchor=reference", "model.adapter=lora"), ("rl.updates_per_rollout=1",)])
+def test_a_run_that_is_cut_off_again_and_again(start, whole, setup, overrides):
+    """After every single step, with an adapter and a reference too: the record is the same."""
+    for step in range(1, 11):
+        with pytest.raises(UserError, match="Stopped"):
+            start(setup, "cut", *overrides, observer=Ends(step, "ctrl-c"))
+    folder = start(setup, "cut", *overrides)
+    assert_same(record(folder), whole(setup, *overrides))
+    assert folder.read("manifest.json")["resumed_from"] == list(range(1, 11))
+
+
+def test_a_crash_while_a_checkpoint_is_written(start, whole, monkeypatch):
+    """The checkpoint before is still there, and the half-written one is not taken for one."""
+    def fail(*arguments, **more):
+        raise Crash
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        calls = []
+        save = torch.save
+        patch.setattr(torch, "save", lambda *a, **k: (
+            fail() if len(calls) == 3 else (calls.append(0), save(*a, **k))))
+        start("sft_then_rl_entropy", "cut")
+    folder = start("sft_then_rl_entropy", "cut")
+    assert_same(record(folder), whole("sft_then_rl_entropy"))
+
+
+def test_a_crash_while_a_log_is_written(start, whole, results):
+    """A log may lose its last line; the step that wrote it is taken again."""
+    setup = "sft_then_rl_entropy"
+    with pytest.raises(Crash):
+        start(setup, "cut", observer=Ends(7, "crash"))
+    log = results / "cut" / setup / "seed-0" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    assert_same(record(start(setup, "cut")), whole(setup))
+
+
+def test_one_seed_repeats_whatever_happened_before(start, whole):
+    """Random numbers come from the run's seed alone, not from the state of the process."""
+    setup = "sft_then_rl_entropy"
+    torch.manual_seed(12345)
+    torch.rand(10)
+    again = record(start(setup, "again"))
+    assert_same(again, whole(setup))
+
+
+@pytest.mark.parametrize("setup", ["sft_then_rl_entropy", "rl"])
+def test_two_seeds_differ(start, setup):
+    """In SFT the order of the problems, in RL the samples too, in evaluation the samples."""
+    one, two = (record(start(setup, "seeds", "sft.batch_size=3", "training.epochs=2",
+                             "rl.prompts_per_step=2", seed=seed) if False else
+                       start(setup, "seeds", seed=seed)) for seed in (0, 1))
+    first = [row["reward"] for row in one["metrics.jsonl"] if row["stage"] == "rl"]
+    second = [row["reward"] for row in two["metrics.jsonl"] if row["stage"] == "rl"]
+    assert first != second and one["weights"] != two["weights"]
+    assert [row["samples"] for row in one["eval.jsonl"] if "samples" in row] != [
+        row["samples"] for row in two["eval.jsonl"] if "samples" in row]
+    assert [row["id"] for row in one["eval.jsonl"]] == [row["id"] for row in two["eval.jsonl"]]
+
+
+def test_a_complete_run_is_read_and_not_run_again(start):
+    """Running a notebook again costs seconds and changes nothing on disk."""
+    folder = start("sft", "done")
+    before = {p: p.stat().st_mtime_ns for p in folder.path.rglob("*") if p.is_file()}
+    again = start("sft", "done", observer=Ends(1, "crash"))
+    assert again.path == folder.path and again.is_complete
+    assert before == {p: p.stat().st_mtime_ns for p in folder.path.rglob("*") if p.is_file()}
+    assert not list((folder.path / "checkpoint").glob("step-*")), "only the final model is kept"
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_run_with_other_settings_is_refused(start, complete):
+    """The sentence shows the difference, and what is on disk stays."""
+    if complete:
+        folder = start("sft", "mine")
+    else:
+        with pytest.raises(Crash):
+            start("sft", "mine", observer=Ends(3, "crash"))
+    with pytest.raises(UserError, match=r"sft.learning_rate.*0\.5") as caught:
+        start("sft", "mine", "sft.learning_rate=0.5")
+    assert "\n" not in str(caught.value)
+    if complete:
+        assert folder.is_complete
+
+
+def test_the_base_model_is_a_run_without_steps(start, results):
+    """`base` evaluates the untrained model: no step, no checkpoint, its own row of the table."""
+    folder = start("base", "base")
+    assert folder.is_complete and folder.lines("metrics.jsonl") == []
+    rows = folder.lines("eval.jsonl")
+    assert {row["part"] for row in rows} == {"test", "train"}
+    assert {row["checkpoint"] for row in rows} == {"last"}
+    manifest = json.loads((results / "base" / "base" / "seed-0" / "manifest.json").read_text())
+    assert manifest["steps"] == 0 and manifest["tokens"] == {"demonstrations": 0, "rollouts": 0}
+
+
+def test_table_2_scores_the_last_weights_and_best_is_extra(start, monkeypatch):
+    """`last` rows and the saved model are the last step's, also where an earlier one did better."""
+    import hybridrl_lib.training as training
+    scores = iter([1.0] + [0.0] * 20)
+    plain = start("sft", "plain")
+    monkeypatch.setattr(training, "accuracy", lambda rows: next(scores))
+    folder = start("sft", "best")
+    assert record(folder)["weights"] == record(plain)["weights"]
+    last = [row for row in folder.lines("eval.jsonl") if row["checkpoint"] == "last"]
+    best = [row for row in folder.lines("eval.jsonl") if row["checkpoint"] == "best"]
+    assert last == [row for row in plain.lines("eval.jsonl") if row["checkpoint"] == "last"]
+    assert folder.read("manifest.json")["best_on_validation"] == {"strict": 1.0, "step": 1}
+    assert {row["part"] for row in best} == {"test"} and not any("samples" in row for row in best)
+    texts = [[row["greedy"]["text"] for row in rows if row["part"] == "test"]
+             for rows in (last, best)]
+    assert texts[0] != texts[1], "after one step the greedy answers differ from those after ten"
