@@ -87,15 +87,17 @@ def disk_error(path: Path, error: OSError) -> UserError:
 def disk_errors(path: Path) -> Iterator[None]:
     """Turns what the writers of tensors raise when a file cannot be written into our sentence.
 
-    safetensors and torch.save raise types of their own in place of OSError.
+    safetensors raises a type of its own and torch.save a RuntimeError that only its text tells.
     """
     try:
         yield
     except OSError as error:
         raise disk_error(path, error) from error
     except Exception as error:
-        if type(error).__name__ == "SafetensorError" or "failed writing file" in str(error):
-            raise disk_error(path, OSError(str(error).splitlines()[0])) from error
+        text = str(error)
+        if type(error).__name__ == "SafetensorError" or any(
+                sign in text for sign in ("iostream error", "inline_container", "StreamWriter")):
+            raise disk_error(path, OSError("the disk may be full")) from error
         raise
 
 

@@ -1,0 +1,149 @@
+"""What the benchmarks share: their options, timing in alternating pairs, and the JSON line."""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hybridrl_lib.config import DataSettings, ModelSettings
+from hybridrl_lib.errors import UserError
+from hybridrl_lib.policy import Policy, load_policy
+from hybridrl_lib.problems import load_parts
+from hybridrl_lib.records import to_json, write_whole
+
+
+def positive_number(text: str) -> int:
+    """A whole number of 1 and up."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 and up")
+    return int(text)
+
+
+def make_parser(description: str, *, prompts: int, pairs: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has; `prompts` and `pairs` are defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default="tiny",
+                        help="tiny (the shipped model), a folder, a GGUF file or a hub name")
+    for name, default, meaning in (
+            ("--prompts", prompts, "tiny training problems asked"),
+            ("--samples", 8, "completions a prompt"),
+            ("--max-new-tokens", 56, "cap on a completion's tokens"),
+            ("--pairs", pairs, "timed pairs, after one run of each that is not timed")):
+        parser.add_argument(name, type=positive_number, default=default,
+                            help=f"{meaning}; {default} unless given")
+    parser.add_argument("--threads", type=positive_number,
+                        help="CPU threads; torch's choice unless given")
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="also write the JSON of the last line there")
+    return parser
+
+
+def load(arguments: argparse.Namespace) -> tuple[Policy, list[list[int]]]:
+    """The policy and the token ids of `--prompts` training problems of the tiny benchmarks.
+
+    Raises:
+        UserError: the model cannot be loaded, or there are fewer problems than asked for.
+    """
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    policy = load_policy(ModelSettings(path=arguments.model))
+    problems = load_parts(DataSettings()).train
+    if arguments.prompts > len(problems):
+        raise UserError(f"There are {len(problems)} problems; lower --prompts.")
+    return policy, [policy.encode_prompt(p.question) for p in problems[:arguments.prompts]]
+
+
+def circumstances(name: str, arguments: argparse.Namespace, policy: Policy) -> dict[str, Any]:
+    """What was measured, on what: the head of the JSON line."""
+    device = policy.device.type
+    return {
+        "benchmark": name, "model": policy.name, "parameters": policy.parameter_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "precision": policy.precision, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "prompts": arguments.prompts, "samples": arguments.samples,
+        "max_new_tokens": arguments.max_new_tokens}
+
+
+def timed(function: Callable[[int], Any], number: int) -> tuple[float, Any]:
+    """(seconds, result) of `function(number)`; work queued on a GPU counts."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = function(number)
+    wait()
+    return time.perf_counter() - start, result
+
+
+def alternate(ours: Callable[[int], Any], other: Callable[[int], Any],
+              pairs: int) -> list[tuple[tuple[float, Any], tuple[float, Any]]]:
+    """Times both in turn, after one run of each that is not timed.
+
+    The two of a pair run one right after the other, so a machine that is busy for a while slows
+    both; which goes first changes from pair to pair.
+
+    Returns:
+        A ((seconds, result) of ours, (seconds, result) of the other) a pair. Each function is
+        called with the number of the pair, from 1; with 0 to warm up.
+    """
+    ours(0)
+    other(0)
+    results = []
+    for number in range(1, pairs + 1):
+        if number % 2:
+            mine = timed(ours, number)
+            theirs = timed(other, number)
+        else:
+            theirs = timed(other, number)
+            mine = timed(ours, number)
+        results.append((mine, theirs))
+    return results
+
+
+def show(record: dict[str, Any], title: str, columns: Sequence[str],
+         rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
+    """Prints what was measured as a table."""
+    print(f"{title}\n{record['model']} ({record['parameters'] / 1e6:.2f} M weights), "
+          f"{record['device']}, {record['precision']}, threads: {record['threads']}\n"
+          f"{record['prompts']} prompts x {record['samples']} completions, "
+          f"at most {record['max_new_tokens']} new tokens\n")
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    ratios = record["ratio"]
+    print(f"\nratio: median {record['ratio_median']:.2f}, "
+          f"from {min(ratios):.2f} to {max(ratios):.2f}")
+    for note in notes:
+        print(note)
+
+
+def finish(record: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """Prints the record as the last line, and writes it to a file if there is a path."""
+    if path:
+        write_whole(path, to_json(record, indent=2) + "\n")
+    print(to_json(record), flush=True)
+    return record
+
+
+def rounded(values: Sequence[float], digits: int = 4) -> list[float]:
+    return [round(value, digits) for value in values]
+
+
+def median(values: Sequence[float]) -> float:
+    return round(statistics.median(values), 4)
+
+
+def run(main: Callable[[], Any]) -> int:
+    """Runs a benchmark; a user's error is one sentence and its exit code."""
+    try:
+        main()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
