@@ -21,16 +21,18 @@ from hybridrl_lib.rollouts import Group, sample
 class Generate:
     """`transformers`' generate, set up to draw from the same distribution as our sampler.
 
-    It gets a copy of the model in the dtype of the policy's arithmetic: that is faster than
-    autocast, which would cast the weights again for every token.
+    Where the policy computes in half precision it gets a copy of the model in that dtype: that is
+    faster than autocast, which would cast the weights again for every token.
     """
 
     def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], samples: int,
                  max_new_tokens: int):
-        self.model = copy.deepcopy(policy.model).to(DTYPES[policy.precision]).eval()
+        half = policy.precision != "fp32"
+        self.model = copy.deepcopy(policy.model) if half else policy.model
+        self.model = self.model.to(DTYPES[policy.precision]).eval()
         # In place of the model's own, which may hold a repetition penalty or a top-k.
         self.model.generation_config = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            do_sample=True, temperature=1.2, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
             num_return_sequences=samples, eos_token_id=list(policy.stop_ids),
             pad_token_id=policy.pad_id)
         longest = max(map(len, prompts))
@@ -52,9 +54,8 @@ class Generate:
     def count(self, ids: Tensor) -> int:
         """Tokens of the completions, stop tokens included and padding not."""
         stops = torch.tensor(self.stop_ids, device=ids.device)
-        ended = torch.isin(ids, stops).int().cumsum(1)
-        before = ended.cumsum(1) == 0  # strictly before the first stop token
-        return int(before.sum() + (ended > 0).any(1).sum())
+        ended = torch.isin(ids, stops).cumsum(1) > 0
+        return int((~ended).sum() + ended.any(1).sum())
 
 
 def count(groups: Sequence[Group]) -> int:
@@ -65,7 +66,7 @@ def count(groups: Sequence[Group]) -> int:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measures, prints a table and the JSON line; returns what the line holds."""
     arguments = make_parser("Our sampler against transformers' generate.",
-                            prompts=32, pairs=7).parse_args(argv)
+                            prompts=32, pairs=6).parse_args(argv)
     policy, prompts = load(arguments)
     generate = Generate(policy, prompts, arguments.samples, arguments.max_new_tokens)
 
