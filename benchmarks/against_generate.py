@@ -32,7 +32,7 @@ class Generate:
         self.model = self.model.to(DTYPES[policy.precision]).eval()
         # In place of the model's own, which may hold a repetition penalty or a top-k.
         self.model.generation_config = GenerationConfig(
-            do_sample=True, temperature=1.2, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
             num_return_sequences=samples, eos_token_id=list(policy.stop_ids),
             pad_token_id=policy.pad_id)
         longest = max(map(len, prompts))

@@ -12,7 +12,7 @@ _HOMES = {
     "Problem": "problems", "load_parts": "problems",
     "load_policy": "policy", "Policy": "policy",
     "sample": "rollouts", "evaluate": "evaluation",
-    "Verifier": "rewards", "run": "run", "make_report": "report", "SETUPS": "setups",
+    "Verifier": "rewards", "make_report": "report", "SETUPS": "setups",
     "UserError": "errors",
 }
 __all__ = sorted(_HOMES)

@@ -176,8 +176,8 @@ class RLSettings(Section):
         "paper §1 has the term, not its weight", at_least=0)
     kl_anchor: str = setting(
         "old",
-        "from which policy the KL divergence is taken: the one that sampled, or the frozen one "
-        "that the stage started from",
+        "from which policy the KL divergence is taken: the one that sampled, or the frozen base "
+        "model",
         "paper §1: old; GRPO as published: reference", choices=("old", "reference"))
     epsilon_low: float = setting(
         0.2, "the ratio is clipped below 1 - epsilon_low",

@@ -58,13 +58,13 @@ def test_packing_runs(measure):
 def test_generate_draws_from_the_same_distribution(script, policy):
     """generate gets no repetition penalty or top-k from the model's folder, and our stop tokens."""
     policy.model.generation_config.update(repetition_penalty=1.5, top_k=20, top_p=0.5)
-    prompts, draws = [[5, 6, 7], [8, 9, 10, 11]], 4000
+    prompts, draws = [[5, 6, 7], [8, 9, 10, 11]], 20_000
     generate = script("against_generate").Generate(policy, prompts, draws, 1)
     for prompt, tokens in zip(prompts, generate(0).reshape(len(prompts), draws), strict=True):
         with torch.no_grad():
             p = policy.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
         seen = torch.bincount(tokens, minlength=len(p)) / draws
-        assert float((seen - p).abs().sum()) / 2 < 0.1  # total variation
+        assert float((seen - p).abs().sum()) / 2 < 0.03  # total variation
     assert set(generate.model.generation_config.eos_token_id) == set(policy.stop_ids)
 
 

@@ -56,7 +56,7 @@ def reference_run(settings: dict) -> dict[str, list]:
 
 
 def differences(kept, found, place="") -> list[str]:
-    """Where two trees of numbers differ, as `place: kept -> found`. A new column is no difference."""
+    """Where numbers moved, as `place: kept -> found`; a new column is no difference."""
     if isinstance(kept, dict) and isinstance(found, dict):
         return [line for key in kept
                 for line in differences(kept[key], found.get(key), f"{place}/{key}")]

@@ -329,6 +329,24 @@ def test_a_policy_at_its_reference_is_not_pulled(make_trainer):
         assert all(gradient.abs().max() < 1e-4 for gradient in seen.gradients)
 
 
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_reference_is_the_base_model_in_every_stage(make_trainer, make_policy, monkeypatch,
+                                                        adapter):
+    """Also after SFT: with an adapter, the model without it; otherwise a copy from the start."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer("sft_then_rl", "sft.learning_rate=0.01", "rl.kl_anchor=reference",
+                           policy=make_policy(adapter=adapter))
+    seen = watch(trainer)
+    trainer.train()
+    row = trainer.folder.lines("metrics.jsonl")[1]
+    trainer.load_weights(seen.weights[1])
+    now = torch.cat(all_scores(trainer, taken[0]))
+    trainer.load_weights(seen.weights[0])
+    away = torch.cat(all_scores(trainer, taken[0])) - now
+    assert row["stage"] == "rl" and row["kl/reference"] > 0.001
+    assert row["kl/reference"] == pytest.approx((away.exp() - away - 1).mean().item(), rel=1e-3)
+
+
 def test_the_entropy_term_acts_where_there_is_no_signal(make_trainer):
     """A group without signal is not skipped when the loss has an entropy term."""
     trainer = make_trainer("rl_entropy", "rl.gamma=0.3", verifier=Fixed([0]))
