@@ -182,6 +182,8 @@ def load_policy(settings: ModelSettings) -> Policy:
     with cache_only_if_unreachable() if "revision" in arguments else nullcontext():
         tokenizer = _load_tokenizer(source, arguments, settings.path)
         model = _load_model(source, arguments, settings.path)
+    if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
+        model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
     sha256 = _checksum(source, arguments, model)
     if settings.adapter == "lora":
