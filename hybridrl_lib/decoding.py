@@ -70,7 +70,7 @@ class Decoder:
     def supports(policy: Policy) -> bool:
         """Whether the policy's architecture is one this decoder computes exactly."""
         config = policy.model.config
-        plain = not getattr(config, "mlp_bias", False)
+        plain = not getattr(config, "mlp_bias", False) and config.hidden_act == "silu"
         full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
         return config.model_type in SUPPORTED and plain and full
 

@@ -259,18 +259,20 @@ tags: [tiny-v1]
 
 # tiny-v1: a base model for Table 2 on a CPU
 
-A Qwen2 of {parameters:,} parameters, pretrained from scratch on {tokens / 1e6:.1f} million tokens of
-generated "web" solutions to word problems and symbolic maths, with `hybridrl pretrain-tiny --seed
-{seed}`. It stands where the paper has Qwen2.5-0.5B, and is nothing like it: its results show how the
-methods work and are no evidence for or against the paper's numbers.
+A Qwen2 of {parameters:,} parameters, pretrained from scratch on {tokens / 1e6:.1f} million tokens
+of generated "web" solutions to word problems and symbolic maths, with `hybridrl pretrain-tiny
+--seed {seed}`. It stands where the paper has Qwen2.5-0.5B, and is nothing like it: its results show
+how the methods work and are no evidence for or against the paper's numbers.
 
 It is sloppy on purpose. Its corpus boxes the answer on some sites and not on others, slips in the
 working, and adds fractions wrongly half of the time, so that the likeliest answer of the base model
-is often not the best one it can give. No question of the benchmarks is in the corpus: they come from
-the seventh of all questions, by checksum, that pretraining leaves out.
+is often not the best one it can give. No question of the benchmarks is in the corpus: they come
+from the seventh of all questions, by checksum of their text, that pretraining leaves out. The text
+includes the phrasing: of most symbolic problems (96 of the 128 test problems) the corpus has the
+same numbers asked in the other of two ways, so their scores say little about unseen arithmetic.
 
 What moves results here, besides the methods: how often the corpus boxes (`boxed_A`, `boxed_B`), its
-slips, the layout of the reference solutions (the corpus knows it from a tenth of its documents, so
+slips, the layout of the reference solutions (the corpus has it in a tenth of its documents, so
 SFT has to move the model away from the layout it masters), and the size of the numbers. These were
 chosen by hand, by the base model's Pass@1 and Pass@8 and by runs on validation problems with
 development seeds; `tiny_worlds.md` in the package's `assets` folder says what was tried.

@@ -74,6 +74,8 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
 def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Settings,
                         folder: RunFolder, observer: Observer) -> None:
     """Fills the folder of a run that is not complete."""
+    if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the order of sums, hence the record, must not vary with cores
     began, device_began = time.monotonic(), time.process_time()
     parts = load_parts(resolved.data)
     policy = load_policy(resolved.model)

@@ -161,7 +161,10 @@ class Trainer:
         measured = ("loss/sft", "loss/rl", "kl/old", "clip_ratio")
         for name in measured if rollouts else (*measured, "entropy"):
             if name in totals.sums:
-                value = totals.sums[name] / count if name.startswith("loss/") else totals.mean(name)
+                value = totals.mean(name)
+                if name.startswith("loss/"):  # the loss itself, without its lambda
+                    share = weights.sft if name == "loss/sft" else weights.rl
+                    value = totals.sums[name] / (count * share)
                 if value is not None and math.isfinite(value):  # JSON has no NaN: absent instead
                     row[name] = value
         row["grad_norm"] = sum(norms) / len(norms) if norms else 0.0
@@ -175,7 +178,7 @@ class Trainer:
         self.observer.on_step(row, self.total_steps())
 
     def _learning_rate(self, progress: Progress) -> float:
-        """Linear warm-up, then linear decay to a fraction of the peak."""
+        """A linear decay from the peak to a fraction of it, times a linear warm-up from 0 to 1."""
         training = self.settings.training
         peak = getattr(self.settings, progress.stage.name).learning_rate
         warm = min(1.0, (progress.step + 1) / max(1, training.warmup_steps))
@@ -253,18 +256,25 @@ class Trainer:
             update.old = self.learner.scores(update.sequences)
 
     def _score_reference(self, updates: list[Update], rollouts, row: dict) -> None:
-        """log pi_reference of every token, and its k3 divergence from the policy that sampled."""
+        """log pi_reference of every token, and its k3 divergence from the policy that sampled.
+
+        In fp32 the sampler's own log-probabilities serve for that policy; in half precision they
+        differ from the training model's by more than a small divergence, and are computed again.
+        """
         total, tokens = 0.0, 0
-        with self.policy.reference() as model:
-            for index, update in enumerate(updates):
+        for index, update in enumerate(updates):
+            with self.policy.reference() as model:
                 update.reference = self.learner.scores(update.sequences, model)
-                sampled = [c for group, _, _ in rollouts[index::len(updates)]
-                           for c in group.completions]
-                theirs = update.reference[len(update.reference) - len(sampled):]
-                for completion, reference in zip(sampled, theirs, strict=True):
-                    mine = torch.tensor(completion.log_probabilities, device=reference.device)
-                    total += float(k3(mine, reference).sum())
-                    tokens += len(mine)
+            sampled = [c for group, _, _ in rollouts[index::len(updates)]
+                       for c in group.completions]
+            first = len(update.sequences) - len(sampled)
+            theirs = update.reference[first:]
+            mine = ([torch.tensor(c.log_probabilities) for c in sampled]
+                    if self.policy.precision == "fp32"
+                    else self.learner.scores(update.sequences[first:]))
+            for now, reference in zip(mine, theirs, strict=True):
+                total += float(k3(now.to(reference.device), reference).sum())
+                tokens += len(now)
         row["kl/reference"] = total / max(1, tokens)
 
     # 5. Between steps --------------------------------------------------------------------------
@@ -274,7 +284,8 @@ class Trainer:
         per_epoch = self.steps_per_epoch(stage)
         if self.step % settings.probe.every == 0 or last:
             self._probe(stage.name)
-        if self.stage_step % (per_epoch * settings.training.validate_every) == 0:
+        every = per_epoch * settings.training.validate_every
+        if self.stage_step % every == 0 or self.stage_step == steps:
             self._validate()
         if self.step % settings.training.checkpoint_every == 0 or self.stage_step == steps:
             self._save_checkpoint()

@@ -88,6 +88,8 @@ class Learner:
     def new_optimizer(self) -> None:
         """A fresh AdamW: every stage starts with one."""
         training = self.settings.training
+        # accelerate keeps every optimiser it was given, and unscales fp16 gradients once for each.
+        self.accelerator._optimizers.clear()
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(
             self.parameters, lr=0.0, betas=tuple(training.betas),
             weight_decay=training.weight_decay))

@@ -1,5 +1,6 @@
 """Trainers over a handful of problems, and a look at every gradient they compute."""
 
+import json
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from hybridrl_lib.config import load_settings
+from hybridrl_lib.config import Settings, load_settings, settings_to_dict
 from hybridrl_lib.methods import make_method
 from hybridrl_lib.problems import ProblemParts, load_parts
 from hybridrl_lib.progress import Observer
@@ -16,7 +17,16 @@ from hybridrl_lib.rewards import Verdict
 from hybridrl_lib.setups import get_setup
 from hybridrl_lib.training import Trainer
 
-SMALL = ("data.train_limits=[4]", "data.validation_limits=[2]", "data.test_limits=[2]",
+
+def as_overrides(settings: dict) -> tuple[str, ...]:
+    """Settings as plain data, written as after --set."""
+    return tuple(f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+                 for section, values in settings.items() for key, value in values.items())
+
+
+# Every setting has a value here, so that no test depends on what a preset says today.
+SMALL = (*as_overrides(settings_to_dict(Settings())),
+         "data.train_limits=[4]", "data.validation_limits=[2]", "data.test_limits=[2]",
          "training.epochs=2", "training.warmup_steps=0", "training.checkpoint_every=1000",
          "training.gradient_clip=1000", "sft.batch_size=8", "rl.prompts_per_step=8",
          "rl.group_size=4", "rl.max_new_tokens=12", "evaluation.samples=2",
@@ -65,7 +75,7 @@ class Fixed(Coin):
 
 
 def small_settings(*overrides):
-    """The preset `tiny` with 8 problems, one batch an epoch, two epochs."""
+    """The defaults with 8 problems, one batch an epoch, two epochs."""
     return load_settings("tiny", [*SMALL, *overrides], smoke=False)
 
 

@@ -12,9 +12,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from small_training import as_overrides
 
 from hybridrl_lib.config import load_settings, settings_to_dict
+from hybridrl_lib.progress import Observer
 from hybridrl_lib.records import NUMERICS_VERSION
+from hybridrl_lib.run import run
 
 FILE = Path(__file__).parent / "data" / "numerics.json"
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
@@ -32,17 +36,11 @@ REFERENCE = ("model.device=cpu", "model.precision=fp32", "data.train_limits=[6,6
 
 def reference_run(settings: dict) -> dict[str, list]:
     """The numbers of three SFT and three RL steps with entropy term, and of their evaluation."""
-    import torch
-
-    from hybridrl_lib.progress import Observer
-    from hybridrl_lib.run import run
-
-    overrides = [f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
-                 for section, values in settings.items() for key, value in values.items()]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        folder = run("sft_then_rl_entropy", "tiny", 0, "numerics", overrides, Observer())
+        folder = run("sft_then_rl_entropy", "tiny", 0, "numerics", as_overrides(settings),
+                     Observer())
     finally:
         torch.set_num_threads(threads)
     logs = {name: [{key: value for key, value in row.items() if not key.startswith("seconds")}

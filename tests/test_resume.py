@@ -99,9 +99,9 @@ def test_ten_steps_are_five_and_resume_and_five(start, whole, step, how):
     assert folder.read("manifest.json")["resumed_from"] == ([] if last is None else [last])
 
 
-@pytest.mark.parametrize("setup", ["sft_then_rl", "rl"])
-@pytest.mark.parametrize("overrides", [
-    ("rl.kl_anchor=reference", "model.adapter=lora"), ("rl.updates_per_rollout=1",)])
+@pytest.mark.parametrize(("setup", "overrides"), [
+    ("sft_then_rl", ("rl.kl_anchor=reference", "model.adapter=lora")),
+    ("rl", ("rl.updates_per_rollout=1",))])
 def test_a_run_that_is_cut_off_again_and_again(start, whole, setup, overrides):
     """After every single step, with an adapter and a reference too: the record is the same."""
     for step in range(1, 11):

@@ -224,18 +224,23 @@ def test_the_recorded_entropy_is_a_mean_over_tokens(make_trainer):
 # Micro-batches ------------------------------------------------------------------------------------
 
 
+BUDGETS = {}  # setup -> training.micro_batch_tokens that were found to give 1, 2, 4 micro-batches
+
+
 def micro_batch_gradients(make_trainer, setup, overrides, wanted=(1, 2, 4)):
     """First gradients of the same step in 1, 2 and 4 micro-batches."""
-    found = {}
-    for tokens in (100_000, 600, 500, *range(420, 100, -20)):
+    found, budgets = {}, {}
+    for tokens in BUDGETS.get(setup, (100_000, 600, 500, *range(420, 100, -20))):
         trainer = make_trainer(setup, f"training.micro_batch_tokens={tokens}", *overrides,
                                folder=f"run-{tokens}")
         seen = watch(trainer)
         trainer._one_step(first_step(trainer))
-        found.setdefault(seen.micro_batches[0], seen.gradients[0])
+        found[seen.micro_batches[0]] = seen.gradients[0]
+        budgets[seen.micro_batches[0]] = tokens
         if set(wanted) <= set(found):
             break
     assert set(wanted) <= set(found), f"found only {sorted(found)} micro-batches"
+    BUDGETS[setup] = [budgets[count] for count in wanted]
     return [found[count] for count in wanted]
 
 
