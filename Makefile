@@ -40,7 +40,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: env
 	$(BIN)/python -m pytest tests
-	HYBRIDRL_SMOKE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
+	folder=$$(mktemp -d) && { HYBRIDRL_SMOKE=1 HYBRIDRL_RESULTS_DIR=$$folder \
+	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks; \
+	  status=$$?; rm -rf "$$folder"; exit $$status; }
 
 reproduce: env
 	$(BIN)/hybridrl reproduce --preset $(PRESET) --seeds $(SEEDS) \
@@ -50,9 +52,7 @@ report: env
 	$(BIN)/hybridrl report $(or $(EXPERIMENT),$(PRESET))
 
 notebooks: env
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.store_widget_state=False \
-	  notebooks/*.ipynb
+	$(BIN)/python -m hybridrl_lib.notebook.execute --preset tiny
 
 bench: env
 	$(BIN)/python benchmarks/against_generate.py --json results/runs/bench/against_generate.json

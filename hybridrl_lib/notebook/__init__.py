@@ -7,17 +7,17 @@ before it becomes part of a page.
 from . import quiet  # noqa: F401  first: the other modules import what it quiets
 from .answers import show_answers, show_completions, show_tokens
 from .curves import new_panels, plot_against, plot_run, show
-from .findings import published_folder, show_claims, show_findings
-from .live import LiveRun, live
+from .findings import show_claims, show_findings
+from .live_view import LiveRun, live
 from .place import begin, experiment_path, is_headless, list_files
 from .questions import check
 from .scores import show_reasons, show_scores, show_signal
-from .tables import show_picture, show_rows, show_table
+from .tables import show_picture, show_rows, show_table, write_report
 
 __all__ = [
     "LiveRun", "begin", "check", "experiment_path", "is_headless", "list_files", "live",
     "new_panels", "plot_against", "plot_run",
-    "published_folder", "show", "show_answers", "show_claims",
+    "show", "show_answers", "show_claims",
     "show_completions", "show_findings", "show_picture", "show_reasons", "show_rows", "show_scores",
-    "show_signal", "show_table", "show_tokens",
+    "show_signal", "show_table", "show_tokens", "write_report",
 ]

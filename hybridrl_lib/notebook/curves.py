@@ -61,13 +61,13 @@ def draw_run(metrics: Rows, probe: Rows, validation: Rows) -> Figure:
     """Six panels over epochs, of one run."""
     figure, panels = new_panels(4.6, columns=3, rows=2)
     one, two, three, four, five, six = panels.flat
-    _steps(one, metrics, "reward", "rollouts (training problems)")
-    _probe(one, probe, "reward", "probe (validation problems)")
-    _points(one, validation, "strict", "greedy (validation problems)")
+    _steps(one, metrics, "reward", "training, each step")
+    _probe(one, probe, "reward", "probe (validation, sampled)")
+    _points(one, validation, "strict", "validation (greedy answer, or loss)")
     _finish(one, "reward: share of right answers", floor=True)
     if any("loss/sft" in row for row in metrics):
-        _steps(two, metrics, "loss/sft", "SFT loss, training")
-        _points(two, validation, "loss", "validation problems")
+        _steps(two, metrics, "loss/sft", "training, each step")
+        _points(two, validation, "loss", "")
         _finish(two, "SFT loss (nat per token)", floor=True)
     else:
         _steps(two, metrics, "loss/rl", "")
@@ -156,10 +156,11 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _steps(panel: Axes, rows: Rows, key: str, label: str) -> None:
-    epochs, values = _column(rows, key)
-    if len(values):
-        panel.plot(epochs, values, color=STEPS, alpha=0.25, linewidth=0.8)
-        panel.plot(epochs, _running_mean(values), color=STEPS, label=label or None)
+    for stage in dict.fromkeys(row["stage"] for row in rows):  # each with a mean of its own
+        epochs, values = _column([row for row in rows if row["stage"] == stage], key)
+        if len(values):
+            panel.plot(epochs, values, color=STEPS, alpha=0.25, linewidth=0.8)
+            panel.plot(epochs, _running_mean(values), color=STEPS, label=label or None)
 
 
 def _probe(panel: Axes, rows: Rows, key: str, label: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 
 from ..records import project_folder, write_whole
+from ..reproduce import write_kernel
 
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LARGEST = 500_000  # bytes of a committed notebook
@@ -66,10 +67,13 @@ def execute(path: Path, preset: str) -> None:
     """
     from papermill import execute_notebook
 
-    # The kernel of the running interpreter, not one of the same name in the user's folder.
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / path.name
+        # The kernel of the running interpreter, not one of the same name in the user's folder.
+        write_kernel(Path(folder) / "jupyter")
+        os.environ |= {"JUPYTER_PATH": str(Path(folder) / "jupyter"),
+                       "IPYTHONDIR": str(Path(folder) / "ipython"),
+                       "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         execute_notebook(path, out, parameters={"preset": preset}, kernel_name="python3",
                          cwd=path.parent, progress_bar=False)
         notebook = clean(nbformat.read(out, as_version=4))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from IPython.display import Markdown, display
 
-from ..records import project_folder
+from ..catalogue import published_folder
 from ..report.loading import benchmark_title, setup_title
-from ..report.text import NOTHING, markdown_table, p_text, plus
+from ..report.text import NOTHING, markdown_table, p_text
 
 CLEAR = 0.05  # Holm's p below which a difference is more than chance
 
@@ -26,14 +26,9 @@ CLAIMS = (
 )
 
 
-def published_folder(experiment: str = "tiny") -> Path:
-    """The folder of the committed records of an experiment."""
-    return project_folder() / "results" / "published" / experiment
-
-
 def show_findings(setup: str, experiment: str = "tiny") -> None:
     """Says what the published records show about a setup."""
-    display(Markdown(findings(setup, published_folder(experiment))))
+    display(Markdown(findings(setup, published_folder() / experiment)))
 
 
 def findings(setup: str, folder: Path) -> str:
@@ -79,8 +74,8 @@ def _difference_sentence(row: Line) -> str:
         verdict = f"**{'better' if size > 0 else 'worse'}** than {second}, beyond chance"
     else:
         verdict = f"not told apart from {second}"
-    return (f"    - {first} is {verdict}: {plus(size)} points [{plus(float(row['ci_low']))}, "
-            f"{plus(float(row['ci_high']))}], p = {p_text(float(row['p_holm']))} (Holm).")
+    return (f"    - {first} is {verdict}: {_signed(row)} points, "
+            f"{p_said(float(row['p_holm']))} (Holm).")
 
 
 def show_claims(folder: Path) -> None:
@@ -99,10 +94,7 @@ def claims(folder: Path) -> str:
             if row is not None:
                 rows.append([claim, f"{setup_title(first)} − {setup_title(second)}",
                              benchmark_title(benchmark).title,
-                             f"{plus(float(row['difference']))} [{plus(float(row['ci_low']))}, "
-                             f"{plus(float(row['ci_high']))}]",
-                             plus(float(row["paper"])) if row["paper"] else NOTHING,
-                             _verdict(row, sign)])
+                             _signed(row), _plus(row["paper"]) or NOTHING, _verdict(row, sign)])
     if not rows:
         return "No two setups of this experiment have finished yet, so nothing can be compared."
     return markdown_table(["claim", "difference", "benchmark", "measured, points [95 %]",
@@ -113,6 +105,21 @@ def _verdict(row: Line, sign: int) -> str:
     if float(row["p_holm"]) >= CLEAR:
         return "cannot be told"
     return "holds" if float(row["difference"]) * sign > 0 else "the opposite holds"
+
+
+def p_said(p_value: float) -> str:
+    """`p = 0.0123`, or `p < 0.0001`."""
+    text = p_text(p_value)
+    return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
+
+
+def _signed(row: Line) -> str:
+    """The difference with its interval, with the table's own digits."""
+    return f"{_plus(row['difference'])} [{_plus(row['ci_low'])}, {_plus(row['ci_high'])}]"
+
+
+def _plus(number: str) -> str:
+    return number if not number or number.startswith("-") or not float(number) else "+" + number
 
 
 def _percent(row: Line) -> str:

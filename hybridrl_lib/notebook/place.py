@@ -7,11 +7,16 @@ from pathlib import Path
 import matplotlib
 from IPython import get_ipython
 
-from ..config import difference, load_settings, resolve_preset, smoke_from_environment
+from ..config import (
+    default_experiment,
+    difference,
+    load_settings,
+    resolve_preset,
+    smoke_from_environment,
+)
 from ..errors import UserError
 from ..records import RunFolder, experiment_folder, project_folder
 from ..report.style import RC
-from ..run import default_experiment
 
 
 def is_headless() -> bool:
@@ -50,7 +55,7 @@ def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
         print("changed: " + "; ".join(changes))
     if smoke_from_environment():
         print("HYBRIDRL_SMOKE is set: every budget is cut down, and the scores mean nothing.")
-    print(f"records go to {readable(experiment_path(name, experiment))}")
+    print(f"new records go to {readable(experiment_path(name, experiment))}")
     return name
 
 
@@ -78,7 +83,8 @@ def list_files(*where: RunFolder | Path | Iterable[Path]) -> None:
     for place in where:
         if isinstance(place, RunFolder | Path):
             root = place.path if isinstance(place, RunFolder) else place
-            files += sorted(path for path in root.rglob("*") if path.is_file())
+            files += sorted(path for path in root.rglob("*")
+                            if path.is_file() and not path.name.startswith("."))
         else:
             files += sorted(place)
     for path in files:

@@ -13,10 +13,11 @@ from ..report.loading import benchmark_title, setup_title
 from ..report.scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks
 from ..report.style import style
 from ..report.table2 import make_table2
-from ..report.text import markdown_table, p_text, percent, signed
+from ..report.text import markdown_table, percent, signed
 from ..rewards import REASONS
 from ..statistics import pass_at_k
 from .curves import new_panels, show
+from .findings import p_said
 
 
 def show_scores(record: RunFolder) -> None:
@@ -33,13 +34,14 @@ def show_scores(record: RunFolder) -> None:
              *(table.text(setup, benchmark, metric) for metric in metrics)]
             for benchmark in experiment.benchmarks for setup in reversed(experiment.setups)]
     text = markdown_table(["benchmark", "", *metrics.values()], rows, range(2, 2 + len(metrics)))
-    text += ("\nPercent of the test problems [95 % interval over them; one seed, so another seed's "
-             "luck is not in it].\n\n")
+    text += ("\nPercent of the test problems [95 % interval over them" + (
+        "].\n\n" if record.path.parent.name == "base" else
+        "; one seed, so another seed's luck is not in it].\n\n"))
     comparisons = [c for c in make_comparisons(experiment) if c.metric == EXACT_MATCH]
     text += "".join(
         f"- {benchmark_title(c.benchmark).title}: {setup_title(c.first)} − {setup_title(c.second)} "
         f"= {signed(c.difference.mean, c.difference.low, c.difference.high)} points, greedy, "
-        f"p = {p_text(c.difference.p_value)}\n" for c in comparisons)
+        f"{p_said(c.difference.p_value)}\n" for c in comparisons)
     if record.path.parent.name != "base" and "base" not in experiment.setups:
         text += "- The base model was not scored in this experiment; `00_start_here` does it.\n"
     display(Markdown(text))
@@ -49,16 +51,17 @@ def _this_run_and_base(record: RunFolder) -> Experiment:
     """The experiment, cut down to one run and the base model."""
     experiment = load_experiment(record.path.parent.parent)
     setup, seed = record.path.parent.name, int(record.path.name.removeprefix("seed-"))
-    runs = tuple(run for run in experiment.runs
-                 if (run.setup, run.seed) == (setup, seed) or run.setup == "base")
-    return replace(experiment, runs=runs)
+    mine = [run for run in experiment.runs if (run.setup, run.seed) == (setup, seed)]
+    base = [run for run in experiment.of("base") if run not in mine]
+    base = [run for run in base if run.seed == seed] or base[:1]
+    return replace(experiment, runs=(*base, *mine) if setup != "base" else tuple(mine))
 
 
 def show_reasons(record: RunFolder) -> None:
     """Shows on what the strict verdicts of the greedy test answers rest, by benchmark."""
     counts: dict[str, Counter] = {}
     for row in _test_rows(record):
-        counts.setdefault(row["benchmark"], Counter())[row["greedy"]["reason"]] += 1
+        counts.setdefault(row["benchmark"], Counter())[row["greedy"].get("reason", "wrong")] += 1
     totals = {name: sum(count.values()) for name, count in counts.items()}
     rows = [[reason, *(f"{count[reason]} ({percent(count[reason] / totals[name], 0)} %)"
                        for name, count in counts.items())]

@@ -1,13 +1,17 @@
 """Tables as HTML with every cell escaped, and the report's tables and pictures."""
 
+import contextlib
 import html
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from IPython.display import HTML, Markdown, display
 
+from ..catalogue import published_folder
+from ..config import smoke_from_environment
 from ..errors import UserError
-from ..report import load_experiment
+from ..report import load_experiment, make_report
 from ..report.figures import FIGURES
 from ..report.style import style
 
@@ -35,7 +39,7 @@ def html_table(header: Sequence[object], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th {LEFT}>{escaped(name)}</th>" for name in header)
     body = "".join("<tr>" + "".join(f"<td {LEFT}>{cell}</td>" for cell in row) + "</tr>"
                    for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table {PLAIN}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def show_rows(header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
@@ -46,6 +50,25 @@ def show_rows(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Non
 
 def _cell(value: object) -> object:
     return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def write_report(folder: Path, preset: str) -> list[Path]:
+    """Writes the report of an experiment without printing it; the notebook shows its parts.
+
+    The published table of the preset stands beside the new one in report.md, if there is one.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: the experiment has no finished run.
+    """
+    published = published_folder() / preset
+    compared = (published / "table2.csv").is_file() and not smoke_from_environment()
+    with contextlib.redirect_stdout(io.StringIO()):
+        files = make_report(folder, published=published if compared else None)
+    print(f"{len(files)} files, from the records of all finished runs")
+    return files
 
 
 def show_table(path: Path) -> None:

@@ -47,6 +47,8 @@ class LiveRun(Observer):
     def on_step(self, row: dict, total: int) -> None:
         self.metrics.append(row)
         self.lines.on_step(row, total)
+        if row["step"] == total:
+            self.status = f"{self.setup}: training is over after {total} steps"
         if row["step"] == total or time.monotonic() >= self.due:
             self.draw()
 
