@@ -17,11 +17,11 @@ from pathlib import Path
 from .catalogue import published_folder
 from .config import default_experiment, load_settings, resolve_preset, smoke_from_environment
 from .doctor import NEEDS, main_memory, usable_cores
-from .errors import UserError
+from .errors import UsageError, UserError
 from .jobs import Job, Queue
 from .locks import only_writer
 from .records import RunFolder, experiment_folder, project_folder
-from .setups import SETUPS, Setup, get_setup
+from .setups import Setup, get_setup, setups_with_notebook
 
 REPORT_NOTEBOOKS = ("20_table2", "21_training_dynamics")
 KERNEL = "python3"
@@ -58,7 +58,7 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
     Args:
         preset: a preset's name, or `auto`.
         seeds: the seeds of every setup.
-        setups: names of `setups.SETUPS`; all of them, the base model too, if empty.
+        setups: names of `setups.SETUPS`; all that have a notebook, the base model too, if empty.
         jobs: notebooks at a time; None for one a GPU, or without a GPU one a core as far as memory
             lasts.
         experiment: the folder under `results/runs/`; the preset's name unless given.
@@ -75,7 +75,7 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
     """
     say = say or (lambda line: print(line, flush=True))
     preset = resolve_preset(preset)
-    chosen = [get_setup(name) for name in dict.fromkeys(setups or SETUPS)]
+    chosen = [get_setup(name) for name in dict.fromkeys(setups or setups_with_notebook())]
     load_settings(preset, settings)  # refuses a wrong key here, once, rather than in every notebook
     plan = make_plan(preset, experiment or default_experiment(preset), tuple(settings), jobs,
                      len(chosen) * len(seeds))
@@ -159,7 +159,14 @@ def seen_from(folder: Path, text: str) -> str:
 
 
 def setup_job(plan: Plan, setup: Setup, seed: int) -> Job:
-    """The job of one run, with its weight among the others."""
+    """The job of one run, with its weight among the others.
+
+    Raises:
+        UsageError: the setup has no notebook.
+    """
+    if not setup.notebook:
+        raise UsageError(f"The setup {setup.name} has no notebook; train it with 'hybridrl run "
+                         f"{setup.name}'.")
     record = RunFolder(plan.folder / setup.name / f"seed-{seed}")
     weight = 0.3 if record.is_complete else relative_cost(setup)
     return notebook_job(plan, setup.notebook, f"{setup.name} seed {seed}", seed, weight,
@@ -245,7 +252,8 @@ def report_jobs(plan: Plan, seeds: Sequence[int], say) -> list[Job]:
     one that has failed would fail again.
     """
     finished = [seed for seed in dict.fromkeys(seeds) if all(
-        RunFolder(plan.folder / name / f"seed-{seed}").is_complete for name in SETUPS)]
+        RunFolder(plan.folder / name / f"seed-{seed}").is_complete
+        for name in setups_with_notebook())]
     if finished:
         return [notebook_job(plan, name, name, finished[0], 1.0, name) for name in REPORT_NOTEBOOKS]
     say(f"{' and '.join(REPORT_NOTEBOOKS)} are left out, since not every setup is finished")

@@ -9,6 +9,9 @@ from typing import ClassVar
 from .fields import Section, setting
 
 BENCHMARK_NAMES = ("tiny_word", "tiny_symbolic", "gsm8k", "math500")
+A_STEP = "A step is one batch of SFT, or one batch of rollouts with all its optimiser updates"
+LEARNING_RATE = ("AdamW's learning rate before decay and warm-up; both multiply it from the first "
+                 "step on, so that with both it is not quite reached")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -68,17 +71,18 @@ class DataSettings(Section):
     test_limits: tuple[int, ...] = setting((), "the same for test problems", at_least=0)
     max_solution_steps: int | None = setting(
         None,
-        "training problems only: lines of the reference solution, at most; a rule that does not "
-        "look at the model",
+        "training and validation problems only: lines of the reference solution, at most; a rule "
+        "that does not look at the model",
         at_least=1)
     max_level: int | None = setting(
-        None, "training problems only: MATH level, at most",
+        None, "training and validation problems only: MATH level, at most",
         at_least=1, at_most=5)
     max_prompt_tokens: int = setting(
-        512, "training problems with a longer prompt are left out (tokens)",
+        512, "training and validation problems with a longer prompt are left out (tokens)",
         at_least=1)
     max_demonstration_tokens: int = setting(
-        512, "training problems with a longer reference solution are left out (tokens)",
+        512,
+        "training and validation problems with a longer reference solution are left out (tokens)",
         at_least=1)
 
     def check(self) -> None:
@@ -109,13 +113,17 @@ class TrainingSettings(Section):
         at_least=0, below=1)
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay", at_least=0)
     gradient_clip: float = setting(
-        1.0, "largest norm of a step's gradient",
+        1.0, "largest norm of an optimiser update's gradient",
         "HPT", above=0)
     warmup_steps: int = setting(
-        10, "optimiser steps over which the learning rate rises, in each stage",
+        10,
+        "steps over which a factor rises linearly to 1, in each stage; it multiplies the learning "
+        f"rate, which decays meanwhile. {A_STEP}",
         at_least=0)
     final_learning_rate_fraction: float = setting(
-        0.1, "share of the learning rate to which it falls linearly by the stage's last step",
+        0.1,
+        "share of the learning rate to which it decays linearly, from the stage's first step on; "
+        "it would be reached one step after the last",
         at_least=0, at_most=1)
     micro_batch_tokens: int = setting(
         4096,
@@ -130,8 +138,10 @@ class TrainingSettings(Section):
         "vocabulary = entropy over all words at each token; sampled = the printed sum over the "
         "tokens of the text",
         "paper §1 prints the latter", choices=("vocabulary", "sampled"))
-    checkpoint_every: int = setting(50, "optimiser steps between checkpoints", at_least=1)
-    samples_every: int = setting(25, "optimiser steps between lines of samples.jsonl", at_least=1)
+    checkpoint_every: int = setting(
+        50, "steps (see training.warmup_steps) between checkpoints", at_least=1)
+    samples_every: int = setting(
+        25, "steps between lines of samples.jsonl, which steps of RL write", at_least=1)
     validate_every: int = setting(1, "epochs between scores on the validation problems", at_least=1)
 
     def check(self) -> None:
@@ -144,13 +154,16 @@ class SFTSettings(Section):
     """The supervised stage: L_SFT - gamma * H."""
 
     section: ClassVar[str] = "sft"
-    batch_size: int = setting(32, "reference solutions an optimiser step", at_least=1)
-    learning_rate: float = setting(2e-4, "AdamW's peak learning rate", above=0)
+    batch_size: int = setting(
+        32, "reference solutions a step, which is one optimiser update", at_least=1)
+    learning_rate: float = setting(2e-4, LEARNING_RATE, above=0)
     gamma: float = setting(
         0.1, "weight of the entropy, in setups with entropy regularisation only",
         "paper §1 has the term, not its weight", at_least=0)
     loss_normalisation: str = setting(
-        "token_mean", "what a step's token losses are divided by",
+        "token_mean",
+        "what the token losses of an optimiser update are divided by; also the tokens of the "
+        "entropy term, in RL stages as well",
         "the paper's letter is sequence_sum",
         choices=("token_mean", "sequence_mean", "sequence_sum"))
 
@@ -160,14 +173,15 @@ class RLSettings(Section):
     """The reinforcement stage: L_GRPO - gamma * H."""
 
     section: ClassVar[str] = "rl"
-    prompts_per_step: int = setting(16, "problems in a batch of rollouts", at_least=1)
+    prompts_per_step: int = setting(
+        16, "problems in a batch of rollouts, which is one step", at_least=1)
     group_size: int = setting(
         8, "G, completions a problem",
         "most GRPO recipes", at_least=2)
     updates_per_rollout: int = setting(
-        2, "mini-batches, each one optimiser step, in which a batch of rollouts is consumed once",
+        2, "mini-batches, each one optimiser update, in which a batch of rollouts is consumed once",
         "Algorithm 1: 1, where ratio, clip and KL to old are inert", at_least=1)
-    learning_rate: float = setting(1.5e-4, "AdamW's peak learning rate", above=0)
+    learning_rate: float = setting(1.5e-4, LEARNING_RATE, above=0)
     gamma: float = setting(
         0.02, "weight of the entropy, in setups with entropy regularisation only",
         "paper §1 has the term, not its weight", at_least=0)
@@ -176,9 +190,10 @@ class RLSettings(Section):
         "paper §1 has the term, not its weight", at_least=0)
     kl_anchor: str = setting(
         "old",
-        "from which policy the KL divergence is taken: the one that sampled, or the frozen base "
-        "model",
-        "paper §1: old; GRPO as published: reference", choices=("old", "reference"))
+        "from which policy the KL divergence is taken: old = the one that sampled; reference = the "
+        "pretrained base model as loaded, frozen, in every stage, also after SFT",
+        "paper §1: old; GRPO as published: reference; DeepSeekMath's is the SFT model",
+        choices=("old", "reference"))
     epsilon_low: float = setting(
         0.2, "the ratio is clipped below 1 - epsilon_low",
         "paper §1 has one epsilon, not its value", above=0, below=1)
@@ -191,7 +206,9 @@ class RLSettings(Section):
         "alone",
         "GRPO; the paper's words are none", choices=("group_std", "none"))
     loss_normalisation: str = setting(
-        "sequence_mean", "what a step's token losses are divided by",
+        "sequence_mean",
+        "what the token losses of an optimiser update are divided by; for the entropy term see "
+        "sft.loss_normalisation",
         "paper §1: 1/G sum 1/T_i",
         choices=("sequence_mean", "token_mean", "constant", "sequence_sum"))
     temperature: float = setting(
@@ -199,7 +216,7 @@ class RLSettings(Section):
         "paper §1: samples of the policy itself", above=0)
     max_new_tokens: int = setting(56, "cap of a completion (tokens)", at_least=1)
     reference_every: int = setting(
-        1, "optimiser steps between measurements of kl/reference where the loss does not need it",
+        1, "kl/reference is logged every so many steps, and at every one where the loss needs it",
         at_least=1)
 
     def check(self) -> None:
@@ -237,8 +254,10 @@ class ProbeSettings(Section):
     """The measurement that every setup takes on the same validation problems while it trains."""
 
     section: ClassVar[str] = "probe"
-    every: int = setting(10, "optimiser steps between probes", at_least=1)
-    prompts: int = setting(32, "validation problems that are sampled", at_least=1)
+    every: int = setting(10, "steps (see training.warmup_steps) between probes", at_least=1)
+    prompts: int = setting(
+        32, "validation problems that are sampled: the first ones, benchmark after benchmark",
+        at_least=1)
     samples: int = setting(8, "completions a problem", at_least=2)
 
 

@@ -1,31 +1,40 @@
-"""The one table of setups: name -> method, its stages, its row in the paper's Table 2."""
+"""The one table of setups: name -> method, its stages, its row in the paper's Table 2.
 
-from dataclasses import dataclass
+The paper's setups and others stand in one table; `in_paper` tells them apart.
+"""
+
+from dataclasses import dataclass, field
 
 from .errors import unknown
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One row of Table 2.
+    """One row of Table 2, or a setup of one's own beside the paper's.
 
     Attributes:
         name: what `hybridrl run` takes and what the record's folder is called.
         title: the row's name in tables and figures.
         stages: the stages in order; the epochs of the run are shared among them.
         entropy: whether the entropy term -gamma * H is in the loss (paper, setup iv).
-        paper: exact match in percent as the paper prints it, by benchmark.
-        notebook: the notebook that runs it.
+        paper: exact match in percent as the paper prints it, by benchmark; empty for a setup that
+            is not the paper's.
+        notebook: the notebook that runs it; "" for none, then `hybridrl run` alone does.
         method: the file in `methods/` that turns progress into lambda_SFT and lambda_RL.
     """
 
     name: str
     title: str
     stages: tuple[str, ...]
-    entropy: bool
-    paper: dict[str, float]
-    notebook: str
+    entropy: bool = False
+    paper: dict[str, float] = field(default_factory=dict)
+    notebook: str = ""
     method: str = "staged"
+
+    @property
+    def in_paper(self) -> bool:
+        """Whether it is a row of the paper's Table 2, or the base model they start from."""
+        return self.name == "base" or bool(self.paper)
 
 
 SETUPS: dict[str, Setup] = {
@@ -45,7 +54,15 @@ SETUPS: dict[str, Setup] = {
     )
 }
 
-TRAINED_SETUPS: tuple[str, ...] = tuple(name for name, s in SETUPS.items() if s.stages)
+
+def paper_setups() -> tuple[str, ...]:
+    """The base model and the paper's six, in the order of Table 2."""
+    return tuple(name for name, setup in SETUPS.items() if setup.in_paper)
+
+
+def setups_with_notebook() -> tuple[str, ...]:
+    """What `hybridrl reproduce` runs unless told otherwise."""
+    return tuple(name for name, setup in SETUPS.items() if setup.notebook)
 
 
 def get_setup(name: str) -> Setup:

@@ -112,7 +112,8 @@ def curves(setup: str, epochs: int, random: np.random.Generator
             drift += speed * ((0.35 if stage == "sft" else 0.22) - 0.03 * entropy_term - drift)
             length += speed * ((21.0 if stage == "sft" else 17.0) - length)
             line = {"step": step, "stage": stage, "epoch": epoch, "grad_norm": 0.5,
-                    f"lambda/{stage}": 1.0, "learning_rate": 1e-4, "seconds/step": 0.2}
+                    f"lambda/{stage}": 1.0, "learning_rate": 1e-4, "seconds/step": 0.2,
+                    "updates": 1 if stage == "sft" else 2}
             if stage == "sft":
                 line["loss/sft"] = 0.15 + 0.9 * float(np.exp(-step / 40)) + random.normal(0, 0.02)
             else:

@@ -75,6 +75,19 @@ def test_tiny_is_a_real_workload():
     assert settings.evaluation.pass_at == (1, 2, 4, 8)
 
 
+def test_meanings_say_what_the_code_does():
+    """A reader of the settings takes no step for an optimiser update and no cap for less."""
+    meanings = {key: meaning for key, _, meaning in describe(Settings())}
+    assert [key for key, meaning in meanings.items() if "optimiser step" in meaning] == []
+    for name in ("max_solution_steps", "max_level", "max_prompt_tokens",
+                 "max_demonstration_tokens"):
+        assert "training and validation problems" in meanings[f"data.{name}"]
+    assert "entropy term, in RL stages as well" in meanings["sft.loss_normalisation"]
+    assert "also after SFT" in meanings["rl.kl_anchor"]
+    for stage in ("sft", "rl"):
+        assert "not quite reached" in meanings[f"{stage}.learning_rate"]
+
+
 def test_defaults_are_the_settled_points_of_the_paper():
     """The open points of the paper keep the settlement that the README lists."""
     settings = Settings()

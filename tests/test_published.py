@@ -7,7 +7,7 @@ import pytest
 
 from hybridrl_lib.records import NUMERICS_VERSION
 from hybridrl_lib.report import load_experiment, make_table2, make_texts
-from hybridrl_lib.setups import SETUPS
+from hybridrl_lib.setups import paper_setups
 
 PUBLISHED = Path(__file__).parent.parent / "results" / "published"
 EXPERIMENTS = sorted(path.parent for path in PUBLISHED.glob("*/table2.csv"))
@@ -30,7 +30,7 @@ def test_published_tables_are_rebuilt_from_the_records_to_the_letter(folder):
 def test_published_runs_are_complete_and_from_committed_code(folder):
     """Protects the claim that every number has its manifest and the code that made it."""
     manifests = sorted(folder.glob("*/seed-*/manifest.json"))
-    assert {path.parent.parent.name for path in manifests} == set(SETUPS)
+    assert {path.parent.parent.name for path in manifests} == set(paper_setups())
     for path in manifests:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         assert manifest["complete"] and manifest["git_commit"] and manifest["git_dirty"] is False
@@ -41,7 +41,7 @@ def test_published_runs_are_complete_and_from_committed_code(folder):
 def test_the_published_tiny_run_has_the_promised_workload():
     """Protects the default's size: 10 epochs, 400 + 320 problems, G = 8, 16 samples, 5 seeds."""
     runs = sorted((PUBLISHED / "tiny").glob("*/seed-*"))
-    for setup in SETUPS:
+    for setup in paper_setups():
         assert sum(run.parent.name == setup for run in runs) >= 5
     for run in runs:
         settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]

@@ -16,10 +16,17 @@ from synthetic_records import build_experiment, write_jsonl
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.report import figures, load_experiment, make_report, make_table2, make_texts
 from hybridrl_lib.report.comparisons import pairs
+from hybridrl_lib.report.hyperparameters import (
+    ADAM_EPSILON,
+    ADVANTAGE_EPSILON,
+    FIXED,
+    LARGEST_LOG_RATIO,
+)
+from hybridrl_lib.report.page import caption
 from hybridrl_lib.report.progress import make_race, race_markdown
-from hybridrl_lib.report.style import style
+from hybridrl_lib.report.style import MARKERS, line_style, palette, style
 from hybridrl_lib.report.text import number, percent, plus, tex, write
-from hybridrl_lib.setups import SETUPS
+from hybridrl_lib.setups import SETUPS, Setup, setups_with_notebook
 
 SMALL = {"test": {"tiny_word": 30, "tiny_symbolic": 20},
          "train": {"tiny_word": 24, "tiny_symbolic": 16}, "samples": 8, "epochs": 4}
@@ -80,14 +87,19 @@ def test_writes_every_file_and_returns_them(records, tmp_path, capsys):
 
 
 def test_does_not_import_torch(records, tmp_path):
-    """Protects `make report` on a machine without torch: importing it would raise here."""
+    """Protects `make report` without torch (its import would raise) and the reader's own style."""
     code = ("import sys\n"
-            f"for name in {BLOCKED!r}: sys.modules[name] = None\n"
+            "class Absent:\n"
+            "    def find_spec(self, name, *rest):\n"
+            f"        if name.partition('.')[0] in {BLOCKED!r}: raise ImportError(name)\n"
+            "sys.meta_path.insert(0, Absent())\n"
             "from pathlib import Path\n"
+            "from matplotlib import rcParams\n"
+            "before = {k: v for k, v in rcParams.items() if k != 'backend'}\n"
             "from hybridrl_lib.report import make_report\n"
             "make_report(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-            f"assert not [n for n in {BLOCKED!r} if sys.modules[n] is not None]\n"
-            "assert 'matplotlib.pyplot' not in sys.modules\n")
+            f"assert not [n for n in {BLOCKED!r} if n in sys.modules]\n"
+            "assert {k: v for k, v in rcParams.items() if k != 'backend'} == before\n")
     subprocess.run([sys.executable, "-c", code, records, tmp_path], check=True,
                    capture_output=True, cwd=Path(__file__).parents[1])
 
@@ -293,12 +305,47 @@ def test_published_table_stands_beside(records, report, tmp_path):
 def test_hyperparameters_hold_what_a_repetition_needs(report):
     """Protects the reviewer's request: λ, ε, β, γ, rates, sizes, reward, and every setting."""
     text = (report / "hyperparameters.md").read_text(encoding="utf-8")
-    assert "| SFT + RL + entropy reg. | rl | 2 | 108 | 0 | 1 | 0.02 |" in text
-    assert "| SFT + RL | rl | 2 | 108 | 0 | 1 | 0 |" in text
+    assert "| SFT + RL + entropy reg. | rl | 2 | 108 | 216 | 0 | 1 | 0.02 |" in text
+    assert "| SFT + RL | sft | 2 | 28 | 28 | 1 | 0 | 0 |" in text
     for piece in ("| ε |", "| β |", "γ in RL", "`rl.learning_rate` = 0.00015",
                   "`rl.group_size` = 8", "1 if it is right by the strict rule", "`probe.samples`",
                   "weight of the KL divergence in the loss"):
         assert piece in text, piece
+
+
+def test_updates_are_those_of_all_seeds(own_records):
+    """Protects steps from being read as optimiser updates: the log counts those that were made."""
+    path = own_records / "rl" / "seed-0" / "metrics.jsonl"
+    first, *others = lines(path)
+    write_jsonl(path, [first | {"updates": 0}, *others])
+    assert "| RL | rl | 4 | 216 | 430 to 432 |" in tables(own_records)["hyperparameters.md"]
+    write_jsonl(path, [{k: v for k, v in line.items() if k != "updates"} for line in others])
+    assert "| RL | rl |" in tables(own_records)["hyperparameters.md"]
+
+
+def test_what_is_fixed_in_code_is_stated_as_it_is():
+    """Protects the table of constants: it is written without torch, and the code is the truth."""
+    from inspect import signature
+    from types import SimpleNamespace
+
+    from torch.optim import AdamW
+
+    from hybridrl_lib import objectives
+    from hybridrl_lib.config import load_settings
+    from hybridrl_lib.methods import Progress, Stage
+    from hybridrl_lib.training import Trainer
+
+    assert signature(objectives.group_advantages).parameters["epsilon"].default == ADVANTAGE_EPSILON
+    assert signature(AdamW).parameters["eps"].default == ADAM_EPSILON
+    assert objectives.LARGEST_LOG_RATIO == LARGEST_LOG_RATIO
+    settings = load_settings("tiny", "training.warmup_steps=4 rl.learning_rate=1e-3", smoke=False)
+    trainer = SimpleNamespace(settings=settings)
+    rates = [Trainer._learning_rate(trainer, Progress(Stage("rl", 1), s, 20)) for s in range(20)]
+    assert rates == pytest.approx([1e-3 * min(1, (s + 1) / 4) * (0.1 + 0.9 * (1 - s / 20))
+                                   for s in range(20)])
+    assert 0.8e-3 < max(rates) < 1e-3 and min(rates[5:]) > 1e-4
+    assert "min(1, (s + 1) / w) · (f + (1 − f)(1 − s / S))" in dict(FIXED)[
+        "learning rate at step s = 0 … S − 1 of a stage"]
 
 
 def test_settings_that_differ_between_runs_are_named(own_records):
@@ -403,6 +450,90 @@ def test_another_method_gets_its_row(own_records):
     experiment = load_experiment(own_records)
     assert ("another_method", "sft_then_rl") in pairs(experiment)
     assert "| another_method |" in tables(own_records)["table2.md"]
+
+
+def test_a_setup_in_the_table_of_setups_that_never_ran_changes_nothing(records, monkeypatch):
+    """Protects the rebuild of published tables from a line that somebody adds to setups.py."""
+    before = tables(records)
+    monkeypatch.setitem(SETUPS, "combined", Setup("combined", "Combined", ("rl",)))
+    assert tables(records) == before
+    assert "combined" not in setups_with_notebook() and set(setups_with_notebook()) < set(SETUPS)
+
+
+def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, monkeypatch):
+    """Protects README's "Adding a method": title, row behind the paper's, baselines, own colour."""
+    (own_records / "rl").rename(own_records / "combined")
+    others = dict(SETUPS)
+    SETUPS.clear()  # the place of the line in the table is anybody's choice
+    SETUPS["combined"] = Setup("combined", "Combined", ("rl",))
+    SETUPS.update(others)
+    try:
+        experiment = load_experiment(own_records)
+        text = tables(own_records)["table2.md"]
+        with style():
+            figure = figures.draw_reward(experiment)
+    finally:
+        SETUPS.clear()
+        SETUPS.update(others)
+    assert experiment.setups[-1] == "combined" and "No finished run of: RL." in text
+    assert text.index("| SFT + RL + entropy reg. |") < text.index("| Combined |")
+    assert {second for first, second in pairs(experiment) if first == "combined"} == {
+        "base", "sft_then_rl"}
+    colours = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+    assert list(colours.values()).count(colours["Combined"]) == 1
+
+
+def test_any_number_of_setups_has_line_styles(monkeypatch):
+    """Protects a study with many setups: colours come again, the paper's stay theirs."""
+    before = {name: line_style(name) for name in SETUPS}
+    names = [f"method_{index}" for index in range(12)]
+    for name in names:
+        monkeypatch.setitem(SETUPS, name, Setup(name, name, ("rl",)))
+    assert {name: line_style(name) for name in before} == before
+    looks = [line_style(name)["color"] for name in (*names, "unknown", "method_3_entropy")]
+    assert len({before[name]["color"] for name in ("sft", "rl", "sft_then_rl")} | set(looks)) == 7
+    assert looks[3] == looks[-1] and len(palette()) == len(set(palette())) == len(MARKERS)
+
+
+def test_best_checkpoint_that_is_the_last_one_counts(own_records):
+    """Protects the best checkpoint's mean: a seed whose last is its best has no rows `best`."""
+    def best():
+        table = make_table2(load_experiment(own_records))
+        return table.cells.get(("rl", "tiny_word", "exact_match_best"))
+
+    run = own_records / "rl" / "seed-1"
+    everything = lines(run / "eval.jsonl")
+    write_jsonl(run / "eval.jsonl", [line for line in everything if line["checkpoint"] == "last"])
+    record = json.loads((run / "manifest.json").read_text())
+    assert best().interval.seeds == 2
+    for step, strict, seeds in ((216, 0.5, 3), (108, 0.5, 2), (216, -1.0, 2), (216, 0.0, 3)):
+        write(run / "manifest.json", json.dumps(
+            record | {"steps": 216, "best_on_validation": {"strict": strict, "step": step}}))
+        assert best().interval.seeds == seeds, (step, strict)
+    strict = [line["greedy"]["strict"] for seed in range(3) for line in
+              (lines(own_records / "rl" / f"seed-{seed}" / "eval.jsonl"))
+              if (line["checkpoint"], line["part"], line["benchmark"])
+              == ("last" if seed == 1 else "best", "test", "tiny_word")]
+    assert best().interval.mean == pytest.approx(np.mean(strict))
+
+
+def test_the_probes_problems_are_named(own_records):
+    """Protects the reader: the first prompts in the order of benchmarks are mostly of one."""
+    for path in own_records.glob("*/*/manifest.json"):
+        record = json.loads(path.read_text())
+        record["data"] = {name: {"problems": {"validation": count}}
+                          for name, count in (("tiny_symbolic", 19), ("tiny_word", 29))}
+        path.write_text(json.dumps(record))
+    experiment = load_experiment(own_records)
+    said = "29 of tiny word problems, 3 of tiny symbolic maths."
+    assert said in race_markdown(experiment, make_race(experiment))
+    assert said in caption(experiment, "kl") and said not in caption(experiment, "table2")
+
+
+def test_time_is_called_what_it_is(report):
+    """Protects from reading a process's CPU time as an accelerator's."""
+    text = (report / "report.md").read_text(encoding="utf-8")
+    assert "CPU time of the process" in text and "| device, min" not in text
 
 
 def test_numbers_as_text():

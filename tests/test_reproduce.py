@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -17,7 +18,7 @@ from hybridrl_lib.errors import UserError
 from hybridrl_lib.jobs import Clock, Job, Queue, Running
 from hybridrl_lib.locks import only_writer
 from hybridrl_lib.records import RunFolder
-from hybridrl_lib.setups import SETUPS
+from hybridrl_lib.setups import SETUPS, Setup
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,6 +101,21 @@ def job(name: str, weight: float = 1.0, **fields) -> Job:
 
 
 # The whole -------------------------------------------------------------------------------------
+
+
+def test_a_setup_without_notebook_is_left_to_hybridrl_run(checkout, fast, results, monkeypatch):
+    """A line added to setups.py breaks no `hybridrl reproduce`; asked for by name, it says so."""
+    monkeypatch.setitem(SETUPS, "combined", Setup("combined", "Combined", ("rl",)))
+    planned = []
+    monkeypatch.setattr(reproduce, "setup_job", lambda plan, setup, seed: planned.append(setup.name)
+                        or job(setup.name, seed=seed))
+    monkeypatch.setattr(reproduce.Queue, "run", lambda self: {})
+    reproduce.reproduce("tiny", say=lambda line: None)
+    assert planned == [name for name in SETUPS if name != "combined"]
+    monkeypatch.undo()
+    plan = SimpleNamespace(folder=checkout, notebooks=checkout / "notebooks")
+    with pytest.raises(UserError, match="combined has no notebook; train it with 'hybridrl run"):
+        reproduce.setup_job(plan, Setup("combined", "Combined", ("rl",)), 0)
 
 
 def test_notebooks_run_and_failures_are_told_at_the_end(checkout, fast, results, monkeypatch):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..setups import SETUPS, TRAINED_SETUPS
+from ..setups import SETUPS, paper_setups
 from ..statistics import Difference, gap_interval, holm, paired_difference
 from .loading import Experiment, benchmark_title, paper_value, setup_title
 from .scores import EXACT_MATCH, score
@@ -58,11 +58,11 @@ def pairs(experiment: Experiment) -> list[tuple[str, str]]:
     against RL; each setup with entropy regularisation against the same without; and any setup that
     is not the paper's against RL after SFT, the baseline it has to beat.
     """
-    others = [name for name in experiment.setups if name not in SETUPS]
-    wanted = [(name, "base") for name in (*TRAINED_SETUPS, *others)]
+    paper = [name for name in paper_setups() if name != "base"]
+    others = [name for name in experiment.setups if name not in (*paper, "base")]
+    wanted = [(name, "base") for name in (*paper, *others)]
     wanted += [("rl", "sft"), ("sft_then_rl", "sft"), ("sft_then_rl", "rl")]
-    wanted += [(name, name.removesuffix("_entropy")) for name in TRAINED_SETUPS
-               if SETUPS[name].entropy]
+    wanted += [(name, name.removesuffix("_entropy")) for name in paper if SETUPS[name].entropy]
     wanted += [(name, "sft_then_rl") for name in others]
     return [pair for pair in wanted if set(pair) <= set(experiment.setups)]
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..setups import SETUPS
-from .loading import Experiment, setup_title
+from .loading import Experiment, Run, setup_title
 from .text import NOTHING, bullets, markdown_table
 
 # the paper's symbol, what it is, the settings that hold it
@@ -15,14 +15,31 @@ SYMBOLS = (
      ("sft.gamma",)),
     ("γ in RL", "weight of the entropy (setups with entropy regularisation; 0 in the others)",
      ("rl.gamma",)),
-    ("learning_rate in SFT", "peak of the schedule", ("sft.learning_rate",)),
-    ("learning_rate in RL", "peak of the schedule", ("rl.learning_rate",)),
-    ("batch_size in SFT", "reference solutions an optimiser step", ("sft.batch_size",)),
-    ("batch_size in RL", "problems a batch of rollouts, and the mini-batches it is consumed in",
+    ("learning_rate in SFT", "before decay and warm-up, see below", ("sft.learning_rate",)),
+    ("learning_rate in RL", "before decay and warm-up, see below", ("rl.learning_rate",)),
+    ("batch_size in SFT", "reference solutions a step, which is one optimiser update",
+     ("sft.batch_size",)),
+    ("batch_size in RL", "problems a step, and the optimiser updates that consume its rollouts",
      ("rl.prompts_per_step", "rl.updates_per_rollout")),
     ("k, G", "completions a problem", ("rl.group_size",)),
     ("sft_epochs, rl_epochs", "epochs in all; two stages share them", ("training.epochs",)),
     ("T", "longest completion (tokens)", ("rl.max_new_tokens",)),
+)
+
+ADVANTAGE_EPSILON = 1e-4
+ADAM_EPSILON = 1e-8
+LARGEST_LOG_RATIO = 20.0
+# no settings: what it is, its value; tests hold them against the code, which needs torch
+FIXED = (
+    ("reward of a completion", "1 if it is right by the strict rule, 0 otherwise"),
+    ("advantage", f"(reward − mean) / (deviation of the group, G − 1 in its denominator, + "
+                  f"{ADVANTAGE_EPSILON:g}); `rl.advantage_scale=none` leaves out the division"),
+    ("largest absolute log ratio before exp (ratio and KL)", f"{LARGEST_LOG_RATIO:g}"),
+    ("optimiser", f"AdamW with ε = {ADAM_EPSILON:g}, a fresh one in each stage"),
+    ("learning rate at step s = 0 … S − 1 of a stage",
+     "learning_rate · min(1, (s + 1) / w) · (f + (1 − f)(1 − s / S)) with w = "
+     "`training.warmup_steps` (1 for 0) and f = `training.final_learning_rate_fraction`; the same "
+     "in all updates of a step"),
 )
 
 
@@ -40,6 +57,7 @@ def hyperparameters_markdown(experiment: Experiment) -> str:
         parts.append(f"Preset: {', '.join(presets)}. Every value as the runs recorded it.\n")
     parts += ["## Weights of the losses by setup\n", _lambda_table(experiment, values),
               "## The paper's symbols\n", _symbol_table(values),
+              "## Fixed in code\n", markdown_table(["what", "value"], FIXED),
               "## All settings\n",
               markdown_table(["setting", "value", "meaning"], _setting_rows(configs[0], values))]
     mixed = [key for key in keys if len({_show(entry.get(key)) for entry in flat}) > 1]
@@ -66,11 +84,22 @@ def _lambda_table(experiment: Experiment, values: dict[str, str]) -> str:
             if any("gamma" in line for line in lines):
                 entropy = _lambda(lines, "gamma")
             rows.append([setup_title(setup), stage, _epochs(lines, run.metrics), str(len(lines)),
-                         _lambda(lines, "lambda/sft"), _lambda(lines, "lambda/rl"),
-                         entropy])
-    header = ["setup", "stage", "epochs", "steps", "λ_SFT", "λ_RL", "γ"]
-    return (markdown_table(header, rows, range(2, 7))
-            + "\nReward of a completion: 1 if it is right by the strict rule, 0 otherwise.\n")
+                         _updates(experiment.of(setup), stage), _lambda(lines, "lambda/sft"),
+                         _lambda(lines, "lambda/rl"), entropy])
+    header = ["setup", "stage", "epochs", "steps", "optimiser updates", "λ_SFT", "λ_RL", "γ"]
+    return markdown_table(header, rows, range(2, 8)) + "\n" + bullets((
+        "A step of SFT is one batch and one optimiser update. A step of RL is one batch of "
+        "rollouts, consumed in `rl.updates_per_rollout` optimiser updates.",
+        "Updates are those that were made, lowest to highest over the seeds: a mini-batch without "
+        "a gradient, since each of its groups is all right or all wrong, is left out."))
+
+
+def _updates(runs: tuple[Run, ...], stage: str) -> str:
+    """Optimiser updates of a stage, the range over runs where they differ; a dash if not logged."""
+    sums = [sum(line["updates"] for line in lines) for run in runs
+            if (lines := [line for line in run.metrics if line.get("stage") == stage])
+            and all("updates" in line for line in lines)]
+    return " to ".join(map(str, dict.fromkeys((min(sums), max(sums))))) if sums else NOTHING
 
 
 def _epochs(lines: list[dict[str, Any]], everything: list[dict[str, Any]]) -> str:

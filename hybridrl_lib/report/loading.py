@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..setups import SETUPS
+from ..setups import SETUPS, paper_setups
 
 PAPER_MODEL = "Qwen2.5-0.5B"
+NOT_RECORDED = object()  # equals nothing
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class Run:
     metrics: list[dict[str, Any]]
     probe: list[dict[str, Any]]
     answers: dict[tuple[str, str, str], Answers]  # (checkpoint, part, benchmark)
+
+    def answers_of(self, checkpoint: str, part: str, benchmark: str) -> Answers | None:
+        """The run's verdicts there, None where they were not measured.
+
+        A best checkpoint that is the last one is scored once and recorded as `last`.
+        """
+        found = self.answers.get((checkpoint, part, benchmark))
+        if found is None and checkpoint == "best" and self.last_is_best:
+            return self.answers.get(("last", part, benchmark))
+        return found
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last checkpoint did best on validation; False if nothing was validated."""
+        best = self.manifest.get("best_on_validation") or {}
+        return (best.get("strict", -1.0) >= 0.0
+                and best.get("step") == self.manifest.get("steps", NOT_RECORDED))
 
 
 @dataclass(frozen=True)
@@ -143,8 +161,8 @@ def load_experiment(folder: Path) -> Experiment:
 
 
 def _run_order(path: Path) -> tuple[int, str, int, str]:
-    """Table 2's order of setups, then seeds as numbers."""
-    known = list(SETUPS)
+    """Table 2's order of setups, other setups behind them, then seeds as numbers."""
+    known = sorted(SETUPS, key=lambda name: not SETUPS[name].in_paper)
     setup, seed = path.parent.name, path.name.removeprefix("seed-")
     place = known.index(setup) if setup in known else len(known)
     return place, setup, int(seed) if seed.isdecimal() else -1, seed
@@ -154,7 +172,7 @@ def _missing(runs: list[Run]) -> list[str]:
     """Sentences on setups and seeds that others lead one to expect."""
     present = {run.setup for run in runs}
     notes = []
-    absent = [setup_title(name) for name in SETUPS if name not in present]
+    absent = [setup_title(name) for name in paper_setups() if name not in present]
     if absent:
         notes.append("No finished run of: " + ", ".join(absent).rstrip(".") + ".")
     trained = {name for name in present if name != "base"}
@@ -287,6 +305,26 @@ def stage_change(run: Run) -> float | None:
         if len(names) > 1:
             return max(epoch for stage, epoch in stages if stage == names[0])
     return None
+
+
+def probe_problems(experiment: Experiment) -> str:
+    """How many problems of each benchmark the probe samples, "" where the records do not say.
+
+    It takes the first validation problems, and these are joined benchmark by benchmark.
+    """
+    def counted(run: Run) -> str:
+        settings, data = run.config.get("settings") or {}, run.manifest.get("data") or {}
+        left, parts = (settings.get("probe") or {}).get("prompts", 0), []
+        if not left:
+            return ""
+        for benchmark in (settings.get("data") or {}).get("benchmarks") or data:
+            problems = (data.get(benchmark) or {}).get("problems") or {}
+            count = min(left, problems.get("validation", 0))
+            left -= count
+            parts.append(f"{count} of {benchmark_title(benchmark).title}")
+        return ", ".join(parts)
+
+    return " / ".join(agreed(experiment.runs, counted))
 
 
 def agreed(runs: Iterable[Run], value: Callable[[Run], Any]) -> list[str]:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .loading import Experiment, agreed, benchmark_title, setup_title
+from .loading import Experiment, agreed, benchmark_title, probe_problems, setup_title
 from .scores import EXACT_MATCH
 from .table2 import Table2
 from .text import NOTHING, bracket, markdown_table, number
 
+OF_THE_PROBE = ("reward", "kl", "entropy", "lengths", "correctness")
 CAPTIONS = {
     "table2": "Exact match of one greedy answer with 95 % intervals; hollow: the paper's values.",
     "reward": "Reward of the probe: the same validation prompts, sampled by every setup.",
@@ -35,10 +36,17 @@ def report_markdown(experiment: Experiment, sections: list[str], figures: list[s
     parts += [_one_level_down(section) for section in sections]
     if figures:
         parts.append("## Pictures\n")
-        parts += [f"![{name}](figures/{name}.png)\n\n{CAPTIONS[name]}\n" for name in figures]
+        parts += [f"![{name}](figures/{name}.png)\n\n{caption(experiment, name)}\n"
+                  for name in figures]
     parts += ["## Runs\n", "Every setting: [hyperparameters.md](hyperparameters.md).\n",
               runs_table(experiment), facts(experiment), answers_table(experiment)]
     return "\n".join(part for part in parts if part)
+
+
+def caption(experiment: Experiment, name: str) -> str:
+    """What a picture shows; for the probe's also on which problems."""
+    problems = probe_problems(experiment) if name in OF_THE_PROBE else ""
+    return CAPTIONS[name] + (f" Prompts: {problems}." if problems else "")
 
 
 def _one_level_down(text: str) -> str:
@@ -54,8 +62,9 @@ def runs_table(experiment: Experiment) -> str:
         rows.append([setup_title(setup), ", ".join(str(run.seed) for run in runs),
                      _minutes(runs, "seconds/wall"), _minutes(runs, "seconds/device"),
                      _tokens(runs), str(resumed)])
-    return markdown_table(["setup", "seeds", "wall, min a run", "device, min a run",
-                           "tokens a run", "resumed"], rows, (2, 3, 5))
+    return markdown_table(["setup", "seeds", "wall, min a run",
+                           "CPU time of the process, min a run", "tokens a run", "resumed"],
+                          rows, (2, 3, 5))
 
 
 def _minutes(runs: tuple, key: str) -> str:

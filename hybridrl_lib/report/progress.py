@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .loading import Experiment, Run, setup_title
+from .loading import Experiment, Run, probe_problems, setup_title
 from .text import NOTHING, bullets, csv_text, markdown_table, number
 
 COLUMNS = ("setup", "threshold", "seeds", "reached", "steps", "steps_low", "steps_high", "epochs",
@@ -95,6 +95,7 @@ def _range(values: tuple[float, ...], digits: int) -> list[str]:
 
 def race_markdown(experiment: Experiment, race: Race) -> str:
     """The table and what it does not say."""
+    problems = probe_problems(experiment)
     rows = []
     for p in race.setups:
         steps, epochs = _range(p.steps, 0), _range(p.epochs, 1)
@@ -109,9 +110,11 @@ def race_markdown(experiment: Experiment, race: Race) -> str:
         f"{setup_title(race.best)}).\n",
         markdown_table(["setup", "seeds that reach it", "steps: mean (lowest to highest)",
                         "epochs: mean (lowest to highest)"], rows, (2, 3)),
-        bullets((
+        bullets(filter(None, (
             "The first of two probes in a row at or above the threshold. The probe is the same "
             "validation prompts, sampled, for every setup; it is noisy.",
+            problems and "The probe's prompts are the first validation problems in the order of "
+                         f"the benchmarks: {problems}.",
             "Means are over the seeds that reach it; a mean over fewer than all seeds flatters.",
-            "A step of SFT and a step of RL differ in cost, and so do their numbers of steps an "
-            "epoch."))))
+            "A step of SFT is one batch, a step of RL one batch of rollouts with all its optimiser "
+            "updates: they differ in cost, and so do their numbers of steps an epoch.")))))

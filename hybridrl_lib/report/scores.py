@@ -61,7 +61,7 @@ def score(experiment: Experiment, setup: str, benchmark: str, metric: str) -> Sc
     part = "train" if metric.endswith("_train") else "test"
     columns: list[tuple[Run, Answers, np.ndarray]] = []
     for run in experiment.of(setup):
-        answers = run.answers.get((checkpoint, part, benchmark))
+        answers = run.answers_of(checkpoint, part, benchmark)
         values = None if answers is None else _values(answers, metric)
         if values is not None:
             columns.append((run, answers, values))

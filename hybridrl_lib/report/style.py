@@ -1,11 +1,14 @@
 """How the pictures look: colours that the colour-blind tell apart, sizes that survive print.
 
-Nothing here touches pyplot or the global settings, so that a notebook's own style stays as it is.
+The palette and the plain theme are seaborn's. Nothing here touches the global settings, so that a
+notebook's own style stays as it is. Seaborn is imported where something is drawn, since it takes a
+second that tables need not wait for.
 """
 
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import matplotlib
@@ -17,14 +20,17 @@ from PIL import Image
 from ..setups import SETUPS
 
 WIDTH = 6.8  # inches: a page's text width
-# Okabe and Ito's palette, without its yellow, which vanishes on white
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# of seaborn's palette `colorblind`: blue, vermilion, green, purple, orange, sky blue, brown; its
+# yellow, pink and grey vanish on white or beside the base model's grey
+CHOSEN_COLOURS = (0, 3, 2, 4, 1, 9, 5)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = (4.0, 1.6)
 
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans", "font.size": 9.0, "axes.labelsize": 9.0, "axes.titlesize": 9.5,
     "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "legend.fontsize": 8.0,
+    "xtick.major.size": 3.5, "xtick.major.width": 0.7, "ytick.major.size": 3.5,
+    "ytick.major.width": 0.7,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
     "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#E3E3E3",
     "grid.linewidth": 0.6, "lines.linewidth": 1.5, "lines.markersize": 4.0,
@@ -36,22 +42,38 @@ RC: dict[str, Any] = {
 @contextmanager
 def style() -> Iterator[None]:
     """The pictures' settings, for as long as one is drawn or written."""
+    import seaborn
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(RC)
+        matplotlib.rcParams.update(seaborn.axes_style("ticks") | seaborn.plotting_context("paper")
+                                   | RC)
         yield
+
+
+@cache
+def palette() -> tuple[str, ...]:
+    """One colour a marker."""
+    import seaborn
+
+    colours = seaborn.color_palette("colorblind").as_hex()
+    return tuple(colours[index] for index in CHOSEN_COLOURS)
 
 
 def line_style(setup: str) -> dict[str, Any]:
     """Colour, dashes and marker of a setup; with entropy regularisation it is dashed and hollow."""
-    plain = [name for name, entry in SETUPS.items() if entry.stages and not entry.entropy]
+    plain = [entry.name for entry in sorted(SETUPS.values(), key=lambda entry: not entry.in_paper)
+             if entry.stages and not entry.entropy]
+    paper = sum(SETUPS[name].in_paper for name in plain)
     name = setup.removesuffix("_entropy")
     if setup == "base":
         return {"color": "#555555", "marker": "X"}
-    # a setup that is not the paper's takes a colour behind theirs, by its name: the same everywhere
-    place = (plain.index(name) if name in plain
-             else len(plain) + sum(map(ord, name)) % (len(PALETTE) - len(plain)))
-    look: dict[str, Any] = {"color": PALETTE[place], "marker": MARKERS[place]}
+    # a setup that is not the paper's takes a colour behind theirs, by its place in the table of
+    # setups or else by its name: the same everywhere. Past the last colour they come again.
+    place = plain.index(name) if name in plain else paper + sum(map(ord, name))
+    if place >= paper:
+        place = paper + (place - paper) % (len(MARKERS) - paper)
+    look: dict[str, Any] = {"color": palette()[place], "marker": MARKERS[place]}
     if setup.endswith("_entropy"):
         look |= {"dashes": DASHES, "markerfacecolor": "white"}
     return look

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..setups import SETUPS
+from ..setups import paper_setups
 from ..statistics import Interval, mean_interval
 from .loading import (
     PAPER_MODEL,
@@ -73,7 +73,8 @@ def table2_csv(table: Table2) -> str:
 
 def row_setups(experiment: Experiment) -> tuple[str, ...]:
     """The table's rows: the paper's setups whether or not they ran, then any others."""
-    return (*SETUPS, *(name for name in experiment.setups if name not in SETUPS))
+    paper = paper_setups()
+    return (*paper, *(name for name in experiment.setups if name not in paper))
 
 
 def wide_header(experiment: Experiment) -> list[str]:
@@ -117,7 +118,8 @@ def table2_markdown(experiment: Experiment, table: Table2) -> str:
         "Pass@k: unbiased estimate from the samples at the evaluation's temperature, strict.",
         "Lenient: the last box, else the last `####`, else the last number counts, whether or not "
         "the completion ended.",
-        "Best checkpoint: the one with the best strict score on the validation problems, greedy.",
+        "Best checkpoint: the one with the best strict score on the validation problems, greedy; "
+        "the last where that one is it.",
         "Training problems: greedy and Pass@1 on problems that were trained on; the gap is in "
         "gap.md.")))
     return "\n".join(parts)
