@@ -165,6 +165,11 @@ def test_report_notebooks_get_a_seed_that_every_setup_has(checkout, fast, result
     assert "left out" in lines[0]
 
 
+def hear_interrupts():
+    """What a shell starts in the background, as CI may be, ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_lets_every_kernel_keep_its_checkpoint(checkout, results):
     """The signal reaches the kernels, not papermill, which would kill them."""
     for name in ("rl", "sft"):
@@ -172,7 +177,7 @@ def test_ctrl_c_lets_every_kernel_keep_its_checkpoint(checkout, results):
     process = subprocess.Popen(
         [sys.executable, "-m", "hybridrl_lib.cli", "reproduce", "--setups", "rl,sft", "--jobs",
          "2"], cwd=checkout, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)})
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=hear_interrupts)
     places = [results / "tiny" / name / "seed-0" for name in ("rl", "sft")]
     try:
         until = time.monotonic() + 120
