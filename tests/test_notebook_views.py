@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 
 import nbformat
 import numpy as np
@@ -357,6 +358,7 @@ def test_execute_runs_in_place_or_not_at_all(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "notebooks"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.environ", dict(os.environ))  # what it sets for kernels stays here
     for name, last in (("01_good", "print(preset)"), ("02_bad", "1 / 0")):
         cells = [nbformat.v4.new_code_cell('preset = "auto"', metadata={"tags": ["parameters"]}),
                  nbformat.v4.new_code_cell(last)]

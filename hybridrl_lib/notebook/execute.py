@@ -74,6 +74,7 @@ def execute(path: Path, preset: str) -> None:
         os.environ |= {"JUPYTER_PATH": str(Path(folder) / "jupyter"),
                        "IPYTHONDIR": str(Path(folder) / "ipython"),
                        "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        os.environ.setdefault("HYBRIDRL_HEADLESS", "0")  # the last picture of the live view stays
         execute_notebook(path, out, parameters={"preset": preset}, kernel_name="python3",
                          cwd=path.parent, progress_bar=False)
         notebook = clean(nbformat.read(out, as_version=4))
