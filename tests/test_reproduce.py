@@ -166,7 +166,7 @@ def test_report_notebooks_get_a_seed_that_every_setup_has(checkout, fast, result
 
 
 def hear_interrupts():
-    """What a shell starts in the background, as CI may be, ignores SIGINT, and so do its children."""
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
