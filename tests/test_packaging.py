@@ -140,7 +140,7 @@ def test_make_has_the_target(target):
 ])
 def test_make_reproduce_passes_its_variables_on(arguments, command):
     """PRESET, SEEDS, JOBS and EXPERIMENT reach the command; empty ones leave it to decide."""
-    words = make("-n", "reproduce", *arguments).replace("\\\n", " ").split()
+    words = make("-n", "--no-print-directory", "reproduce", *arguments).replace("\\\n", " ").split()
     start = words.index("reproduce")
     assert words[start:] == command.split()
 
