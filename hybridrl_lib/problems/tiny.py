@@ -12,7 +12,7 @@ world's other choices are listed in its model card.
 import random
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
 
@@ -240,4 +240,4 @@ def load_tiny_symbolic() -> list[Problem]:
 
 
 __all__ = ["Exercise", "Step", "draw_symbolic", "draw_word", "is_held_out", "load_tiny_symbolic",
-           "load_tiny_word", "replace", "run_chain", "solution_text", "working", "write_word"]
+           "load_tiny_word", "run_chain", "solution_text", "working", "write_word"]
