@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -214,12 +215,19 @@ def test_damaged_record(refused, results, model):
 # A full disk -----------------------------------------------------------------------------------
 
 
-@pytest.fixture()
-def small_files():
-    """small_files(size): from then on no file can grow beyond `size` bytes."""
+@contextmanager
+def small_files(size):
+    """Inside, no file can grow beyond `size` bytes.
+
+    No longer than the call under test: the limit holds for the whole process, also for the file
+    that pytest's own output may go to.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("write", [
@@ -227,12 +235,11 @@ def small_files():
     lambda folder: torch.save(torch.zeros(100_000), folder / "w.pt"),
     lambda folder: records.write_whole(folder / "w.json", "0" * 400_000),
 ], ids=["safetensors", "torch", "text"])
-def test_checkpoint_on_a_full_disk(tmp_path, small_files, write):
+def test_checkpoint_on_a_full_disk(tmp_path, write):
     """Whichever library hits the end of the disk, the older checkpoint stays and is found."""
     run = RunFolder(tmp_path / "run")
     run.save_checkpoint(5, lambda folder: (folder / "state.json").write_text("{}"))
-    small_files(10_000)
-    with pytest.raises(UserError, match="free some space") as caught:
+    with small_files(10_000), pytest.raises(UserError, match="free some space") as caught:
         run.save_checkpoint(10, write)
     assert "\n" not in str(caught.value)
     assert run.newest_checkpoint() == (5, tmp_path / "run" / "checkpoint" / "step-000005")
@@ -260,12 +267,12 @@ def test_disk_full_in_the_middle_of_a_run(refused, results, model, monkeypatch):
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_disk_full_for_the_final_model(refused, results, model, small_files):
+def test_disk_full_for_the_final_model(refused, results, model):
     """Even the last file of a run is written later without training again."""
     words = ["run", "base", "--set", model]
-    small_files(20_000)
-    assert "free some space" in refused(words)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    with small_files(20_000):
+        message = refused(words)
+    assert "free some space" in message
     assert main(words) == 0
 
 
