@@ -271,13 +271,16 @@ def add_rerun(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", metavar="NAME",
                         help="where the second run goes; the first one's name with -rerun unless "
                              "given")
+    parser.add_argument("--set", dest="settings", nargs="+", action="extend", default=[],
+                        metavar="KEY=VALUE",
+                        help="where it must differ from the record, such as model.path=FILE.gguf")
 
 
 def rerun_command(arguments: argparse.Namespace) -> int:
     prepare_torch()
     from .rerun import rerun
 
-    return rerun(arguments.manifest, arguments.experiment)
+    return rerun(arguments.manifest, arguments.experiment, arguments.settings)
 
 
 # list, doctor, pretrain-tiny --------------------------------------------------------------------

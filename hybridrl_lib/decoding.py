@@ -2,8 +2,10 @@
 
 `transformers` calls some twenty small modules a layer for every new token; a small model spends
 its time there. This one reads the same weights, fused into four products a layer, and keeps the
-keys and values in one preallocated cache. It computes the same function (tests/test_decoding.py);
-models of other architectures go through `transformers` itself (`rollouts.py`).
+keys and values in one preallocated cache. It computes the same function (tests/test_decoding.py),
+in half precision rounded where autocast rounds in training: products and attention are in half
+precision, the sum that runs through the layers and the norms are in fp32. Models of other
+architectures go through `transformers` itself (`rollouts.py`).
 """
 
 import torch
@@ -40,8 +42,8 @@ class _Layer:
         self.gate_up = torch.cat([effective(feed_forward.gate_proj)[0],
                                   effective(feed_forward.up_proj)[0]]).to(dtype)
         self.down = effective(feed_forward.down_proj)[0].to(dtype)
-        self.input_norm = layer.input_layernorm.weight.to(dtype)
-        self.post_norm = layer.post_attention_layernorm.weight.to(dtype)
+        self.input_norm = layer.input_layernorm.weight
+        self.post_norm = layer.post_attention_layernorm.weight
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -56,9 +58,9 @@ class Decoder:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config, body = base.config, base.get_decoder()
         self.dtype = DTYPES[policy.precision]
-        self.embedding = body.embed_tokens.weight.to(self.dtype)
+        self.embedding = body.embed_tokens.weight
         self.head = effective(base.get_output_embeddings())[0].to(self.dtype)
-        self.norm = body.norm.weight.to(self.dtype)
+        self.norm = body.norm.weight
         self.layers = [_Layer(layer, self.dtype) for layer in body.layers]
         self.rotary = body.rotary_emb
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
@@ -117,7 +119,7 @@ class Decoder:
             y = F.linear(self._rms(x, layer.input_norm), layer.qkv, layer.qkv_bias)
             q, k, v = (part.view(rows, time, -1, self.head_size).transpose(1, 2)
                        for part in y.split(sizes, dim=-1))
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            q, k = _rotate(q, cos, sin).to(self.dtype), _rotate(k, cos, sin)
             keys[:, :, start:start + time] = k
             values[:, :, start:start + time] = v
             k, v = keys[:, :, :start + time], values[:, :, :start + time]
@@ -139,9 +141,8 @@ class Decoder:
         return F.linear(hidden, self.head).float()
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return weight * wide.to(x.dtype)
+        normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return (weight * normal).to(self.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a plain line now and then."""
+"""What a run tells while it goes on, a plain line now and then, and how long it took."""
 
 import time
 
@@ -51,7 +51,8 @@ class Lines(Observer):
             facts.append(f"SFT loss {row['loss/sft']:.3f}")
         if row.get("entropy") is not None:
             facts.append(f"entropy {row['entropy']:.2f}")
-        facts.append(f"gradient norm {row['grad_norm']:.2f}")
+        facts.append(f"gradient norm {row['grad_norm']:.2f}" if "grad_norm" in row else
+                     "gradient not finite")
         facts.append(f"about {duration(left)} left")
         self.note(", ".join(facts))
 
@@ -59,6 +60,27 @@ class Lines(Observer):
         if time.monotonic() - self.last >= self.seconds:
             self.note(f"validation after epoch {row['epoch']:.0f}: exact match "
                       f"{row['strict']:.1%}, token loss {row['loss']:.3f}")
+
+
+class Stopwatch:
+    """Seconds of wall clock and of processor that a run took, over all processes that worked on it.
+
+    What a process did after its last checkpoint and lost is not in it.
+    """
+
+    def __init__(self):
+        self._began = time.monotonic(), time.process_time()
+        self._before = (0.0, 0.0)
+
+    def read(self) -> list[float]:
+        """[wall, processor] so far."""
+        now = time.monotonic(), time.process_time()
+        return [round(earlier + moment - began, 2) for earlier, moment, began
+                in zip(self._before, now, self._began, strict=True)]
+
+    def go_on_from(self, before: list[float]) -> None:
+        """Adds what earlier processes had read at the checkpoint that this one goes on from."""
+        self._before = tuple(before)
 
 
 def duration(seconds: float) -> str:

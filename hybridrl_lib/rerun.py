@@ -1,5 +1,6 @@
 """The same run again, and whether it gave the same answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from .config import describe, settings_from_dict
@@ -9,7 +10,7 @@ from .records import RunFolder, experiment_folder
 ANSWERS = "eval.jsonl"
 
 
-def rerun(manifest: Path, experiment: str | None = None) -> int:
+def rerun(manifest: Path, experiment: str | None = None, settings: Sequence[str] = ()) -> int:
     """Runs a recorded run again into an experiment of its own and says if the answers are the same.
 
     Settings, seed and number of threads are the record's; code, versions and machine are those at
@@ -18,6 +19,8 @@ def rerun(manifest: Path, experiment: str | None = None) -> int:
     Args:
         manifest: manifest.json or config.json of a run, or its folder.
         experiment: where the second run goes; the first one's name with `-rerun` unless given.
+        settings: differences from the recorded ones, above all `model.path` where the model's
+            file lies elsewhere now.
 
     Returns:
         0 if the file of answers is the same to the byte, 1 if not.
@@ -30,8 +33,8 @@ def rerun(manifest: Path, experiment: str | None = None) -> int:
     if not config or not record or not (first.path / ANSWERS).is_file():
         raise UserError(f"There is no finished run in {first.path} (config.json, manifest.json and "
                         f"{ANSWERS}); name the manifest.json of one.")
-    overrides = [f"{key}={value}" for key, value, _ in
-                 describe(settings_from_dict(config["settings"]))]
+    overrides = [*(f"{key}={value}" for key, value, _ in
+                   describe(settings_from_dict(config["settings"]))), *settings]
     experiment = experiment or f"{config['experiment']}-rerun"
     place = experiment_folder(experiment) / config["setup"] / f"seed-{config['seed']}"
     if place.resolve() == first.path.resolve():

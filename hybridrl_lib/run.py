@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +26,7 @@ from .locks import only_writer
 from .methods import make_method
 from .policy import Policy, load_policy
 from .problems import ProblemParts, load_parts
-from .progress import Lines, Observer
+from .progress import Lines, Observer, Stopwatch
 from .records import NUMERICS_VERSION, RunFolder, disk_errors, experiment_folder
 from .rewards import Verifier
 from .setups import Setup, get_setup
@@ -61,7 +60,7 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
     folder = RunFolder(experiment_folder(experiment) / setup / f"seed-{seed}")
     observer = observer or Lines(name=f"{setup} seed {seed}")
     config = {"setup": setup, "seed": seed, "preset": preset, "experiment": experiment,
-              "settings": settings_to_dict(resolved)}
+              "numerics_version": NUMERICS_VERSION, "settings": settings_to_dict(resolved)}
     with only_writer(folder.path, f"The run {setup}/seed-{seed}"):
         _claim(folder, config, resolved)
         if folder.is_complete:
@@ -76,19 +75,20 @@ def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Setting
     """Fills the folder of a run that is not complete."""
     if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the order of sums, hence the record, must not vary with cores
-    began, device_began = time.monotonic(), time.process_time()
+    clock = Stopwatch()
     parts = load_parts(resolved.data)
     policy = load_policy(resolved.model)
     parts = fit_to_policy(parts, policy, resolved, observer)
     with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as verifier:
         trainer = Trainer(policy, make_method(chosen, resolved), parts, resolved,
                           with_entropy=chosen.entropy, seed=seed, folder=folder,
-                          verifier=verifier, observer=observer)
+                          verifier=verifier, observer=observer, clock=clock)
         trainer.train()
         observer.note("evaluating")
         folder.write_lines("eval.jsonl", _evaluate(trainer, parts, resolved, verifier, seed))
         with disk_errors(folder.path / "checkpoint"):
             policy.save(folder.path / "checkpoint" / "final")
+        wall, processor = clock.read()
         folder.write("manifest.json", {
             **provenance(), "setup": chosen.name, "seed": seed, "preset": preset,
             "device": device_name(policy.device), "precision": policy.precision,
@@ -100,11 +100,10 @@ def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Setting
                      for name, counts in parts.counts.items()},
             "steps": trainer.step, "tokens": trainer.tokens, "best_on_validation": trainer.best,
             "verdicts": dict(verifier.counts), "resumed_from": trainer.resumed_from,
-            "seconds/wall": round(time.monotonic() - began, 2),
-            "seconds/device": round(time.process_time() - device_began, 2),
+            "seconds/wall": wall, "seconds/device": processor,
             "complete": True})
     folder.drop_step_checkpoints()
-    observer.note(f"done in {time.monotonic() - began:.0f} s")
+    observer.note(f"done in {wall:.0f} s")
 
 
 def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
@@ -116,12 +115,17 @@ def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
     if before is None or not folder.has_begun:
         folder.write("config.json", config)
         return
+    run = (f"The run {folder.path.parent.name}/{folder.path.name} of experiment "
+           f"{config['experiment']}")
     changes = difference(settings_from_dict(before["settings"]), settings)
     if changes:
-        raise UserError(
-            f"The run {folder.path.parent.name}/{folder.path.name} of experiment "
-            f"{config['experiment']} was made with other settings ({'; '.join(changes)}); choose "
-            "another --experiment or delete its folder.")
+        raise UserError(f"{run} was made with other settings ({'; '.join(changes)}); choose "
+                        "another --experiment or delete its folder.")
+    numerics = before.get("numerics_version", 1)  # the first ones do not say
+    if numerics != NUMERICS_VERSION:
+        raise UserError(f"{run} was made by an older or newer hybridrl_lib, whose numbers differ "
+                        f"(numerics version {numerics}, this is {NUMERICS_VERSION}); choose "
+                        "another --experiment or delete its folder.")
 
 
 def fit_to_policy(parts: ProblemParts, policy: Policy, settings: Settings,

@@ -26,8 +26,8 @@ from .methods import Method, Progress, Stage
 from .objectives import group_advantages, k3, token_weights
 from .packing import PromptCompletion
 from .policy import Policy
-from .problems import Problem, ProblemParts
-from .progress import Observer
+from .problems import Problem, ProblemParts, in_turn
+from .progress import Observer, Stopwatch
 from .records import RunFolder, seed_of, to_json, write_whole
 from .rewards import Verifier
 from .rollouts import Group, sample
@@ -47,21 +47,23 @@ class Trainer:
         folder: where logs and checkpoints go.
         verifier: gives the verdicts; the reward is 1 for a strictly right answer, else 0.
         observer: told what happens.
+        clock: runs since the run began; a new one unless given.
     """
 
     def __init__(self, policy: Policy, method: Method, parts: ProblemParts, settings: Settings, *,
                  with_entropy: bool, seed: int, folder: RunFolder, verifier: Verifier,
-                 observer: Observer):
+                 observer: Observer, clock: Stopwatch | None = None):
         self.policy, self.method, self.parts, self.settings = policy, method, parts, settings
         self.with_entropy, self.seed, self.folder = with_entropy, seed, folder
         self.verifier, self.observer = verifier, observer
+        self.clock = clock or Stopwatch()
         self.learner = Learner(policy, settings)
         self.step = self.stage_index = self.stage_step = 0
         self.tokens = {"demonstrations": 0, "rollouts": 0}
         self.best = {"strict": -1.0, "step": 0}
         self.best_weights: dict[str, Tensor] | None = None
         self.resumed_from: list[int] = []
-        self.probe_problems = list(parts.validation)[:settings.probe.prompts]
+        self.probe_problems = in_turn(parts.validation)[:settings.probe.prompts]
         policy.keep_reference()
 
     # 1. The loop -------------------------------------------------------------------------------
@@ -156,6 +158,7 @@ class Trainer:
             norm = self.learner.apply(update, learning_rate, totals)
             if norm is not None:
                 norms.append(norm)
+        finite = [norm for norm in norms if math.isfinite(norm)]
         self.step += 1
         self.stage_step += 1
         measured = ("loss/sft", "loss/rl", "kl/old", "clip_ratio")
@@ -167,8 +170,11 @@ class Trainer:
                     value = totals.sums[name] / (count * share)
                 if value is not None and math.isfinite(value):  # JSON has no NaN: absent instead
                     row[name] = value
-        row["grad_norm"] = sum(norms) / len(norms) if norms else 0.0
-        row["updates"] = len(norms)
+        if finite or not norms:
+            row["grad_norm"] = sum(finite) / max(1, len(finite))
+        row["updates"] = len(finite)
+        if len(norms) > len(finite):
+            row["updates_not_finite"] = len(norms) - len(finite)
         row["tokens"] = sum(self.tokens.values())
         now = time.perf_counter()
         row["seconds/sampling"] = round(sampled_at - began, 4)
@@ -352,7 +358,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         state = {"step": self.step, "stage_index": self.stage_index, "stage_step": self.stage_step,
-                 "tokens": self.tokens, "best": self.best, "resumed_from": self.resumed_from}
+                 "tokens": self.tokens, "best": self.best, "resumed_from": self.resumed_from,
+                 "seconds": self.clock.read()}
 
         def write(folder: Path) -> None:
             save_file({k: v.detach().cpu().contiguous() for k, v in self.weights().items()},
@@ -378,6 +385,7 @@ class Trainer:
         self.stage_step, self.tokens, self.best = (state["stage_step"], state["tokens"],
                                                    state["best"])
         self.resumed_from = [*state["resumed_from"], step]
+        self.clock.go_on_from(state["seconds"])
         self.load_weights(load_file(folder / "weights.safetensors"))
         if (folder / "best.safetensors").exists():
             self.best_weights = load_file(folder / "best.safetensors")

@@ -116,8 +116,8 @@ class Learner:
             totals: sums for the record are added to it.
 
         Returns:
-            The gradient's norm before clipping, or None where there was nothing to learn from or
-            the gradient was not finite (then the weights stay as they are).
+            The gradient's norm before clipping, or None where there was nothing to learn from. If
+            it is not finite, the weights stayed as they are.
 
         Raises:
             UserError: the gradient was not finite several updates in a row.
@@ -141,7 +141,7 @@ class Learner:
             raise UserError(
                 f"The gradient was not finite {self.non_finite_in_a_row} updates in a row; lower "
                 "the learning rate or set model.precision=fp32, then delete the run's folder.")
-        return norm if finite else None
+        return norm
 
     def has_gradient(self, update: Update) -> Tensor:
         """(S,) bool: the completions that can move the policy.
@@ -185,11 +185,14 @@ class Learner:
         def flat(values: list[Tensor]) -> Tensor:  # the tokens of a completion are contiguous
             return torch.cat([values[i] for i in owners.unique_consecutive().tolist()])
 
+        sft, rl, entropy = (per_token(w) for w in (update.sft, update.rl, update.entropy))
+        # Without an entropy term it is needed only where no rollout gives it for the record.
+        with_entropy = bool((entropy != 0).any()) or not (update.rl != 0).any()
         scores, entropies = self.policy.score(
             packed.to(device), temperature=per_token(update.temperature),
-            chunk_tokens=settings.training.logit_chunk_tokens)
-        totals.add("entropy", entropies.detach())
-        sft, rl, entropy = (per_token(w) for w in (update.sft, update.rl, update.entropy))
+            chunk_tokens=settings.training.logit_chunk_tokens, with_entropy=with_entropy)
+        if with_entropy:
+            totals.add("entropy", entropies.detach())
         loss = scores.new_zeros(())
 
         if (sft != 0).any():

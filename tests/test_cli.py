@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,18 @@ def test_rerun_gives_the_same_answers(model_folders, results, smoke, monkeypatch
     first.write_lines("eval.jsonl", rows)
     assert main(["rerun", str(first.path)]) == 1
     assert f"differs in 1 of {len(rows)} lines" in capsys.readouterr().out
+
+
+def test_rerun_of_a_model_that_lies_elsewhere_now(model_folders, results, smoke, tmp_path, capsys):
+    """`--set model.path` names the place; the weights are the same, and so are the answers."""
+    shutil.copytree(model_folders["qwen2"], tmp_path / "then")
+    assert main(["run", "base", "--set", f"model.path={tmp_path / 'then'}"]) == 0
+    (tmp_path / "then").rename(tmp_path / "now")
+    first = written(results, setup="base")
+    assert main(["rerun", str(first.path)]) == 1
+    assert "model.path" in capsys.readouterr().err
+    assert main(["rerun", str(first.path), "--set", f"model.path={tmp_path / 'now'}"]) == 0
+    assert "identical" in capsys.readouterr().out
 
 
 def test_rerun_refuses_what_it_cannot_do(results, smoke, capsys):

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from hybridrl_lib.problems import (
     encode_prompt,
     get_benchmark,
     gsm8k,
+    in_turn,
     load_parts,
     math500,
     pad_token_id,
@@ -474,3 +476,11 @@ def test_padding_is_no_stop_token_where_another_is_left(caplog):
     alone = make_tokenizer("</s>", eos_token="</s>", pad_token="</s>")
     assert pad_token_id(alone) == alone.eos_token_id
     assert "no padding token of its own" in caplog.text
+
+
+def test_in_turn_begins_with_all_benchmarks():
+    """The probe takes the first few validation problems: each benchmark has its part of them."""
+    names = ["a", "a", "a", "b", "c", "c"]
+    problems = [SimpleNamespace(benchmark=name, id=i) for i, name in enumerate(names)]
+    assert [problem.id for problem in in_turn(problems)] == [0, 3, 4, 1, 5, 2]
+    assert in_turn([]) == []

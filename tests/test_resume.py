@@ -1,8 +1,10 @@
 """Runs that were cut off and went on, runs that repeat, and runs that must not."""
 
+import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +112,31 @@ def test_a_run_that_is_cut_off_again_and_again(start, whole, setup, overrides):
     folder = start(setup, "cut", *overrides)
     assert_same(record(folder), whole(setup, *overrides))
     assert folder.read("manifest.json")["resumed_from"] == list(range(1, 11))
+
+
+def test_seconds_are_those_of_all_processes(start, monkeypatch):
+    """A run that went on after a stop does not pass for a shorter one."""
+    monkeypatch.setattr("hybridrl_lib.progress.time", SimpleNamespace(
+        monotonic=itertools.count(0, 100).__next__, process_time=itertools.count().__next__))
+    with pytest.raises(UserError, match="Stopped"):
+        start("sft", "cut", observer=Ends(5, "ctrl-c"))
+    with pytest.raises(UserError, match="Stopped"):
+        start("sft", "cut", observer=Ends(8, "ctrl-c"))
+    manifest = start("sft", "cut").read("manifest.json")
+    # A process reads its clocks at its start and at each checkpoint: after steps 2, 4 and, by
+    # Ctrl-C, 5; after 6, 8 and again 8; after 10, and at the end.
+    assert manifest["seconds/wall"] == 100 * (3 + 3 + 2)
+    assert manifest["seconds/device"] == 3 + 3 + 2
+
+
+def test_a_run_of_another_numerics_version_is_refused(start, monkeypatch):
+    """Neither a finished run nor half a run is mixed with numbers of other code."""
+    folder = start("sft", "mine")
+    config = folder.read("config.json")
+    folder.write("config.json", config | {"numerics_version": config["numerics_version"] + 1})
+    with pytest.raises(UserError, match="numerics version") as caught:
+        start("sft", "mine")
+    assert "\n" not in str(caught.value) and folder.is_complete
 
 
 def test_a_crash_while_a_checkpoint_is_written(start, whole, monkeypatch):

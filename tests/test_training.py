@@ -589,6 +589,8 @@ def test_a_gradient_that_is_not_finite_skips_the_update(make_trainer, setup, who
     assert all(v.isfinite().all() for v in trainer.weights().values())
     rows = trainer.folder.lines("metrics.jsonl")
     assert [row["updates"] for row in rows] == [1, 0, 1, 1]
+    assert [row.get("updates_not_finite") for row in rows] == [None, 1, None, None]
+    assert [row.get("grad_norm", 0) > 0 for row in rows] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("whole_loss", [False, True])

@@ -12,6 +12,7 @@ import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -97,6 +98,15 @@ def is_easy_enough(problem: Problem, data: "DataSettings") -> bool:
     if data.max_level is not None and problem.level is not None and problem.level > data.max_level:
         return False
     return data.max_solution_steps is None or solution_steps(problem) <= data.max_solution_steps
+
+
+def in_turn(problems: Iterable[Problem]) -> list[Problem]:
+    """One problem of each benchmark, then the next of each: so a short beginning has them all."""
+    of: dict[str, list[Problem]] = {}
+    for problem in problems:
+        of.setdefault(problem.benchmark, []).append(problem)
+    return [problem for together in zip_longest(*of.values()) for problem in together
+            if problem is not None]
 
 
 def load_parts(data: "DataSettings") -> ProblemParts:
