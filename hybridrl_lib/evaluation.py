@@ -8,6 +8,7 @@ from .problems import Problem
 from .records import seed_of
 from .rewards import Verifier
 from .rollouts import Group, sample
+from .statistics import group_signal, pass_at_k
 
 
 def verdicts_of(problems: Sequence[Problem], groups: Sequence[Group], verifier: Verifier) -> list:
@@ -62,6 +63,22 @@ def evaluate(policy: Policy, problems: Sequence[Problem], settings: EvaluationSe
                               "lenient": [int(v.lenient) for v in mine],
                               "tokens": [len(c.token_ids) for c in group.completions]}
     return rows
+
+
+def signal_lines(rows: Sequence[dict], group_size: int) -> list[str]:
+    """A line a benchmark: what RL can learn from the sampled answers to training problems."""
+    right: dict[str, list[int]] = {}
+    for row in rows:
+        if row["part"] == "train" and "samples" in row:
+            right.setdefault(row["benchmark"], []).append(sum(row["samples"]["strict"]))
+            samples = len(row["samples"]["strict"])
+    lines = []
+    for benchmark, counts in right.items():
+        group = min(group_size, samples)
+        solved, signal = (f(samples, counts, group).mean() for f in (pass_at_k, group_signal))
+        lines.append(f"training problems of {benchmark}: Pass@{group} {solved:.1%}, groups of "
+                     f"{group} with signal {signal:.1%}")
+    return lines
 
 
 def accuracy(rows: Sequence[dict]) -> float:

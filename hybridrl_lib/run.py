@@ -21,7 +21,7 @@ from .config import (
     settings_to_dict,
 )
 from .errors import UserError
-from .evaluation import evaluate
+from .evaluation import evaluate, signal_lines
 from .locks import only_writer
 from .methods import make_method
 from .policy import Policy, load_policy
@@ -85,7 +85,11 @@ def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Setting
                           verifier=verifier, observer=observer, clock=clock)
         trainer.train()
         observer.note("evaluating")
-        folder.write_lines("eval.jsonl", _evaluate(trainer, parts, resolved, verifier, seed))
+        rows = _evaluate(trainer, parts, resolved, verifier, seed)
+        folder.write_lines("eval.jsonl", rows)
+        if not trainer.step:
+            for line in signal_lines(rows, resolved.rl.group_size):
+                observer.note(line)
         with disk_errors(folder.path / "checkpoint"):
             policy.save(folder.path / "checkpoint" / "final")
         wall, processor = clock.read()

@@ -54,6 +54,26 @@ def pass_at_k(samples: int, right: ArrayLike, k: int) -> np.ndarray:
     return 1.0 - all_wrong[right.astype(int)]
 
 
+def group_signal(samples: int, right: ArrayLike, group: int) -> np.ndarray:
+    """Chance that a group of G answers is neither all right nor all wrong, so that RL learns.
+
+    Unbiased, from c right samples out of m as Pass@k is: Pass@G of the right ones, plus Pass@G of
+    the wrong ones, minus 1.
+
+    Args:
+        samples, right: m and c, as for `pass_at_k`.
+        group: G, 1..m.
+
+    Returns:
+        The chance of each problem, the shape of `right`.
+
+    Raises:
+        ValueError: as `pass_at_k`.
+    """
+    right = np.asarray(right)
+    return pass_at_k(samples, right, group) + pass_at_k(samples, samples - right, group) - 1.0
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean over seeds and problems with its confidence interval, as shares.

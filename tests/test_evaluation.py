@@ -3,7 +3,7 @@
 import pytest
 from small_training import Coin, Fixed, small_settings
 
-from hybridrl_lib.evaluation import accuracy, evaluate, verdicts_of
+from hybridrl_lib.evaluation import accuracy, evaluate, signal_lines, verdicts_of
 from hybridrl_lib.problems import load_parts
 from hybridrl_lib.rewards import Verifier
 from hybridrl_lib.rollouts import Completion, Group, sample
@@ -108,3 +108,16 @@ def test_the_training_part_is_cut_per_benchmark():
     names = [p.benchmark for p in chosen]
     assert (names.count("tiny_word"), names.count("tiny_symbolic")) == (4, 3)
     assert first_per_benchmark(parts.train, None) == list(parts.train)
+
+
+def test_signal_lines_say_what_rl_can_learn_from():
+    """Training problems alone; a problem always or never solved has no signal."""
+    def row(part, benchmark, verdicts):
+        return {"part": part, "benchmark": benchmark, "samples": {"strict": verdicts}}
+
+    rows = [row("train", "gsm8k", [1, 1, 1, 1]), row("train", "gsm8k", [0, 0, 0, 0]),
+            row("train", "gsm8k", [0, 1, 0, 0]), row("train", "gsm8k", [0, 0, 0, 0]),
+            row("test", "math500", [1, 0, 1, 0]), {"part": "train", "benchmark": "math500"}]
+    assert signal_lines(rows, group_size=8) == [
+        "training problems of gsm8k: Pass@4 50.0%, groups of 4 with signal 25.0%"]
+    assert signal_lines([], 8) == []

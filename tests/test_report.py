@@ -32,7 +32,7 @@ SMALL = {"test": {"tiny_word": 30, "tiny_symbolic": 20},
          "train": {"tiny_word": 24, "tiny_symbolic": 16}, "samples": 8, "epochs": 4}
 TEXTS = {"table2.csv", "table2.md", "table2.tex", "differences.csv", "differences.md", "gap.csv",
          "gap.md", "steps_to_threshold.csv", "steps_to_threshold.md", "hyperparameters.md",
-         "report.md"}
+         "signal.csv", "signal.md", "report.md"}
 PICTURES = {f"{name}.{kind}" for kind in ("svg", "png") for name in
             ("kl", "reward", "entropy", "loss", "lengths", "correctness", "table2")}
 # what the report must never import
@@ -431,6 +431,26 @@ def test_pictures_are_small_and_printable(report):
             assert "<dc:date>" not in path.read_text(encoding="utf-8")
 
 
+def test_signal_is_that_of_the_base_model_on_training_problems(own_records):
+    """Protects what is said of RL's chances: base, training part, sampled, in groups of G."""
+    texts = tables(own_records)
+    found = {(row["benchmark"], row["verdict"]): row for row in rows(texts["signal.csv"])}
+    assert set(found) == {(b, v) for b in SMALL["train"] for v in ("strict", "lenient")}
+    (log,) = (own_records / "base").glob("seed-*/eval.jsonl")
+    for benchmark, count in SMALL["train"].items():
+        samples = [line["samples"]["strict"] for line in lines(log)
+                   if line["part"] == "train" and line["benchmark"] == benchmark]
+        row = found[benchmark, "strict"]
+        assert (int(row["problems"]), int(row["samples"]), int(row["group"])) == (count, 8, 8)
+        assert float(row["pass@1"]) == pytest.approx(100 * np.mean(samples), abs=0.01)
+        solved, all_of = np.any(samples, axis=1), np.all(samples, axis=1)
+        assert float(row["pass@group"]) == pytest.approx(100 * np.mean(solved), abs=0.01)
+        assert float(row["groups_with_signal"]) == pytest.approx(
+            100 * np.mean(solved & ~all_of), abs=0.01)
+    shutil.rmtree(own_records / "base")
+    assert "signal.md" not in tables(own_records)
+
+
 def test_records_without_probe_or_training_part(own_records, tmp_path):
     """Protects sparse experiments: what was not measured is not drawn, and nothing fails."""
     for path in own_records.glob("*/*/probe.jsonl"):
@@ -440,7 +460,8 @@ def test_records_without_probe_or_training_part(own_records, tmp_path):
                            for line in lines(path) if line["part"] == "test"])
     make_report(own_records, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").rglob("*")}
-    assert not {"gap.csv", "steps_to_threshold.csv", "reward.svg", "correctness.svg"} & names
+    assert not {"gap.csv", "signal.csv", "steps_to_threshold.csv", "reward.svg",
+                "correctness.svg"} & names
     assert {"table2.csv", "loss.svg", "table2.svg", "report.md"} <= names
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from hybridrl_lib.statistics import (
     gap_interval,
+    group_signal,
     holm,
     mean_interval,
     paired_difference,
@@ -64,6 +65,17 @@ def test_pass_at_k_equals_brute_force_over_subsets(samples):
             subsets = list(combinations(verdicts, k))
             brute = sum(any(subset) for subset in subsets) / len(subsets)
             assert pass_at_k(samples, right, k) == pytest.approx(brute, abs=1e-12)
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_group_signal_equals_brute_force_over_subsets(samples):
+    """Protects the share of groups RL can learn from: subsets with both verdicts."""
+    for right in range(samples + 1):
+        verdicts = [1] * right + [0] * (samples - right)
+        for group in range(1, samples + 1):
+            subsets = list(combinations(verdicts, group))
+            brute = sum(0 < sum(subset) < group for subset in subsets) / len(subsets)
+            assert group_signal(samples, right, group) == pytest.approx(brute, abs=1e-12)
 
 
 def test_pass_at_k_is_exact_at_its_ends_and_stable():

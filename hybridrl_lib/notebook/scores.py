@@ -15,7 +15,7 @@ from ..report.style import style
 from ..report.table2 import make_table2
 from ..report.text import markdown_table, percent, signed
 from ..rewards import REASONS
-from ..statistics import pass_at_k
+from ..statistics import group_signal, pass_at_k
 from .curves import new_panels, show
 from .findings import p_said
 
@@ -74,8 +74,8 @@ def show_reasons(record: RunFolder) -> None:
 def show_signal(record: RunFolder, group_size: int = 8) -> None:
     """Draws how many of m samples are right, problem by problem, and what that means for RL.
 
-    A group has a signal if some of its G answers are right and some wrong. Its chance follows from
-    c right samples out of m as Pass@k does: Pass@G of the right ones + Pass@G of the wrong - 1.
+    A group has a signal if some of its G answers are right and some wrong
+    (`statistics.group_signal`).
     """
     drawn: dict[str, list[int]] = {}
     for row in _test_rows(record):
@@ -96,10 +96,9 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
     show(figure, alt="Histogram of right samples a problem; grey: all wrong or all right")
     for name, right in drawn.items():
         c = np.array(right)
-        chance = pass_at_k(samples, c, group) + pass_at_k(samples, samples - c, group) - 1
         print(f"{benchmark_title(name).title}: pass@1 {np.mean(c) / samples:.1%}, "
               f"pass@{group} {np.mean(pass_at_k(samples, c, group)):.1%}, "
-              f"groups of {group} with signal {np.mean(chance):.0%}")
+              f"groups of {group} with signal {np.mean(group_signal(samples, c, group)):.0%}")
 
 
 def _test_rows(record: RunFolder) -> list[dict]:

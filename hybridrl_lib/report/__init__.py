@@ -15,6 +15,7 @@ from .hyperparameters import hyperparameters_markdown
 from .loading import Experiment, load_experiment
 from .page import beside_published, report_markdown
 from .progress import make_race, race_csv, race_markdown
+from .signal import make_signals, signals_csv, signals_markdown
 from .style import as_bytes, style
 from .table2 import (
     Table2,
@@ -82,6 +83,10 @@ def make_texts(experiment: Experiment, table: Table2) -> dict[str, str]:
     if race is not None:
         texts |= {"steps_to_threshold.csv": race_csv(race),
                   "steps_to_threshold.md": race_markdown(experiment, race)}
+    signals = make_signals(experiment)
+    if signals:
+        texts |= {"signal.csv": signals_csv(signals),
+                  "signal.md": signals_markdown(experiment, signals)}
     texts["hyperparameters.md"] = hyperparameters_markdown(experiment)
     return texts
 
