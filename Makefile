@@ -20,7 +20,7 @@ help:
 	@echo "make env         .venv with everything, pinned by constraints.txt"
 	@echo "make report      Table 2 and figures again, from records (PRESET= or EXPERIMENT=)"
 	@echo "make notebooks   execute the committed notebooks again, in place"
-	@echo "make bench       speed of the sampler and of packing (under a minute)"
+	@echo "make bench       speed of the sampler, of packing and of the verifier (about a minute)"
 	@echo "make lint        ruff, notebooks included"
 
 env: $(STAMP)
@@ -57,6 +57,7 @@ notebooks: env
 bench: env
 	$(BIN)/python benchmarks/against_generate.py --json results/runs/bench/against_generate.json
 	$(BIN)/python benchmarks/packing.py --json results/runs/bench/packing.json
+	$(BIN)/python benchmarks/verdicts.py --json results/runs/bench/verdicts.json
 
 lint: env
 	$(BIN)/ruff check .
