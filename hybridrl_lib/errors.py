@@ -1,6 +1,7 @@
 """Errors a user can cause and mend: one sentence each, without a traceback."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -23,6 +24,13 @@ class Stopped(UserError):
     """The user stopped it, and nothing is lost: 128 + SIGINT, as shells have it."""
 
     exit_code = 130
+
+
+def reason(error: BaseException, length: int = 200) -> str:
+    """What an error of another library says, as part of a sentence: its first line, no colours."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    line = re.sub(r"\x1b\[[0-9;]*m", "", line) or type(error).__name__
+    return "".join(filter(str.isprintable, line))[:length].rstrip(". ")
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
