@@ -124,6 +124,9 @@ def read_preset(name: str) -> dict[str, Any]:
 def flatten(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{section: {key: value}} as {section.key: value}, every key checked."""
     flat = {}
+    if not isinstance(nested, dict) or not all(isinstance(values, dict | None)
+                                               for values in nested.values()):
+        raise UsageError("Settings are sections of keys and values, such as rl: {group_size: 8}.")
     for section, values in nested.items():
         if section not in SECTIONS:
             raise unknown("section of settings", str(section), SECTIONS)

@@ -41,7 +41,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 def unknown(kind: str, word: str, candidates: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `candidates`, with the nearest one."""
-    candidates = list(candidates)
+    word, candidates = str(word), list(candidates)  # what a record holds may be no text
     guess = nearest(word, candidates)
     hint = f"did you mean {guess!r}" if guess else "choose one of " + ", ".join(candidates)
     return UsageError(f"There is no {kind} {word!r}; {hint}?" if guess else
