@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UsageError, nearest, unknown
+from .errors import UsageError, nearest, reason, unknown
 from .fields import Section, field_types, parse_text, show
 from .sections import (
     DataSettings,
@@ -112,13 +112,21 @@ def split_overrides(overrides: Sequence[str] | str) -> list[str]:
 @cache
 def read_preset(name: str) -> dict[str, Any]:
     """What a preset's file says, by dotted key."""
-    text = (PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-    return flatten(yaml.safe_load(text) or {})
+    path = PRESET_FOLDER / f"{name}.yaml"
+    try:
+        nested = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"The preset file {path.name} cannot be read ({reason(error)}); get it "
+                         "back from the package.") from None
+    return flatten(nested)
 
 
 def flatten(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{section: {key: value}} as {section.key: value}, every key checked."""
     flat = {}
+    if not isinstance(nested, dict) or not all(isinstance(values, dict | None)
+                                               for values in nested.values()):
+        raise UsageError("Settings are sections of keys and values, such as rl: {group_size: 8}.")
     for section, values in nested.items():
         if section not in SECTIONS:
             raise unknown("section of settings", str(section), SECTIONS)

@@ -1,6 +1,7 @@
 """Errors a user can cause and mend: one sentence each, without a traceback."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -25,6 +26,13 @@ class Stopped(UserError):
     exit_code = 130
 
 
+def reason(error: BaseException, length: int = 200) -> str:
+    """What an error of another library says, as part of a sentence: its first line, no colours."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    line = re.sub(r"\x1b\[[0-9;]*m", "", line) or type(error).__name__
+    return "".join(filter(str.isprintable, line))[:length].rstrip(". ")
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate spelled most like `word`, or None if none comes near."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
@@ -33,7 +41,7 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 def unknown(kind: str, word: str, candidates: Iterable[str]) -> UsageError:
     """The error for a name that is not one of `candidates`, with the nearest one."""
-    candidates = list(candidates)
+    word, candidates = str(word), list(candidates)  # what a record holds may be no text
     guess = nearest(word, candidates)
     hint = f"did you mean {guess!r}" if guess else "choose one of " + ", ".join(candidates)
     return UsageError(f"There is no {kind} {word!r}; {hint}?" if guess else

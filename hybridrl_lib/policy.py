@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from .config import ModelSettings
-from .errors import UserError
+from .errors import UserError, reason
 from .hub import cache_only_if_unreachable
+from .model_files import refuse_redirections
 from .objectives import score_tokens
 from .packing import Packed
-from .problems.prompts import encode_prompt, pad_token_id, stop_token_ids
+from .problems.prompts import encode_prompt, pad_token_id, prompt_text, stop_token_ids
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -172,7 +173,7 @@ def load_policy(settings: ModelSettings) -> Policy:
     """Loads model and tokenizer as `settings` says.
 
     No code from a model folder is run and no pickle is read: `trust_remote_code` is off and only
-    safetensors (or a GGUF file) are accepted.
+    safetensors (or a GGUF file) are accepted. Chat templates run in transformers' sandbox.
 
     Raises:
         UserError: the folder, file or hub name cannot be loaded; says why and what to do.
@@ -180,6 +181,8 @@ def load_policy(settings: ModelSettings) -> Policy:
     source, arguments, name = _locate(settings)
     device = choose_device(settings.device)
     with cache_only_if_unreachable() if "revision" in arguments else nullcontext():
+        if "gguf_file" not in arguments:
+            refuse_redirections(source, arguments, settings.path)
         tokenizer = _load_tokenizer(source, arguments, settings.path)
         model = _load_model(source, arguments, settings.path)
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
@@ -246,6 +249,11 @@ def _load_tokenizer(source: str, arguments: dict, path: str):
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {path} has no EOS token, so an answer could never end; "
                         "set eos_token in its tokenizer_config.json.")
+    try:
+        prompt_text(tokenizer, "1 + 1")
+    except Exception as error:  # whatever a template raises, or the sandbox at what it reaches for
+        raise UserError(f"The chat template of {path} cannot be used ({reason(error)}); mend it or "
+                        "remove it from the tokenizer's files.") from error
     return tokenizer
 
 
@@ -263,17 +271,17 @@ def _is_plain_fast(source: str) -> bool:
 
 
 def _loading_error(path: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+    why = reason(error)
     if path.lower().endswith(".gguf"):
         missing = isinstance(error, ImportError)
         return UserError(
             "Reading a GGUF file needs the package gguf; install it with 'pip install gguf'."
             if missing else
-            f"The GGUF file {path} cannot be read ({reason}); it may be cut off: fetch it again.")
+            f"The GGUF file {path} cannot be read ({why}); it may be cut off: fetch it again.")
     if Path(path).expanduser().is_dir():
-        return UserError(f"The model folder {path} cannot be loaded ({reason}); it needs "
+        return UserError(f"The model folder {path} cannot be loaded ({why}); it needs "
                          "config.json, tokenizer files and weights in safetensors.")
-    return UserError(f"The model {path} could not be fetched from the hub ({reason}); check the "
+    return UserError(f"The model {path} could not be fetched from the hub ({why}); check the "
                      "name and the network, or set model.path to a local folder or GGUF file.")
 
 

@@ -6,6 +6,7 @@ last line and never an earlier one. `results/` and its names are described in th
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .setups import get_setup
 
 # Raised whenever the three-step digest of a reference run changes (tests/test_numerics.py).
 NUMERICS_VERSION = 2
+
+PLAIN_NAME = re.compile(r"\w[\w.+-]*")
 
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl")
 
@@ -48,10 +52,32 @@ def experiment_folder(experiment: str) -> Path:
     Raises:
         UserError: the name would leave the results folder.
     """
-    if not experiment or Path(experiment).name != experiment or experiment.startswith("."):
-        raise UserError(f"The experiment name {experiment!r} is not a plain folder name; "
-                        "use letters, digits, '-' and '_'.")
+    if not is_plain_name(experiment):
+        raise UserError(f"The experiment name {experiment!r} is not a plain folder name; use a "
+                        "text of letters, digits, '-', '_' and '.' that begins with a letter or "
+                        "digit.")
     return results_folder() / experiment
+
+
+def run_folder(experiment: Path, setup: str, seed: int) -> "RunFolder":
+    """The folder of a run: `<experiment>/<setup>/seed-<n>/`.
+
+    Args:
+        experiment: what `experiment_folder` gives.
+        setup, seed: from a user, a notebook's parameters or somebody's record.
+
+    Raises:
+        UserError: they would make another path than that.
+    """
+    get_setup(setup)
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0:
+        raise UserError(f"The seed {seed!r} is no whole number of 0 and up; give one, such as 0.")
+    return RunFolder(experiment / setup / f"seed-{int(seed)}")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a text is a folder's name on every system and nothing else to a shell or a page."""
+    return isinstance(name, str) and len(name) <= 100 and bool(PLAIN_NAME.fullmatch(name))
 
 
 def to_json(value: Any, **arguments) -> str:
@@ -134,9 +160,14 @@ class RunFolder:
 
     def read(self, name: str) -> dict | None:
         path = self.path / name
+        if not path.exists():
+            return None
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except ValueError as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("no object")
+            return content
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{name} of the run {self.path.parent.name}/{self.path.name} is "
                             "damaged; delete the run's folder and run it again.") from error
 

@@ -20,7 +20,7 @@ from .doctor import NEEDS, main_memory, usable_cores
 from .errors import UsageError, UserError
 from .jobs import Job, Queue
 from .locks import only_writer
-from .records import RunFolder, experiment_folder, project_folder
+from .records import RunFolder, experiment_folder, project_folder, run_folder
 from .setups import Setup, get_setup, setups_with_notebook
 
 REPORT_NOTEBOOKS = ("20_table2", "21_training_dynamics")
@@ -167,7 +167,7 @@ def setup_job(plan: Plan, setup: Setup, seed: int) -> Job:
     if not setup.notebook:
         raise UsageError(f"The setup {setup.name} has no notebook; train it with 'hybridrl run "
                          f"{setup.name}'.")
-    record = RunFolder(plan.folder / setup.name / f"seed-{seed}")
+    record = run_folder(plan.folder, setup.name, seed)
     weight = 0.3 if record.is_complete else relative_cost(setup)
     return notebook_job(plan, setup.notebook, f"{setup.name} seed {seed}", seed, weight,
                         output=f"{setup.notebook}-seed-{seed}", record=record)
@@ -252,7 +252,7 @@ def report_jobs(plan: Plan, seeds: Sequence[int], say) -> list[Job]:
     one that has failed would fail again.
     """
     finished = [seed for seed in dict.fromkeys(seeds) if all(
-        RunFolder(plan.folder / name / f"seed-{seed}").is_complete
+        run_folder(plan.folder, name, seed).is_complete
         for name in setups_with_notebook())]
     if finished:
         return [notebook_job(plan, name, name, finished[0], 1.0, name) for name in REPORT_NOTEBOOKS]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .config import describe, settings_from_dict
 from .errors import UserError
-from .records import RunFolder, experiment_folder
+from .records import RunFolder, experiment_folder, run_folder
 
 ANSWERS = "eval.jsonl"
 
@@ -33,11 +33,19 @@ def rerun(manifest: Path, experiment: str | None = None, settings: Sequence[str]
     if not config or not record or not (first.path / ANSWERS).is_file():
         raise UserError(f"There is no finished run in {first.path} (config.json, manifest.json and "
                         f"{ANSWERS}); name the manifest.json of one.")
+    missing = [name for name in ("setup", "preset", "seed", "experiment", "settings")
+               if name not in config]
+    threads = record.get("threads")
+    if missing or not (threads is None or isinstance(threads, int) and 1 <= threads <= 1024):
+        raise UserError(f"The record in {first.path} is damaged ("
+                        + (f"config.json lacks {', '.join(missing)}" if missing else
+                           f"threads cannot be {threads!r}") + "); get it back from where it came.")
     overrides = [*(f"{key}={value}" for key, value, _ in
                    describe(settings_from_dict(config["settings"]))), *settings]
     experiment = experiment or f"{config['experiment']}-rerun"
-    place = experiment_folder(experiment) / config["setup"] / f"seed-{config['seed']}"
-    if place.resolve() == first.path.resolve():
+    # Somebody's record names these: none of them may lead out of the results.
+    second = run_folder(experiment_folder(experiment), config["setup"], config["seed"])
+    if second.path.resolve() == first.path.resolve():
         raise UserError("The second run would be the first one itself; choose another "
                         "--experiment.")
 
@@ -45,7 +53,7 @@ def rerun(manifest: Path, experiment: str | None = None, settings: Sequence[str]
 
     from .run import run
 
-    torch.set_num_threads(record.get("threads") or torch.get_num_threads())
+    torch.set_num_threads(threads or torch.get_num_threads())
     return compare(first, run(config["setup"], config["preset"], config["seed"], experiment,
                               overrides))
 

@@ -27,7 +27,7 @@ from .methods import make_method
 from .policy import Policy, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer, Stopwatch
-from .records import NUMERICS_VERSION, RunFolder, disk_errors, experiment_folder
+from .records import NUMERICS_VERSION, RunFolder, disk_errors, experiment_folder, run_folder
 from .rewards import Verifier
 from .setups import Setup, get_setup
 from .training import Trainer
@@ -57,7 +57,7 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
     chosen, preset = get_setup(setup), resolve_preset(preset)
     resolved = load_settings(preset, settings)
     experiment = experiment or default_experiment(preset)
-    folder = RunFolder(experiment_folder(experiment) / setup / f"seed-{seed}")
+    folder = run_folder(experiment_folder(experiment), setup, seed)
     observer = observer or Lines(name=f"{setup} seed {seed}")
     config = {"setup": setup, "seed": seed, "preset": preset, "experiment": experiment,
               "numerics_version": NUMERICS_VERSION, "settings": settings_to_dict(resolved)}

@@ -3,6 +3,7 @@
 The paper's setups and others stand in one table; `in_paper` tells them apart.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from .errors import unknown
@@ -30,6 +31,13 @@ class Setup:
     paper: dict[str, float] = field(default_factory=dict)
     notebook: str = ""
     method: str = "staged"
+
+    def __post_init__(self):
+        # The name becomes a folder and part of pages, the title a cell of Markdown, HTML and LaTeX.
+        if not re.fullmatch(r"\w[\w.+-]*", self.name) or re.search(r"[<>&|`$\[\]\\\x00-\x1f]",
+                                                                self.title):
+            raise ValueError(f"The setup {self.name!r} ({self.title!r}) needs a plain name, and a "
+                             "title without < > & | ` $ [ ] and backslashes.")
 
     @property
     def in_paper(self) -> bool:
@@ -71,6 +79,6 @@ def get_setup(name: str) -> Setup:
     Raises:
         UsageError: there is none; the sentence names the nearest one.
     """
-    if name not in SETUPS:
+    if not isinstance(name, str) or name not in SETUPS:
         raise unknown("setup", name, SETUPS)
     return SETUPS[name]

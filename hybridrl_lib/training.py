@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import Settings
-from .errors import Stopped
+from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, evaluate, verdicts_of
 from .interrupt import Interrupt
 from .methods import Method, Progress, Stage
@@ -380,6 +380,18 @@ class Trainer:
             self.folder.forget_after(-1)
             return
         step, folder = found
+        try:
+            self._read_checkpoint(step, folder)
+        except Exception as error:  # cut off or no checkpoint of ours: types of four libraries
+            raise UserError(
+                f"The checkpoint {folder.name} of the run {self.folder.path.parent.name}/"
+                f"{self.folder.path.name} cannot be read ({reason(error)}); delete the folder "
+                "checkpoint there to start this run again.") from error
+        self.folder.forget_after(step)
+        self.observer.note(f"going on from the checkpoint of step {step}")
+
+    def _read_checkpoint(self, step: int, folder: Path) -> None:
+        """Takes over weights, optimiser and place."""
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.step, self.stage_index = state["step"], state["stage_index"]
         self.stage_step, self.tokens, self.best = (state["stage_step"], state["tokens"],
@@ -390,13 +402,24 @@ class Trainer:
         if (folder / "best.safetensors").exists():
             self.best_weights = load_file(folder / "best.safetensors")
         self.learner.new_optimizer()
-        self.learner.optimizer.load_state_dict(
-            torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+        self.learner.optimizer.load_state_dict(read_tensors(folder / "optimizer.pt"))
         if self.learner.accelerator.scaler is not None and (folder / "scaler.pt").exists():
-            self.learner.accelerator.scaler.load_state_dict(
-                torch.load(folder / "scaler.pt", weights_only=True))
-        self.folder.forget_after(step)
-        self.observer.note(f"going on from the checkpoint of step {step}")
+            self.learner.accelerator.scaler.load_state_dict(read_tensors(folder / "scaler.pt"))
+
+
+def read_tensors(path: Path) -> dict:
+    """A file that torch.save wrote, if it holds tensors and plain values only.
+
+    The format is a pickle, which could run code. torch refuses that, and advises to switch the
+    refusal off: this project does not.
+
+    Raises:
+        ValueError: it is damaged or holds anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path.name} is damaged or holds more than tensors") from error
 
 
 def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:
