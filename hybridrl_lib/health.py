@@ -365,8 +365,8 @@ def commonest_fault(rows: Rows) -> tuple[float, str, str]:
     for verdicts in newest(rows, WINDOW, "verdicts"):
         counts.update(verdicts)
     del counts["right"]
-    reason, count = counts.most_common(1)[0]
-    return count / counts.total(), *FAULTS.get(reason, (f"were judged '{reason}'", LOOK))
+    reason, count = max(counts.items(), key=lambda item: item[1], default=("wrong", 0))
+    return count / max(1, counts.total()), *FAULTS.get(reason, (f"were judged '{reason}'", LOOK))
 
 
 def brakes(row: Row) -> str:
