@@ -155,7 +155,7 @@ class EntropyCollapse(Detector):
         return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {1 / level:.1%} of what "
                 "this stage began with: the policy is all but certain of every token.",
                 f"Lower {rows[-1]['stage']}.learning_rate, use the entropy term or raise its "
-                f"{rows[-1]['stage']}.gamma; if the reward is high, stop here.")
+                f"{rows[-1]['stage']}.gamma; if the answers are good, stop here.")
 
 
 class EntropyExplosion(Detector):

@@ -1,6 +1,8 @@
 """Detectors: silent on healthy runs, loud on sick ones, and the same after a resume."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from small_training import SMALL, Coin, Fixed
 
 from hybridrl_lib import health
+from hybridrl_lib.config import KEYS
 from hybridrl_lib.health import DETECTORS, START, WINDOW, Health, replay
 from hybridrl_lib.notebook import LiveRun, show_health, wellness
 from hybridrl_lib.problems import Problem
@@ -61,7 +64,7 @@ class Silence(Coin):
 
 @pytest.fixture()
 def sicken(make_trainer):
-    """sicken(setup, ...) -> {name: Alarm} of a run of 16 steps; its record is checked on the way.
+    """sicken(setup, ...) -> {name: Alarm} of a run of 16 steps, whose record is checked on the way.
 
     The rows name the warnings from the step they began at, the observer was told once, and reading
     the record again gives the same.
@@ -85,7 +88,7 @@ def sicken(make_trainer):
     return train
 
 
-def test_a_healthy_small_run_has_no_such_key(sicken, make_trainer):
+def test_a_healthy_small_run_has_no_such_key(sicken):
     """A run without warnings leaves the rows that it left before there were any."""
     assert sicken("rl") == {}
 
@@ -152,26 +155,17 @@ def test_no_signal(sicken, rewards, words):
 
 
 def test_gradient_spike(sicken):
-    """One problem unlike all others, after the model has learnt those."""
-    def problem(number, solution):
-        return Problem(id=f"a/{number}", question="How many?", solution=solution, answer="3",
-                       benchmark="tiny_word")
-
-    train = [*(problem(i, r"\boxed{3}") for i in range(7)), problem(7, "9 * 8 = 72, 72 - 69 = 3.")]
-    steps = {}
+    """One problem unlike all others, after the model has learnt those by heart."""
+    likes = [Problem(id=f"a/{i}", question="How many?", solution=r"\boxed{3}", answer="3",
+                     benchmark="tiny_word") for i in range(7)]
+    stranger = replace(likes[0], id="a/7", solution="9 * 8 = 72, 72 - 69 = 3.")
 
     def arrange(trainer):
-        """The stranger comes once, late: every other batch is drawn from its likes."""
-        steps["all"] = 0
+        trainer._batch = lambda stage, step, *rest: [stranger] if step == 40 else likes
 
-        def batch(stage, step, kind, size):
-            steps["all"] += 1
-            return train[7:] if step == 12 else train[:7]
-
-        trainer._batch = batch
-
-    alarms = sicken("sft", "sft.learning_rate=0.003", train=train, prepare=arrange)
-    assert alarms["gradient_spike"].step == 13 and alarms["gradient_spike"].ended == 14
+    alarms = sicken("sft", "sft.learning_rate=0.003", "training.epochs=44", prepare=arrange,
+                    train=[*likes, stranger])
+    assert (alarms["gradient_spike"].step, alarms["gradient_spike"].ended) == (41, 42)
 
 
 def test_not_finite(sicken):
@@ -239,7 +233,7 @@ def test_the_first_gradient_with_signal_is_no_spike():
 def test_rare_rewards_do_not_warn_again_and_again():
     """One right answer in twenty steps does not end the warning, three in eight do."""
     rows = [row(step, reward=float(step % 20 == 0 or step > 100)) for step in range(1, 120)]
-    assert steps_of(rows, "reward_zero") == [(8, 103)]
+    assert steps_of(rows, "reward_zero") == [(8, 102)]
 
 
 def test_a_stage_starts_afresh():
@@ -281,10 +275,6 @@ def test_every_reason_has_advice():
 
 def test_setting_names_in_advice_exist():
     """Advice that names a setting which is gone is worse than none."""
-    import re
-
-    from hybridrl_lib.config import KEYS
-
     source = Path(health.__file__).read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:rl|sft|model|data|training|verifier)\.[a-z_]+", source))
     assert len(named) > 6 and named <= set(KEYS), named - set(KEYS)
@@ -327,10 +317,12 @@ def test_a_resumed_run_warns_as_an_undisturbed_one(model_folders, monkeypatch):
     whole, heard = rows_of("whole")
     began = [next(entry["step"] for entry in whole if name in entry.get("warnings", ()))
              for name, _ in heard]
-    assert len(began) >= 2 and began[0] < 8 < began[-1], "a warning before the cuts and one after"
-    cut, heard_after = rows_of("cut", 3, 8, 8)
+    assert began[0] <= 6 < began[-1], "one warning before the checkpoint of step 6, one after"
+    cut, heard_again = rows_of("cut", 3, 8)  # from the checkpoints of steps 2 and 6
     assert json.dumps(cut) == json.dumps(whole)
-    assert heard_after == [entry for entry, step in zip(heard, began, strict=True) if step > 6]
+    assert heard_again == [entry for entry, step in zip(heard, began, strict=True) if step > 6]
+    cut, heard_again = rows_of("late", 11)
+    assert json.dumps(cut) == json.dumps(whole) and heard_again == []
 
 
 # Where it is seen -------------------------------------------------------------------------------
