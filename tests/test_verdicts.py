@@ -21,7 +21,13 @@ from hybridrl_lib.rewards import (
     extract_lenient,
     numbers_equal,
 )
-from hybridrl_lib.rewards.answers import canonical, has_foreign_signs, is_malformed, scan_boxes
+from hybridrl_lib.rewards.answers import (
+    MAX_ANSWER_CHARACTERS,
+    canonical,
+    has_foreign_signs,
+    is_malformed,
+    scan_boxes,
+)
 from hybridrl_lib.rewards.numeric import decide
 
 ROWS = verdict_report.load_corpus()
@@ -214,6 +220,13 @@ def test_any_text_can_be_read(text):
         assert canonical(f"\t{answer} ") == canonical(answer)
         for gold in GOLDS:
             assert decide(gold, answer) in (None, "right", "wrong", "unparsable")
+
+
+def test_spaces_around_an_answer_at_the_limit_are_nothing():
+    """Found by fuzzing: an answer as long as may be became another one with a space beside it."""
+    for answer in ("9" * MAX_ANSWER_CHARACTERS, r"\,5" * (MAX_ANSWER_CHARACTERS // 3)):
+        assert canonical(f" {answer} ") == canonical(answer)
+        assert is_malformed(f" {answer} ") == is_malformed(answer)
 
 
 @settings(deadline=None, max_examples=25)

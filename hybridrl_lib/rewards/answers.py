@@ -87,6 +87,7 @@ _REPLACEMENTS = tuple(
         (r"\\?[$€£]", ""),
         (r"\\%", "%"),
         (r"\{,\}", ","),
+        (r",\s*(?:\.\.\.|…)", r",\\ldots "),  # not only a point at the end
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
@@ -124,9 +125,9 @@ def canonical(answer: str) -> str:
 
     Two answers with the same canonical text are the same answer. Nothing is evaluated here.
     """
-    if len(answer) > MAX_ANSWER_CHARACTERS:
-        return answer
     text = answer.strip()
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        return text
     while re.match(r"\\f?box(ed)?\s*\{", text):
         inner = re.fullmatch(r"\\f?box(?:ed)?\s*(\{.*\})", text, re.DOTALL)
         if not inner or not is_one_group(inner[1]):
@@ -194,7 +195,7 @@ def has_foreign_signs(answer: str) -> bool:
 @lru_cache(maxsize=65_536)
 def is_malformed(answer: str) -> bool:
     """Whether no parser can make sense of `answer`, so that no worker need be asked."""
-    if len(answer) > MAX_ANSWER_CHARACTERS or _FORBIDDEN.search(answer):
+    if len(answer.strip()) > MAX_ANSWER_CHARACTERS or _FORBIDDEN.search(answer):
         return True
     text = canonical(answer)
     if any(sign.isnumeric() and not sign.isascii() for sign in text):

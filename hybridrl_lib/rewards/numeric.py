@@ -186,8 +186,11 @@ _NO_NUMERAL = re.compile(
     r"|-?[0-9.]+/[0-9.]+(?:/[0-9.]+)+"
     r"|-?[0-9.]+/0+|-?\\frac\{-?[0-9.]+\}\{0+\}"
 )
-_MORE_THAN_ONE = re.compile(r"[0-9}]\\text\{[^{}]*(?<!\^)[0-9]|[0-9]\}?_\{?[0-9]")
-"""A second number: in the words behind the first one, whatever their language, or below it."""
+_MORE_THAN_ONE = re.compile(
+    r"\\text\{[^{}]*(?<!\^)[0-9]|[0-9]\}?_\{?[0-9]|\\[cl]?dots(?![A-Za-z])"
+)
+"""A number in the words beside the answer, in whatever language, or below it, or a list that goes
+on: what math-verify leaves out, and so a place for a second answer."""
 _EQUALS = re.compile(r"(?<![<>!\\:])=")
 
 
@@ -259,7 +262,8 @@ def _numerals_equal(gold: str, answer: str) -> bool | None:
     if not gold_numeral or not re.search("[0-9]", gold_numeral[1]):
         return None
     text = _BASE_NAME.sub(
-        lambda name: "_" + _BASE_NAMES.get(name[1], name[1]), canonical(answer)
+        lambda name: "_" + _BASE_NAMES.get(name[1], name[1]),
+        re.sub("^[A-Za-z]=", "", canonical(answer)),
     )
     numeral = _BASED.fullmatch(text)
     if numeral:
@@ -267,7 +271,7 @@ def _numerals_equal(gold: str, answer: str) -> bool | None:
     elif _PLAIN_DIGITS.fullmatch(text):
         digits, base = text.replace(",", ""), gold_numeral[2]
     else:
-        return None
+        return False  # math-verify does not look at bases
     same_digits = digits.lower().lstrip("0") == gold_numeral[1].lower().lstrip("0")
     return same_digits and base == gold_numeral[2]
 
@@ -294,6 +298,8 @@ def decide(gold: str, answer: str) -> str | None:
     # math-verify takes the set {3, 5} for the point or interval (3, 5)
     if equal is None and canonical(gold).startswith(("(", "[")) and canonical(answer)[:2] == r"\{":
         equal = False
+    if equal is None and not _MORE_THAN_ONE.search(canonical(gold)):
+        equal = False if _MORE_THAN_ONE.search(canonical(answer)) else None
     if equal is None and has_foreign_signs(answer) and not has_foreign_signs(gold):
         return "unparsable"
     return None if equal is None else "right" if equal else "wrong"
