@@ -2,8 +2,9 @@
 
 A detector measures one symptom. Its warning begins when the level reaches `begins` and ends when
 the level is back under `ends`, which is lower (but for counts), so that a level on the threshold
-does not warn at every other step. All state comes from the rows: reading a record again (`replay`) gives the same
-warnings, which is how a resumed run goes on and how a finished run is looked at. No torch here.
+does not warn at every other step. All state comes from the rows: reading a record again (`replay`)
+gives the same warnings, which is how a resumed run goes on and how a finished run is looked at. No
+torch here.
 
 Where a healthy value depends on the model or its vocabulary, the level is relative to the stage's
 own first steps. The thresholds lie between the published runs of the preset `tiny` (six setups,
