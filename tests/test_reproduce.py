@@ -90,6 +90,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
 def fast(monkeypatch):
     """No GPU is looked for: torch stays out of this process."""
     monkeypatch.setitem(sys.modules, "torch", type("torch", (), {
+        "Tensor": type("Tensor", (), {}),  # scipy asks for it where a torch is loaded
         "cuda": type("cuda", (), {"device_count": staticmethod(lambda: 0)})}))
 
 
