@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .records import (
     LOGS,
+    REMOVING,
+    WRITING,
     RunFolder,
     discard,
     disk_errors,
@@ -91,7 +93,9 @@ class Checkpoints:
             (folder / CHECKSUMS).write_text(to_json(seal), encoding="utf-8")
 
         write_folder(self.root / f"step-{step:06d}", write_with_checksums)
-        self._discard(self.found()[KEPT:])
+        for _, folder in self.found()[KEPT:]:
+            with disk_errors(folder):
+                discard(folder)
 
     def found(self) -> list[tuple[int, Path]]:
         """(step, folder) of the checkpoints, whole or not, the newest first."""
@@ -121,14 +125,15 @@ class Checkpoints:
         self.run.cut_logs(read_checksums(whole[1])["logs"] if whole else {})
         return whole
 
-    def drop(self) -> None:
-        """Removes what only an unfinished run needs; the final model stays."""
-        self._discard(self.found())
+    def left_over(self) -> list[Path]:
+        """What only an unfinished run needs: not the final model, nor what was set aside."""
+        return [path for path in self.root.glob("*")
+                if path.name.startswith("step-") or path.name in (WRITING, REMOVING)]
 
-    def _discard(self, checkpoints: list[tuple[int, Path]]) -> None:
-        for _, folder in checkpoints:
-            with disk_errors(folder):
-                discard(folder)
+    def drop(self) -> None:
+        """Removes what only an unfinished run needs."""
+        for path in self.left_over():
+            shutil.rmtree(path, ignore_errors=True)
 
     def _fault(self, folder: Path) -> str:
         """Why a run cannot go on from a checkpoint; empty if it can."""

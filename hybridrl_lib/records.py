@@ -22,6 +22,7 @@ from .errors import UserError
 NUMERICS_VERSION = 2
 
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl")
+WRITING, REMOVING = "writing", "removing"  # folders that are not yet, or no longer
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some network and user-space folders
 
@@ -113,7 +114,7 @@ def write_folder(final: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         UserError: as there.
     """
-    temporary = final.with_name("writing")
+    temporary = final.with_name(WRITING)
     try:
         with disk_errors(final):
             if temporary.exists():  # what an interrupted write has left
@@ -133,7 +134,7 @@ def write_folder(final: Path, write: Callable[[Path], Any]) -> None:
 def discard(folder: Path) -> None:
     """Removes a folder, if it is there; no half of it is ever found under its name."""
     if folder.is_dir():
-        going = folder.with_name("removing")
+        going = folder.with_name(REMOVING)
         shutil.rmtree(going, ignore_errors=True)
         os.replace(folder, going)
         shutil.rmtree(going, ignore_errors=True)

@@ -65,7 +65,7 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
               "numerics_version": NUMERICS_VERSION, "settings": settings_to_dict(resolved)}
     # Nobody writes a finished run any more: it can be read where nothing can be written.
     checkpoints = Checkpoints(folder)
-    with (nullcontext() if folder.is_complete and not checkpoints.found() else
+    with (nullcontext() if folder.is_complete and not checkpoints.left_over() else
           only_writer(folder.path, f"The run {setup}/seed-{seed}")):
         _claim(folder, config, resolved)
         if folder.is_complete:

@@ -357,7 +357,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {"step": self.step, "stage_index": self.stage_index, "stage_step": self.stage_step,
                  "tokens": self.tokens, "best": self.best, "resumed_from": self.resumed_from,
-                 "seconds": self.clock.read()}
+                 "verdicts": dict(self.verifier.counts), "seconds": self.clock.read()}
         scaler = self.learner.accelerator.scaler
         self.checkpoints.save(self.step, Snapshot(
             state, self.weights(), self.best_weights, self.learner.optimizer.state_dict(),
@@ -375,6 +375,7 @@ class Trainer:
         self.stage_step, self.tokens, self.best = (state["stage_step"], state["tokens"],
                                                    state["best"])
         self.resumed_from = [*state["resumed_from"], step]
+        self.verifier.counts.update(state["verdicts"])
         self.clock.go_on_from(state["seconds"])
         self.load_weights(snapshot.weights)
         self.best_weights = snapshot.best
