@@ -79,6 +79,21 @@ class Worker:
         if self.process is not None:  # it died between two answers
             self.stop()
             self.restarts += 1
+        reply = self._start()
+        if reply is None:  # something else may have killed it or held it up
+            self.stop()
+            self.restarts += 1
+            reply = self._start()
+        if reply is None or "error" in reply:
+            self.stop()
+            reason = (reply or {}).get("error", "its process ended at once, or did not get ready")
+            raise UserError(
+                f"The answer checker math-verify could not be started ({reason}); "
+                "install the project's requirements again."
+            )
+
+    def _start(self) -> dict | None:
+        """Start a process; what it says when it is ready, None if it died or was killed."""
         environment = dict(os.environ)
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -98,14 +113,7 @@ class Worker:
             env=environment,
             **apart,
         )
-        reply = self._exchange(None, START_LIMIT_SECONDS)
-        if reply is None or "error" in reply:
-            self.stop()
-            reason = (reply or {}).get("error", "its process ended at once")
-            raise UserError(
-                f"The answer checker math-verify could not be started ({reason}); "
-                "install the project's requirements again."
-            )
+        return self._exchange(None, START_LIMIT_SECONDS)
 
     def _exchange(self, request: dict | None, seconds: float) -> dict | None:
         """Send `request` and wait for the reply; None if the process died or was killed."""

@@ -284,7 +284,7 @@ def papermill_killed(trial: Trial) -> None:
 
     process = start_papermill(trial, "first")
     begun = wait_for_papermill(trial, process)
-    time.sleep(trial.some_seconds() if begun else 0)
+    time.sleep(0.7 * trial.some_seconds() if begun else 0)
     victims = [process.pid]
     if trial.chance.random() < 0.5:
         from hybridrl_lib.jobs import kernels_of

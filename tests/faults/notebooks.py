@@ -72,7 +72,7 @@ def run_in_kernel(trial: Trial) -> int:
             until = time.monotonic() + PATIENCE
             while not (trial.run.path / "config.json").exists() and time.monotonic() < until:
                 time.sleep(0.02)
-            time.sleep(trial.some_seconds())
+            time.sleep(0.7 * trial.some_seconds())
             if not trial.run.is_complete:
                 hit.touch()
             manager.restart_kernel(now=True)
