@@ -97,8 +97,11 @@ def start(command: Command, results: Path, prepare: Callable[[], None] = lambda:
     results.mkdir(parents=True, exist_ok=True)
     output = results.parent / f"output-{time.monotonic_ns()}.txt"
     sys.stdout.flush()
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until the child is ready for them
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return Child(pid, output)
     code = BROKEN
     try:
@@ -111,15 +114,17 @@ def start(command: Command, results: Path, prepare: Callable[[], None] = lambda:
         from hybridrl_lib.cli import main
 
         prepare()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         code = body() if body else main(command.words)
-    except KeyboardInterrupt:  # before the command began
-        code = -signal.SIGINT
+    except KeyboardInterrupt:  # outside of the command
+        code = 130
+        print("hybridrl: stopped before it began")
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code & 0xFF if code >= 0 else 130)
+        os._exit(code & 0xFF)
 
 
 def keep_promises(place: Path) -> None:
@@ -162,7 +167,12 @@ def record(folder: RunFolder) -> dict:
         "manifest.json": {**{name: manifest.get(name) for name in (
             "setup", "seed", "steps", "tokens", "best_on_validation", "model", "data",
             "complete")}, "verdicts": verdicts},
-        "files": sorted(path.name for path in folder.path.iterdir())}
+        "files": sorted(path.name for path in folder.path.iterdir() if is_read(path.name))}
+
+
+def is_read(name: str) -> bool:
+    """Whether any reader looks at a file: not at locks and half-written ones that a kill leaves."""
+    return not name.endswith((".lock", ".tmp"))
 
 
 def difference(kept: dict, found: dict) -> str:
@@ -172,7 +182,7 @@ def difference(kept: dict, found: dict) -> str:
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+            for path in sorted(folder.rglob("*")) if path.is_file() and is_read(path.name)}
 
 
 # The undisturbed run ------------------------------------------------------------------------------
