@@ -1,6 +1,6 @@
 """Runs that are struck by a fault at a random moment, started again, and compared to the byte.
 
-    python tests/faults --trials 120 --seed 0        # some twenty minutes of one core
+    python tests/faults --trials 120 --seed 0        # ten to twenty minutes of one core
     python tests/faults --each-once                  # every kind of fault once; pytest runs this
 
 Every trial is a real run of the shipped tiny model: a process that trains, is struck, and is
