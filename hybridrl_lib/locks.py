@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError
+from .records import disk_error, make_folder
 
 try:
     import fcntl
@@ -25,16 +26,21 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
         what: what the folder holds, for the error, such as `The run sft/seed-0`.
 
     Raises:
-        UserError: another process holds it; the sentence has its number.
+        UserError: another process holds it (the sentence has its number), or the folder cannot be
+            written.
     """
     path = folder / ".lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = _open_locked(path, what) if fcntl else None
+    try:
+        make_folder(folder)
+        stream = _open_locked(path, what) if fcntl else None
+    except OSError as error:
+        raise disk_error(folder, error) from error
     try:
         yield
     finally:
         if stream is not None:
-            path.unlink(missing_ok=True)  # while it is still locked, so that it is surely ours
+            with suppress(OSError):  # the folder may have become read-only meanwhile
+                path.unlink()  # while it is still locked, so that it is surely ours
             stream.close()
 
 
@@ -56,9 +62,9 @@ def _open_locked(path: Path, what: str):
         if _is_current(stream, path):
             break
         stream.close()  # its owner has just removed it: take the new one
-    stream.truncate(0)
-    stream.write(str(os.getpid()))
-    stream.flush()
+    with suppress(OSError):  # on a full disk the lock holds, and only its owner's number is lacking
+        stream.truncate(0)
+        os.write(stream.fileno(), str(os.getpid()).encode())
     return stream
 
 

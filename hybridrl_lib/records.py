@@ -1,16 +1,19 @@
-"""What a run leaves on disk, and how it goes on where it stopped.
+"""What a run leaves on disk, and how it gets there.
 
-Everything is written whole or not at all (a temporary name, then a rename); a line log may lose its
-last line and never an earlier one. `results/` and its names are described in the README.
+Everything is written whole or not at all: under a temporary name, waited for until it is on the
+disk, renamed, and waited for again. A line log may lose its last lines, never an earlier one; each
+checkpoint knows how far the logs went (`checkpoints.py`). The README describes `results/`.
 """
 
+import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ NUMERICS_VERSION = 2
 PLAIN_NAME = re.compile(r"\w[\w.+-]*")
 
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl")
+WRITING, REMOVING = "writing", "removing"  # folders that are not yet, or no longer
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some network and user-space folders
 
 
 def results_folder() -> Path:
@@ -84,6 +90,31 @@ def to_json(value: Any, **arguments) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, **arguments)
 
 
+# Writing ----------------------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """Waits until what is in a file, or which names are in a folder, would survive a power cut."""
+    if path.is_dir() and os.name == "nt":  # Windows gives no handle to a folder
+        return
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+    finally:
+        os.close(number)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, so that a power cut does not take it away."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part.
 
@@ -92,19 +123,60 @@ def write_whole(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        make_folder(path.parent)
+        temporary.write_bytes(text.encode())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise disk_error(path, error) from error
 
 
+def write_folder(final: Path, write: Callable[[Path], Any]) -> None:
+    """Like `write_whole` for a folder, which `write(folder)` fills.
+
+    Raises:
+        UserError: as there.
+    """
+    temporary = final.with_name(WRITING)
+    try:
+        with disk_errors(final):
+            if temporary.exists():  # what an interrupted write has left
+                shutil.rmtree(temporary)
+            make_folder(temporary)
+            write(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            discard(final)
+            os.replace(temporary, final)
+            sync(final.parent)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder, if it is there; no half of it is ever found under its name."""
+    if folder.is_dir():
+        going = folder.with_name(REMOVING)
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(folder, going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def sha256_of(path: Path, size: int | None = None) -> str:
+    """The checksum of a file, or of its first `size` bytes."""
+    with path.open("rb") as stream:
+        if size is None:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.sha256(stream.read(size)).hexdigest()
+
+
 def disk_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"Could not write {path.name} ({error.strerror or error}); free some space or "
+    remedy = "allow writing there" if error.errno in FORBIDDEN else "free some space"
+    return UserError(f"Could not write {path.name} ({error.strerror or error}); {remedy} or "
                      "set HYBRIDRL_RESULTS_DIR to another folder, then run the same command again: "
                      "it goes on from the last checkpoint.")
 
@@ -131,12 +203,12 @@ def read_lines(path: Path) -> list[dict]:
     """The lines of a log. A last line that was cut off is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()  # of a text it would split at U+2028 too
     rows = []
     for number, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             if number + 1 == len(lines):
                 break
             raise UserError(f"Line {number + 1} of {path.name} is damaged; delete the run folder "
@@ -186,56 +258,61 @@ class RunFolder:
         return any((self.path / name).exists()
                    for name in (*LOGS, "eval.jsonl", "manifest.json", "checkpoint"))
 
+    def checksums(self) -> dict[str, str]:
+        """{name: sha256} of the logs and answers that are there."""
+        return {name: sha256_of(self.path / name) for name in (*LOGS, "eval.jsonl")
+                if (self.path / name).exists()}
+
+    def altered(self) -> list[str]:
+        """Logs and answers of a finished run that are not what its manifest says.
+
+        Manifests from before checksums say nothing.
+        """
+        manifest, now = self.read("manifest.json") or {}, self.checksums()
+        return [name for name, value in manifest.get("checksums", {}).items()
+                if now.get(name) != value]
+
     # Logs --------------------------------------------------------------------------------------
 
     def append(self, name: str, row: Mapping) -> None:
         """Adds a line to a log."""
         path = self.path / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as stream:
-                stream.write(to_json(row) + "\n")
+            make_folder(path.parent)
+            with path.open("ab") as stream:
+                stream.write((to_json(row) + "\n").encode())
         except OSError as error:
             raise disk_error(path, error) from error
 
-    def forget_after(self, step: int) -> None:
-        """Cuts the logs back to a checkpoint: the steps after it will be taken again."""
-        for name in LOGS:
-            if (self.path / name).exists():
-                self.write_lines(name, [row for row in self.lines(name) if row["step"] <= step])
+    def sync_logs(self) -> None:
+        """Waits until the logs are on the disk."""
+        with disk_errors(self.path):
+            for path in (self.path / name for name in LOGS):
+                if path.exists():
+                    sync(path)
+            sync(self.path)
 
-    # Checkpoints -------------------------------------------------------------------------------
+    def log_marks(self) -> dict[str, list]:
+        """{name: [bytes, sha256]} of the logs as they are now."""
+        paths = [self.path / name for name in LOGS if (self.path / name).exists()]
+        return {path.name: [path.stat().st_size, sha256_of(path)] for path in paths}
 
-    def save_checkpoint(self, step: int, write: Any) -> None:
-        """Keeps the newest checkpoint: `write(folder)` fills a new folder, the old one goes last.
+    def damaged_logs(self, marks: Mapping[str, list]) -> list[str]:
+        """Logs that are no longer what they were when `marks` were taken, further lines aside."""
+        def is_whole(path: Path, size: int, checksum: str) -> bool:
+            return path.is_file() and sha256_of(path, size) == checksum
 
-        The folder gets its final name only when it is complete.
-        """
-        root = self.path / "checkpoint"
-        temporary, final = root / "writing", root / f"step-{step:06d}"
-        try:
-            with disk_errors(final):
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                write(temporary)
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(temporary, final)
-        except UserError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        for folder in root.glob("step-*"):
-            if folder != final:
-                shutil.rmtree(folder, ignore_errors=True)
+        return [name for name, mark in marks.items() if not is_whole(self.path / name, *mark)]
 
-    def drop_step_checkpoints(self) -> None:
-        """Removes what only an unfinished run needs; the final model stays."""
-        for folder in (self.path / "checkpoint").glob("step-*"):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def newest_checkpoint(self) -> tuple[int, Path] | None:
-        """(step, folder) of the newest checkpoint, or None."""
-        folders = sorted((self.path / "checkpoint").glob("step-*"))
-        return (int(folders[-1].name.split("-")[1]), folders[-1]) if folders else None
+    def cut_logs(self, marks: Mapping[str, list]) -> None:
+        """Takes back the lines after `marks`, whose steps will be taken again."""
+        for path in (self.path / name for name in LOGS):
+            if path.exists():
+                with disk_errors(path):
+                    if path.name in marks:
+                        os.truncate(path, marks[path.name][0])
+                    else:
+                        path.unlink()
 
 
 def seed_of(*parts: int | str) -> int:

@@ -5,12 +5,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from .checkpoints import Checkpoints
 from .config import (
     Settings,
     default_experiment,
@@ -27,7 +29,7 @@ from .methods import make_method
 from .policy import Policy, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer, Stopwatch
-from .records import NUMERICS_VERSION, RunFolder, disk_errors, experiment_folder, run_folder
+from .records import NUMERICS_VERSION, RunFolder, experiment_folder, run_folder, write_folder
 from .rewards import Verifier
 from .setups import Setup, get_setup
 from .training import Trainer
@@ -61,12 +63,17 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
     observer = observer or Lines(name=f"{setup} seed {seed}")
     config = {"setup": setup, "seed": seed, "preset": preset, "experiment": experiment,
               "numerics_version": NUMERICS_VERSION, "settings": settings_to_dict(resolved)}
-    with only_writer(folder.path, f"The run {setup}/seed-{seed}"):
+    # Nobody writes a finished run any more: it can be read where nothing can be written.
+    checkpoints = Checkpoints(folder)
+    with (nullcontext() if folder.is_complete and not checkpoints.left_over() else
+          only_writer(folder.path, f"The run {setup}/seed-{seed}")):
         _claim(folder, config, resolved)
         if folder.is_complete:
+            _check_unaltered(folder)
             observer.note("already complete; its record is read, nothing is run again")
         else:
             _train_and_evaluate(chosen, seed, preset, resolved, folder, observer)
+        checkpoints.drop()
     return folder
 
 
@@ -90,8 +97,8 @@ def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Setting
         if not trainer.step:
             for line in signal_lines(rows, resolved.rl.group_size):
                 observer.note(line)
-        with disk_errors(folder.path / "checkpoint"):
-            policy.save(folder.path / "checkpoint" / "final")
+        write_folder(folder.path / "checkpoint" / "final", policy.save)
+        folder.sync_logs()  # all of the record is on the disk before its manifest says so
         wall, processor = clock.read()
         folder.write("manifest.json", {
             **provenance(), "setup": chosen.name, "seed": seed, "preset": preset,
@@ -104,9 +111,9 @@ def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Setting
                      for name, counts in parts.counts.items()},
             "steps": trainer.step, "tokens": trainer.tokens, "best_on_validation": trainer.best,
             "verdicts": dict(verifier.counts), "resumed_from": trainer.resumed_from,
+            "checksums": folder.checksums(),
             "seconds/wall": wall, "seconds/device": processor,
             "complete": True})
-    folder.drop_step_checkpoints()
     observer.note(f"done in {wall:.0f} s")
 
 
@@ -130,6 +137,16 @@ def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
         raise UserError(f"{run} was made by an older or newer hybridrl_lib, whose numbers differ "
                         f"(numerics version {numerics}, this is {NUMERICS_VERSION}); choose "
                         "another --experiment or delete its folder.")
+
+
+def _check_unaltered(folder: RunFolder) -> None:
+    """Refuses a finished run whose files are no longer those that were written."""
+    altered = folder.altered()
+    if altered:
+        raise UserError(f"{altered[0]} of the finished run {folder.path.parent.name}/"
+                        f"{folder.path.name} is damaged or was changed (its checksum is another "
+                        "one); get it back from a copy, or delete the run's folder and run it "
+                        "again.")
 
 
 def fit_to_policy(parts: ProblemParts, policy: Policy, settings: Settings,

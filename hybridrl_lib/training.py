@@ -7,17 +7,15 @@ demonstrations, a step with lambda_RL > 0 samples G answers to a batch of proble
 else is the same for all methods.
 """
 
-import json
 import math
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .checkpoints import Checkpoints, Snapshot
 from .config import Settings
 from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, evaluate, verdicts_of
@@ -29,7 +27,7 @@ from .packing import PromptCompletion
 from .policy import Policy
 from .problems import Problem, ProblemParts, in_turn
 from .progress import Observer, Stopwatch
-from .records import RunFolder, seed_of, to_json, write_whole
+from .records import RunFolder, seed_of
 from .rewards import Verifier
 from .rollouts import Group, sample
 from .updates import Learner, Totals, Update
@@ -58,7 +56,7 @@ class Trainer:
         self.with_entropy, self.seed, self.folder = with_entropy, seed, folder
         self.verifier, self.observer = verifier, observer
         self.clock = clock or Stopwatch()
-        self.learner = Learner(policy, settings)
+        self.learner, self.checkpoints = Learner(policy, settings), Checkpoints(folder)
         self.step = self.stage_index = self.stage_step = 0
         self.tokens = {"demonstrations": 0, "rollouts": 0}
         self.best = {"strict": -1.0, "step": 0}
@@ -368,67 +366,42 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {"step": self.step, "stage_index": self.stage_index, "stage_step": self.stage_step,
                  "tokens": self.tokens, "best": self.best, "resumed_from": self.resumed_from,
-                 "seconds": self.clock.read()}
-
-        def write(folder: Path) -> None:
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.weights().items()},
-                      folder / "weights.safetensors")
-            if self.best_weights is not None:
-                save_file(self.best_weights, folder / "best.safetensors")
-            torch.save(self.learner.optimizer.state_dict(), folder / "optimizer.pt")
-            if self.learner.accelerator.scaler is not None:
-                torch.save(self.learner.accelerator.scaler.state_dict(), folder / "scaler.pt")
-            write_whole(folder / "state.json", to_json(state))
-
-        self.folder.save_checkpoint(self.step, write)
+                 "verdicts": dict(self.verifier.counts), "seconds": self.clock.read()}
+        scaler = self.learner.accelerator.scaler
+        self.checkpoints.save(self.step, Snapshot(
+            state, self.weights(), self.best_weights, self.learner.optimizer.state_dict(),
+            None if scaler is None else scaler.state_dict()).write)
 
     def _resume(self) -> None:
-        """Goes on from the newest checkpoint, if there is one; cuts the logs back to it."""
-        found = self.folder.newest_checkpoint()
+        """Goes on from the newest whole checkpoint, if there is one."""
+        found = self.checkpoints.resume(self.observer.note)
         if found is None:
-            self.folder.forget_after(-1)
             return
         step, folder = found
         try:
-            self._read_checkpoint(step, folder)
-        except Exception as error:  # cut off or no checkpoint of ours: types of four libraries
+            self._take_over(step, Snapshot.read(folder))
+        except Exception as error:  # no checkpoint of ours: the types of four libraries
             raise UserError(
                 f"The checkpoint {folder.name} of the run {self.folder.path.parent.name}/"
                 f"{self.folder.path.name} cannot be read ({reason(error)}); delete the folder "
                 "checkpoint there to start this run again.") from error
-        self.folder.forget_after(step)
         self.observer.note(f"going on from the checkpoint of step {step}")
 
-    def _read_checkpoint(self, step: int, folder: Path) -> None:
-        """Takes over weights, optimiser and place."""
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    def _take_over(self, step: int, snapshot: Snapshot) -> None:
+        """Weights, optimiser and place of a checkpoint."""
+        state = snapshot.state
         self.step, self.stage_index = state["step"], state["stage_index"]
         self.stage_step, self.tokens, self.best = (state["stage_step"], state["tokens"],
                                                    state["best"])
         self.resumed_from = [*state["resumed_from"], step]
+        self.verifier.counts.update(state["verdicts"])
         self.clock.go_on_from(state["seconds"])
-        self.load_weights(load_file(folder / "weights.safetensors"))
-        if (folder / "best.safetensors").exists():
-            self.best_weights = load_file(folder / "best.safetensors")
+        self.load_weights(snapshot.weights)
+        self.best_weights = snapshot.best
         self.learner.new_optimizer()
-        self.learner.optimizer.load_state_dict(read_tensors(folder / "optimizer.pt"))
-        if self.learner.accelerator.scaler is not None and (folder / "scaler.pt").exists():
-            self.learner.accelerator.scaler.load_state_dict(read_tensors(folder / "scaler.pt"))
-
-
-def read_tensors(path: Path) -> dict:
-    """A file that torch.save wrote, if it holds tensors and plain values only.
-
-    The format is a pickle, which could run code. torch refuses that, and advises to switch the
-    refusal off: this project does not.
-
-    Raises:
-        ValueError: it is damaged or holds anything else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path.name} is damaged or holds more than tensors") from error
+        self.learner.optimizer.load_state_dict(snapshot.optimizer)
+        if self.learner.accelerator.scaler is not None and snapshot.scaler is not None:
+            self.learner.accelerator.scaler.load_state_dict(snapshot.scaler)
 
 
 def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:

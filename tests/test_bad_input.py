@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from hybridrl_lib import records
+from hybridrl_lib.checkpoints import Checkpoints
 from hybridrl_lib.cli import main
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.records import RunFolder
@@ -237,13 +238,13 @@ def small_files(size):
 ], ids=["safetensors", "torch", "text"])
 def test_checkpoint_on_a_full_disk(tmp_path, write):
     """Whichever library hits the end of the disk, the older checkpoint stays and is found."""
-    run = RunFolder(tmp_path / "run")
-    run.save_checkpoint(5, lambda folder: (folder / "state.json").write_text("{}"))
+    checkpoints = Checkpoints(RunFolder(tmp_path / "run"))
+    checkpoints.save(5, lambda folder: (folder / "state.json").write_text("{}"))
     with small_files(10_000), pytest.raises(UserError, match="free some space") as caught:
-        run.save_checkpoint(10, write)
+        checkpoints.save(10, write)
     assert "\n" not in str(caught.value)
-    assert run.newest_checkpoint() == (5, tmp_path / "run" / "checkpoint" / "step-000005")
-    assert [path.name for path in (run.path / "checkpoint").iterdir()] == ["step-000005"]
+    assert checkpoints.resume(pytest.fail) == (5, checkpoints.root / "step-000005")
+    assert [path.name for path in checkpoints.root.iterdir()] == ["step-000005"]
 
 
 def test_disk_full_in_the_middle_of_a_run(refused, results, model, monkeypatch):
@@ -297,7 +298,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(results, model):
         process.kill()
     assert process.returncode == 130
     assert "goes on from there" in one_sentence(errors)
-    kept = run.newest_checkpoint()[0]
+    kept = Checkpoints(run).found()[0][0]
     assert kept == len(run.lines("metrics.jsonl")) > 1
 
     assert main(words) == 0 and run.is_complete

@@ -1,17 +1,21 @@
 """Runs that were cut off and went on, runs that repeat, and runs that must not."""
 
+import errno
 import itertools
 import json
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_training import SMALL, Coin
 
+from hybridrl_lib.checkpoints import Checkpoints
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.progress import Observer
+from hybridrl_lib.records import RunFolder, experiment_folder
 from hybridrl_lib.run import run
 
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl", "eval.jsonl")
@@ -22,6 +26,16 @@ TEN = (*SMALL, "training.epochs=10", "training.checkpoint_every=2", "training.sa
 
 class Crash(Exception):
     """Power cut: nothing is tidied up."""
+
+
+class Told(Observer):
+    """Keeps the sentences of a run."""
+
+    def __init__(self):
+        self.sentences = []
+
+    def note(self, sentence):
+        self.sentences.append(sentence)
 
 
 class Ends(Observer):
@@ -60,7 +74,7 @@ def record(folder) -> dict:
     final = folder.path / "checkpoint" / "final"
     weights = {path.name: path.read_bytes() for path in final.glob("*.safetensors")}
     assert weights and len(logs["metrics.jsonl"]) == 10
-    return {**logs, "weights": weights}
+    return {**logs, "weights": weights, "verdicts": folder.read("manifest.json")["verdicts"]}
 
 
 def assert_same(one: dict, other: dict) -> None:
@@ -162,6 +176,123 @@ def test_a_crash_while_a_log_is_written(start, whole, results):
     log = results / "cut" / setup / "seed-0" / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-20])
     assert_same(record(start(setup, "cut")), whole(setup))
+
+
+# What disks do to checkpoints and logs -----------------------------------------------------------
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture()
+def crashed(start):
+    """crashed() -> the folder of a run that has the checkpoints of steps 5 and 6, and 8 steps."""
+    def crash():
+        with pytest.raises(Crash):
+            start("sft_then_rl_entropy", "cut", observer=Ends(8, "crash"))
+        folder = RunFolder(experiment_folder("cut") / "sft_then_rl_entropy" / "seed-0")
+        assert [step for step, _ in Checkpoints(folder).found()] == [6, 5]
+        return folder
+    return crash
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.pt", "state.json",
+                                  "checksums.json"])
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, Path.unlink])
+def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_used(start, whole, crashed, file,
+                                                                    damage):
+    """A run never goes on from damaged weights, and says which checkpoint it left out."""
+    run, told = crashed(), Told()
+    damage(run.path / "checkpoint" / "step-000006" / file)
+    folder = start("sft_then_rl_entropy", "cut", observer=told)
+    assert_same(record(folder), whole("sft_then_rl_entropy"))
+    assert folder.read("manifest.json")["resumed_from"] == [5]
+    said = [line for line in told.sentences if "cannot be used" in line]
+    assert len(said) == 1 and "goes on from step 5" in said[0]
+    assert file in said[0] or file == "checksums.json"  # a wrong checksum blames what it is of
+    assert (run.path / "checkpoint" / "damaged-step-000006").is_dir()
+
+
+def test_without_a_whole_checkpoint_the_run_begins_again(start, whole, crashed):
+    """Two damaged checkpoints cost time and nothing else; both are kept."""
+    run, told = crashed(), Told()
+    for _, folder in Checkpoints(run).found():
+        cut_off(folder / "weights.safetensors")
+    folder = start("sft_then_rl_entropy", "cut", observer=told)
+    assert_same(record(folder), whole("sft_then_rl_entropy"))
+    assert folder.read("manifest.json")["resumed_from"] == []
+    assert sum("starts from its beginning" in line for line in told.sentences) == 2
+    assert {path.name for path in (run.path / "checkpoint").iterdir()} == {
+        "damaged-step-000005", "damaged-step-000006", "final"}
+
+
+@pytest.mark.parametrize(("line", "resumed_from"), [(7, [6]), (5, [5]), (2, [])])
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_log_leads_to_no_hole(start, whole, crashed, line, damage, resumed_from):
+    """Lines that a power cut took or damaged are made again, from the checkpoint before them.
+
+    Line 7 (counted from 0) comes after the newest checkpoint, line 5 between the two, line 2 before
+    both. The log as it was found stays with the checkpoint that it made useless.
+    """
+    run = crashed()
+    log = run.path / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    lines[line:] = ([lines[line][:20]] if damage == "cut" else
+                    [b"\xff" + lines[line][1:], *lines[line + 1:]])
+    log.write_bytes(b"".join(lines))
+    folder = start("sft_then_rl_entropy", "cut")
+    assert_same(record(folder), whole("sft_then_rl_entropy"))
+    assert folder.read("manifest.json")["resumed_from"] == resumed_from
+    for place in (run.path / "checkpoint").glob("damaged-*"):
+        assert (place / "metrics.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_a_run_killed_while_it_tidies_up_is_tidied_up_later(start):
+    """Checkpoints of a finished run, gigabytes at full scale, do not stay for ever."""
+    folder = start("sft", "done")
+    left = folder.path / "checkpoint" / "step-000010"
+    left.mkdir()
+    assert start("sft", "done").is_complete and not left.exists()
+
+
+def test_a_finished_result_that_was_changed_is_refused(start):
+    """A flipped bit in the answers is seen; a manifest without checksums, as of old, is read."""
+    folder = start("sft", "done")
+    flip_a_bit(folder.path / "eval.jsonl")
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="eval.jsonl of the finished run") as caught:
+        start("sft", "done")
+    assert "\n" not in str(caught.value)
+    assert before == {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    manifest = folder.read("manifest.json")
+    del manifest["checksums"]
+    folder.write("manifest.json", manifest)
+    assert start("sft", "done").is_complete
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(start, monkeypatch):
+    """Results on a read-only disk can be looked at; a new run there ends in one sentence."""
+    folder = start("sft", "done")
+
+    def read_only(path, *arguments, **more):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    for name in ("mkdir", "replace"):
+        monkeypatch.setattr(os, name, read_only)
+    assert start("sft", "done").path == folder.path
+    with pytest.raises(UserError, match="Read-only file system.*allow writing there") as caught:
+        start("sft", "new")
+    assert "\n" not in str(caught.value)
+
+
+# Seeds -------------------------------------------------------------------------------------------
 
 
 def test_one_seed_repeats_whatever_happened_before(start, whole):

@@ -15,12 +15,14 @@ import torch
 from hostile import Pickled, python_code, template_escapes
 
 from hybridrl_lib import config
+from hybridrl_lib.checkpoints import CHECKSUMS, read_checksums
 from hybridrl_lib.cli import explain
 from hybridrl_lib.config import ModelSettings, load_settings, settings_from_dict
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.policy import load_policy, tiny_model_folder
 from hybridrl_lib.problems import gsm8k, math500
 from hybridrl_lib.problems.source import load_rows
+from hybridrl_lib.records import sha256_of
 from hybridrl_lib.rewards import Verifier
 
 ROOT = Path(__file__).parent.parent
@@ -225,13 +227,22 @@ def test_code_beside_a_gguf_file_is_not_run(tmp_path, trace):
 # Checkpoints ------------------------------------------------------------------------------------
 
 
+def forge(trainer, name: str, write) -> Path:
+    """Replaces a file of the newest checkpoint, and its checksum with it, as an attacker would."""
+    _, checkpoint = trainer.checkpoints.found()[0]
+    write(checkpoint / name)
+    checksums = read_checksums(checkpoint)
+    checksums["files"][name] = sha256_of(checkpoint / name)
+    (checkpoint / CHECKSUMS).write_text(json.dumps(checksums))
+    return checkpoint
+
+
 def test_a_pickle_in_a_checkpoint_is_not_run(make_trainer, trace):
     """optimizer.pt is torch's format, which is a pickle: it is read as tensors only, and whatever
     is no checkpoint of this project is a sentence."""
     trainer = make_trainer("sft", "training.checkpoint_every=2")
     trainer.train()
-    step, checkpoint = trainer.folder.newest_checkpoint()
-    torch.save(Pickled(trace), checkpoint / "optimizer.pt")
+    forge(trainer, "optimizer.pt", lambda path: torch.save(Pickled(trace), path))
     with pytest.raises(UserError, match="optimizer.pt .*more than tensors") as caught:
         make_trainer("sft", "training.checkpoint_every=2").train()
     assert "\n" not in str(caught.value)
@@ -239,13 +250,12 @@ def test_a_pickle_in_a_checkpoint_is_not_run(make_trainer, trace):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "state.json", "weights.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x04]"])
-def test_damaged_checkpoint(make_trainer, name, content):
-    """A checkpoint that cannot be read is named, with what to do; a traceback would not say."""
+def test_forged_checkpoint(make_trainer, name, content):
+    """A checkpoint that its checksums call whole and nobody can read is named, with what to do."""
     trainer = make_trainer("sft", "training.checkpoint_every=2")
     trainer.train()
-    step, checkpoint = trainer.folder.newest_checkpoint()
-    (checkpoint / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"checkpoint step-{step:06d}"):
+    checkpoint = forge(trainer, name, lambda path: path.write_bytes(content))
+    with pytest.raises(UserError, match=f"checkpoint {checkpoint.name}"):
         make_trainer("sft", "training.checkpoint_every=2").train()
 
 

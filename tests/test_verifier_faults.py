@@ -120,6 +120,37 @@ def test_worker_killed_by_others_is_replaced(worker):
     assert worker.restarts == 1
 
 
+def test_worker_killed_while_it_starts_is_replaced(worker, monkeypatch):
+    """A run does not end because something killed a worker before it was ready."""
+    exchange, killed = worker._exchange, []
+
+    def die_at_first(request, seconds):
+        if not killed:
+            killed.append(worker.process.kill())
+        return exchange(request, seconds)
+
+    monkeypatch.setattr(worker, "_exchange", die_at_first)
+    assert worker.ask(*HARMLESS) == "right"
+    assert worker.restarts == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_worker_that_hangs_is_replaced(worker, monkeypatch):
+    """An honest answer does not lose its reward because its worker was stopped from outside."""
+    assert worker.ask(*HARMLESS) == "right"
+    exchange = worker._exchange
+
+    def patient(request, seconds):
+        worker.time_limit = 60.0  # for the worker that takes over
+        return exchange(request, seconds)
+
+    monkeypatch.setattr(worker, "_exchange", patient)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    worker.time_limit = 0.3
+    assert worker.ask(*HARMLESS) == "right"
+    assert worker.restarts == 1
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_interrupt_reaches_the_parent_only(worker):
     """Ctrl-C in the terminal does not break the workers: own session, and SIGINT ignored."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..records import RunFolder
 from ..setups import SETUPS, paper_setups
 
 PAPER_MODEL = "Qwen2.5-0.5B"
@@ -198,6 +199,8 @@ def _load_run(folder: Path) -> Run | None:
     seed = folder.name.removeprefix("seed-")
     if not seed.isdecimal():
         raise BrokenRecord(f"{folder.name} is no seed's folder")
+    for name in RunFolder(folder).altered():
+        raise BrokenRecord(f"{name} is not the file that its manifest names")
     return Run(
         setup=folder.parent.name, seed=int(seed), manifest=manifest,
         config=_read_json(folder / "config.json") or {},
@@ -226,7 +229,7 @@ def read_lines(path: Path) -> Iterable[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_bytes().splitlines()  # of a text it would split at U+2028 too
     for number, line in enumerate(lines, start=1):
         try:
             content = json.loads(line)

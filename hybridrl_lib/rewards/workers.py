@@ -19,6 +19,8 @@ from hybridrl_lib.errors import UserError
 
 START_LIMIT_SECONDS = 120.0
 MEMORY_LIMIT_BYTES = 1 << 30
+IDLE_SHARE = 0.1
+"""A worker that computed for less than this share of its time limit was held up by others."""
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 
@@ -35,6 +37,7 @@ class Worker:
         self._lock = threading.Lock()
         self._deadline: object | None = None  # the message whose reply is waited for
         self._expired = False
+        self._held_up = False
 
     def ask(self, gold: str, answer: str) -> str:
         """The outcome of `math_check.check`, "time_out", or "unparsable" if the worker broke."""
@@ -47,10 +50,11 @@ class Worker:
                 return reply["outcome"]
             self.stop()
             self.restarts += 1
-            if self._expired:
+            if self._expired and not self._held_up:
                 return "time_out"
-            # It died by itself: of this answer, or because something else killed it. Try once more.
-        return "unparsable"
+            # It died by itself, of this answer or because something else killed it, or it was kept
+            # from computing, as on a machine that slept. Try once more.
+        return "time_out" if self._expired else "unparsable"
 
     def stop(self) -> None:
         """Kill the process, if any. A process forked from ours leaves our worker alone."""
@@ -75,6 +79,21 @@ class Worker:
         if self.process is not None:  # it died between two answers
             self.stop()
             self.restarts += 1
+        reply = self._start()
+        if reply is None:  # something else may have killed it or held it up
+            self.stop()
+            self.restarts += 1
+            reply = self._start()
+        if reply is None or "error" in reply:
+            self.stop()
+            reason = (reply or {}).get("error", "its process ended at once, or did not get ready")
+            raise UserError(
+                f"The answer checker math-verify could not be started ({reason}); "
+                "install the project's requirements again."
+            )
+
+    def _start(self) -> dict | None:
+        """Start a process; what it says when it is ready, None if it died or was killed."""
         environment = dict(os.environ)
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -94,14 +113,7 @@ class Worker:
             env=environment,
             **apart,
         )
-        reply = self._exchange(None, START_LIMIT_SECONDS)
-        if reply is None or "error" in reply:
-            self.stop()
-            reason = (reply or {}).get("error", "its process ended at once")
-            raise UserError(
-                f"The answer checker math-verify could not be started ({reason}); "
-                "install the project's requirements again."
-            )
+        return self._exchange(None, START_LIMIT_SECONDS)
 
     def _exchange(self, request: dict | None, seconds: float) -> dict | None:
         """Send `request` and wait for the reply; None if the process died or was killed."""
@@ -110,7 +122,8 @@ class Worker:
         with self._lock:
             mine = self._deadline = object()
             self._expired = False
-        timer = threading.Timer(seconds, self._expire, [mine])
+        idle_until = processor_seconds(self.process) + IDLE_SHARE * seconds
+        timer = threading.Timer(seconds, self._expire, [mine, idle_until])
         timer.daemon = True
         timer.start()
         try:
@@ -127,11 +140,23 @@ class Worker:
                 self._deadline = None
             timer.cancel()
 
-    def _expire(self, message: object) -> None:
+    def _expire(self, message: object, idle_until: float = 0.0) -> None:
         with self._lock:
             if self._deadline is message:
                 self._expired = True
+                self._held_up = processor_seconds(self.process) < idle_until
                 self.kill()
+
+
+def processor_seconds(process: subprocess.Popen[bytes] | None) -> float:
+    """How long a process has computed; 0 if it has gone."""
+    import psutil
+
+    try:
+        times = psutil.Process(process.pid).cpu_times()
+    except (psutil.Error, AttributeError):
+        return 0.0
+    return times.user + times.system
 
 
 class WorkerPool:
