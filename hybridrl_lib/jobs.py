@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import Stopped
+from .errors import Stopped, printable
 from .progress import duration
 from .records import RunFolder
 
@@ -239,7 +239,7 @@ def last_line_of(path: Path) -> str:
 
 def shorten(text: str) -> str:
     """One line that a person reads to its end."""
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line = printable(next((line.strip() for line in text.splitlines() if line.strip()), ""))
     return line if len(line) <= SENTENCE_LENGTH else line[:SENTENCE_LENGTH - 3] + "..."
 
 

@@ -9,7 +9,7 @@ from ..errors import UserError
 from .loading import Experiment, agreed, benchmark_title, probe_problems, setup_title
 from .scores import EXACT_MATCH
 from .table2 import Table2
-from .text import NOTHING, bracket, markdown_table, number
+from .text import NOTHING, bracket, literal, markdown_table, number
 
 OF_THE_PROBE = ("reward", "kl", "entropy", "lengths", "correctness")
 CAPTIONS = {
@@ -81,7 +81,7 @@ def _tokens(runs: tuple) -> str:
         for kind, count in (tokens if isinstance(tokens, dict) else {}).items():
             if isinstance(count, int | float):
                 kinds.setdefault(kind, []).append(count)
-    return ", ".join(f"{kind} {round(sum(counts) / len(runs)):,}"
+    return ", ".join(f"{literal(kind)} {round(sum(counts) / len(runs)):,}"
                      for kind, counts in kinds.items()) or NOTHING
 
 
@@ -117,8 +117,9 @@ def facts(experiment: Experiment) -> str:
                "numerics version": lambda manifest: manifest.get("numerics_version"),
                "device": lambda manifest: manifest.get("device"),
                "precision": lambda manifest: manifest.get("precision"), "versions": versions}
-    rows = [[name, " / ".join(agreed(experiment.runs, lambda run, read=read: read(run.manifest)))
-             or NOTHING] for name, read in sources.items()]
+    rows = [[name, " / ".join(map(literal, agreed(
+                experiment.runs, lambda run, read=read: read(run.manifest)))) or NOTHING]
+            for name, read in sources.items()]
     return markdown_table(["", "all runs"], rows)
 
 
