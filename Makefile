@@ -21,7 +21,7 @@ help:
 	@echo "make env-hashed  the same, every file compared with its recorded sha256 (Linux x86_64)"
 	@echo "make report      Table 2 and figures again, from records (PRESET= or EXPERIMENT=)"
 	@echo "make notebooks   execute the committed notebooks again, in place"
-	@echo "make bench       speed of the sampler and of packing (under a minute)"
+	@echo "make bench       speed of the sampler, of packing and of the verifier (about a minute)"
 	@echo "make lint        ruff, notebooks included"
 	@echo "make audit       known vulnerabilities in the pinned versions"
 	@echo "make lock        the files with the sha256 of every pin again, from constraints.txt"
@@ -81,6 +81,7 @@ notebooks: env
 bench: env
 	$(BIN)/python benchmarks/against_generate.py --json results/runs/bench/against_generate.json
 	$(BIN)/python benchmarks/packing.py --json results/runs/bench/packing.json
+	$(BIN)/python benchmarks/verdicts.py --json results/runs/bench/verdicts.json
 
 audit:
 	@$(PYTHON) .ci/audit

@@ -10,6 +10,8 @@ class Observer:
 
     def on_step(self, row: dict, total: int) -> None: ...
 
+    def on_warning(self, name: str, sentence: str) -> None: ...
+
     def on_probe(self, row: dict) -> None: ...
 
     def on_validation(self, row: dict) -> None: ...
@@ -55,6 +57,9 @@ class Lines(Observer):
                      "gradient not finite")
         facts.append(f"about {duration(left)} left")
         self.note(", ".join(facts))
+
+    def on_warning(self, name: str, sentence: str) -> None:
+        self.note(f"warning {name} at {sentence}")
 
     def on_validation(self, row: dict) -> None:
         if time.monotonic() - self.last >= self.seconds:

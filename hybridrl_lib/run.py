@@ -158,13 +158,19 @@ def fit_to_policy(parts: ProblemParts, policy: Policy, settings: Settings,
 
 def _evaluate(trainer: Trainer, parts: ProblemParts, settings: Settings, verifier: Verifier,
               seed: int) -> list[dict]:
-    """Rows for the last weights on test and training part, then for the best on validation."""
+    """Rows for the last weights on test and training part, then for the best on validation.
+
+    The base model answers each training problem at least G times: it shows what RL begins with.
+    """
     evaluation, policy = settings.evaluation, trainer.policy
+    train_samples = evaluation.train_samples
+    if not trainer.method.stages:
+        train_samples = max(train_samples, settings.rl.group_size)
     train = first_per_benchmark(parts.train, evaluation.train_limit)
     rows = evaluate(policy, parts.test, evaluation, verifier, part="test",
                     samples=evaluation.samples, seed=seed)
     rows += evaluate(policy, train, evaluation, verifier, part="train",
-                     samples=evaluation.train_samples, seed=seed)
+                     samples=train_samples, seed=seed)
     last = {name: weight.detach().cpu().clone() for name, weight in trainer.weights().items()}
     if trainer.use_best_weights():
         rows += evaluate(policy, parts.test, evaluation, verifier, part="test",

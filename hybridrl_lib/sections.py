@@ -233,7 +233,9 @@ class EvaluationSettings(Section):
     samples: int = setting(
         16, "sampled solutions a test problem, m in Pass@k; 0 = the greedy answer only",
         "paper §1 has Pass@k, not its m", at_least=0)
-    train_samples: int = setting(16, "the same on the training problems, for the gap", at_least=0)
+    train_samples: int = setting(
+        16, "the same on the training problems, for the gap; of the base model at least "
+            "rl.group_size, which shows what RL begins with", at_least=0)
     pass_at: tuple[int, ...] = setting((1, 2, 4, 8), "the k of Pass@k", at_least=1)
     temperature: float = setting(1.0, "of the sampled solutions", above=0)
     max_new_tokens: int = setting(56, "cap of a solution (tokens)", at_least=1)

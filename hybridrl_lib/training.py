@@ -21,6 +21,7 @@ from torch import Tensor
 from .config import Settings
 from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, evaluate, verdicts_of
+from .health import Health, replay
 from .interrupt import Interrupt
 from .methods import Method, Progress, Stage
 from .objectives import group_advantages, k3, token_weights
@@ -63,6 +64,7 @@ class Trainer:
         self.best = {"strict": -1.0, "step": 0}
         self.best_weights: dict[str, Tensor] | None = None
         self.resumed_from: list[int] = []
+        self.health = Health()
         self.probe_problems = in_turn(parts.validation)[:settings.probe.prompts]
         policy.keep_reference()
 
@@ -76,6 +78,7 @@ class Trainer:
             UserError: the loss stopped being finite.
         """
         self._resume()
+        self.health = replay(*map(self.folder.lines, ("metrics.jsonl", "probe.jsonl")))
         if self.step == 0 and not self.folder.lines("probe.jsonl"):
             self._probe(self.method.stages[0].name if self.method.stages else "base")
         stages = self.method.stages
@@ -180,7 +183,12 @@ class Trainer:
         row["seconds/sampling"] = round(sampled_at - began, 4)
         row["seconds/update"] = round(now - sampled_at, 4)
         row["seconds/step"] = round(now - began, 4)
+        begun = self.health.see(row)
+        if self.health.active:
+            row["warnings"] = sorted(self.health.active)
         self.folder.append("metrics.jsonl", row)
+        for alarm in begun:
+            self.observer.on_warning(alarm.name, str(alarm))
         self.observer.on_step(row, self.total_steps())
 
     def _learning_rate(self, progress: Progress) -> float:
@@ -317,6 +325,7 @@ class Trainer:
                **reward_metrics(groups, rewards), "kl/base": float(k3(mine, base).mean())}
         row["groups_with_signal"] = 1 - row["frac_reward_zero_std"]
         self.folder.append("probe.jsonl", row)
+        self.health.see_probe(row)
         self.observer.on_probe(row)
 
     def _validate(self) -> None:

@@ -287,12 +287,12 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(results, model):
                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run = RunFolder(results / "tiny-smoke" / "sft" / "seed-0")
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600  # a busy machine is slow, not hung
         while len(run.lines("metrics.jsonl")) < 2:
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -55,6 +55,20 @@ def test_packing_runs(measure):
     assert len(record["seconds"]["packed"]) == len(record["seconds"]["one_row_each"]) == 2
 
 
+def test_verdicts_runs(script, capsys, tmp_path):
+    """Its pairs are judged as they were made, none comes twice, and the line holds both kinds."""
+    verdicts = script("verdicts")
+    for pairs in (verdicts.numeric_pairs(500, seed=3), verdicts.symbolic_pairs(500, seed=3)):
+        assert len(set(pairs)) == 500
+    path = tmp_path / "record.json"
+    verdicts.main(["--numeric", "40", "--symbolic", "14", "--workers", "1", "--rounds", "2",
+                   "--json", str(path)])
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record == json.loads(path.read_text(encoding="utf-8"))
+    for kind in ("numeric", "symbolic"):
+        assert len(record[kind]["per_second"]) == len(record[kind]["per_processor_second"]) == 2
+
+
 def test_generate_draws_from_the_same_distribution(script, policy):
     """generate gets no repetition penalty or top-k from the model's folder, and our stop tokens."""
     policy.model.generation_config.update(repetition_penalty=1.5, top_k=20, top_p=0.5)

@@ -15,7 +15,7 @@ EXPERIMENTS = sorted(path.parent for path in PUBLISHED.glob("*/table2.csv"))
 
 def test_something_is_published():
     """Protects the tests below from passing because they found nothing."""
-    assert {folder.name for folder in EXPERIMENTS} >= {"tiny"}
+    assert {folder.name for folder in EXPERIMENTS} >= {"smollm2", "tiny"}
 
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
@@ -36,6 +36,17 @@ def test_published_runs_are_complete_and_from_committed_code(folder):
         assert manifest["complete"] and manifest["git_commit"] and manifest["git_dirty"] is False
         assert manifest["numerics_version"] == NUMERICS_VERSION, (
             f"{path} was made by other arithmetic: run the experiment again")
+
+
+def test_the_published_real_run_has_the_promised_workload():
+    """Protects the real table: two epochs of each stage, 100 + 50 real problems, signal of base."""
+    for run in (PUBLISHED / "smollm2").glob("*/seed-*"):
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        data = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]
+        tests = {name: entry["problems"]["test"] for name, entry in data.items()}
+        assert config["settings"]["training"]["epochs"] >= 4  # 2 + 2 in the two-stage setups
+        assert tests["gsm8k"] >= 100 and tests["math500"] >= 50
+    assert (PUBLISHED / "smollm2" / "signal.csv").is_file()
 
 
 def test_the_published_tiny_run_has_the_promised_workload():

@@ -539,14 +539,14 @@ def test_best_checkpoint_that_is_the_last_one_counts(own_records):
 
 
 def test_the_probes_problems_are_named(own_records):
-    """Protects the reader: the first prompts in the order of benchmarks are mostly of one."""
+    """Protects the reader: of 32 prompts taken in turn one benchmark may still have more."""
     for path in own_records.glob("*/*/manifest.json"):
         record = json.loads(path.read_text())
         record["data"] = {name: {"problems": {"validation": count}}
-                          for name, count in (("tiny_symbolic", 19), ("tiny_word", 29))}
+                          for name, count in (("tiny_symbolic", 9), ("tiny_word", 29))}
         path.write_text(json.dumps(record))
     experiment = load_experiment(own_records)
-    said = "29 of tiny word problems, 3 of tiny symbolic maths."
+    said = "23 of tiny word problems, 9 of tiny symbolic maths."
     assert said in race_markdown(experiment, make_race(experiment))
     assert said in caption(experiment, "kl") and said not in caption(experiment, "table2")
 

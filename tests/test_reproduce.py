@@ -90,6 +90,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
 def fast(monkeypatch):
     """No GPU is looked for: torch stays out of this process."""
     monkeypatch.setitem(sys.modules, "torch", type("torch", (), {
+        "Tensor": type("Tensor", (), {}),  # scipy asks for it where a torch is loaded
         "cuda": type("cuda", (), {"device_count": staticmethod(lambda: 0)})}))
 
 
@@ -180,12 +181,12 @@ def test_ctrl_c_lets_every_kernel_keep_its_checkpoint(checkout, results):
         env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=hear_interrupts)
     places = [results / "tiny" / name / "seed-0" for name in ("rl", "sft")]
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600  # a busy machine is slow, not hung
         while not all((place / "begun.json").exists() for place in places):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130

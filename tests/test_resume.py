@@ -228,6 +228,20 @@ def test_the_base_model_is_a_run_without_steps(start, results):
     assert manifest["steps"] == 0 and manifest["tokens"] == {"demonstrations": 0, "rollouts": 0}
 
 
+def test_the_base_model_shows_what_rl_begins_with(start):
+    """G sampled answers to each training problem, also where the settings ask for none."""
+    lines = []
+    observer = Observer()
+    observer.note = lines.append
+    none = ("evaluation.train_samples=0", "rl.group_size=4")
+    for setup, samples in (("base", 4), ("sft", 0)):
+        rows = [row for row in start(setup, "begin", *none, observer=observer).lines("eval.jsonl")
+                if row["part"] == "train"]
+        assert rows
+        assert {len(row.get("samples", {}).get("strict", ())) for row in rows} == {samples}
+    assert sum("groups of 4 with signal" in line for line in lines) == 2, "a line a benchmark"
+
+
 def test_table_2_scores_the_last_weights_and_best_is_extra(start, monkeypatch):
     """`last` rows and the saved model are the last step's, also where an earlier one did better."""
     import hybridrl_lib.training as training

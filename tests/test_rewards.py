@@ -1,9 +1,6 @@
 """Rewards: what counts as the right answer, and what does not."""
 
-import json
-import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -288,25 +285,3 @@ def test_lengths_must_agree(verifier):
         verifier.verify(["1"], [r"\boxed{1}", r"\boxed{2}"], [True])
     with pytest.raises(ValueError):
         Verifier(workers=0)
-
-
-@pytest.mark.skipif("HYBRIDRL_DATA_DIR" not in os.environ, reason="needs the real problems")
-def test_real_problems(verifier):
-    """All real golds parse, and every reference solution is right by its own gold."""
-    folder = Path(os.environ["HYBRIDRL_DATA_DIR"])
-    rows = [json.loads(line) for line in (folder / "math500/test.jsonl").open()]
-    for row in rows:
-        check_gold(row["answer"], row["unique_id"])
-    verdicts = verifier.verify(
-        [row["answer"] for row in rows], [row["solution"] for row in rows], [True] * len(rows)
-    )
-    assert [r["unique_id"] for r, v in zip(rows, verdicts, strict=True) if not v.strict] == []
-    for name in ("train", "test"):
-        rows = [json.loads(line) for line in (folder / f"gsm8k/{name}.jsonl").open()]
-        golds = [row["answer"].rpartition("####")[2].strip() for row in rows]
-        for number, gold in enumerate(golds):
-            check_gold(gold, f"gsm8k/{name}/{number}")
-        boxed = [rf"\boxed{{{gold}}}" for gold in golds]
-        assert all(v.strict for v in verifier.verify(golds, boxed, [True] * len(golds)))
-        texts = [row["answer"] for row in rows]
-        assert all(v.lenient for v in verifier.verify(golds, texts, [True] * len(golds)))

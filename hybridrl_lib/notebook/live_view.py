@@ -34,6 +34,7 @@ class LiveRun(Observer):
         self.metrics: list[dict] = []
         self.probe: list[dict] = []
         self.samples: list[dict] = []
+        self.warnings: dict[str, str] = {}  # that hold now
         self.status = ""
         self.lines = Lines(0.0, self.setup, write=self._set_status)
         self.picture = self.page = None
@@ -45,8 +46,14 @@ class LiveRun(Observer):
     def note(self, sentence: str) -> None:
         print(f"{self.setup}: {sentence}", flush=True)
 
+    def on_warning(self, name: str, sentence: str) -> None:
+        self.warnings[name] = sentence
+        self.note(f"warning {name} at {sentence}")  # this line stays when the warning ends
+
     def on_step(self, row: dict, total: int) -> None:
         self.metrics.append(row)
+        held = row.get("warnings", ())
+        self.warnings = {name: text for name, text in self.warnings.items() if name in held}
         self.lines.on_step(row, total)
         if row["step"] == total:
             self.status = f"{self.setup}: training is over after {total} steps"
@@ -74,8 +81,10 @@ class LiveRun(Observer):
         self.due = now + max(self.seconds, (now - began) / MOST_SHARE_OF_TIME)
 
     def html(self) -> str:
-        """Where the run stands, and the newest completions, as HTML."""
-        page = f"<p>{escaped(self.status)}</p>"
+        """Where the run stands, the warnings that hold, and the newest completions, as HTML."""
+        page = f"<p>{escaped(self.status)}</p>" + "".join(
+            f"<p><b>{escaped(name)}</b> since {escaped(text)}</p>"
+            for name, text in self.warnings.items())
         return page + (completions_table(self.samples) if self.samples else "")
 
     def _put(self, name: str, bundle: dict) -> None:

@@ -319,19 +319,17 @@ def stage_change(run: Run) -> float | None:
 def probe_problems(experiment: Experiment) -> str:
     """How many problems of each benchmark the probe samples, "" where the records do not say.
 
-    It takes the first validation problems, and these are joined benchmark by benchmark.
+    It takes validation problems from the benchmarks in turn until it has enough.
     """
     def counted(run: Run) -> str:
         settings, data = run.config.get("settings") or {}, run.manifest.get("data") or {}
-        left, parts = (settings.get("probe") or {}).get("prompts", 0), []
-        if not left:
-            return ""
-        for benchmark in (settings.get("data") or {}).get("benchmarks") or data:
-            problems = (data.get(benchmark) or {}).get("problems") or {}
-            count = min(left, problems.get("validation", 0))
-            left -= count
-            parts.append(f"{count} of {benchmark_title(benchmark).title}")
-        return ", ".join(parts)
+        prompts = (settings.get("probe") or {}).get("prompts", 0)
+        there = {name: ((data.get(name) or {}).get("problems") or {}).get("validation", 0)
+                 for name in (settings.get("data") or {}).get("benchmarks") or data}
+        in_turn = [name for turn in range(max(there.values(), default=0))
+                   for name, count in there.items() if turn < count][:prompts]
+        return ", ".join(f"{in_turn.count(name)} of {benchmark_title(name).title}"
+                         for name in there if in_turn)
 
     return " / ".join(agreed(experiment.runs, counted))
 

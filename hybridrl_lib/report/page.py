@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..health import DETECTORS, replay
 from .loading import Experiment, agreed, benchmark_title, probe_problems, setup_title
 from .scores import EXACT_MATCH
 from .table2 import Table2
@@ -39,7 +40,8 @@ def report_markdown(experiment: Experiment, sections: list[str], figures: list[s
         parts += [f"![{name}](figures/{name}.png)\n\n{caption(experiment, name)}\n"
                   for name in figures]
     parts += ["## Runs\n", "Every setting: [hyperparameters.md](hyperparameters.md).\n",
-              runs_table(experiment), facts(experiment), answers_table(experiment)]
+              runs_table(experiment), facts(experiment), warnings_table(experiment),
+              answers_table(experiment)]
     return "\n".join(part for part in parts if part)
 
 
@@ -121,6 +123,19 @@ def facts(experiment: Experiment) -> str:
                 experiment.runs, lambda run, read=read: read(run.manifest)))) or NOTHING]
             for name, read in sources.items()]
     return markdown_table(["", "all runs"], rows)
+
+
+def warnings_table(experiment: Experiment) -> str:
+    """Which runs were warned of what in training, and when (`hybridrl_lib/health.py`)."""
+    heading = "## Warnings in training\n\n"
+    trained = [run for run in experiment.runs if run.metrics]
+    rows = [[setup_title(run.setup), str(run.seed), alarm.name, alarm.steps, alarm.sentence]
+            for run in trained for alarm in replay(run.metrics, run.probe).alarms]
+    if not rows:
+        return (f"{heading}None: {len(DETECTORS)} detectors read the steps of {len(trained)} runs "
+                "again and none spoke up.\n")
+    return heading + markdown_table(["setup", "seed", "warning", "steps", "seen when it began"],
+                                    rows, (1,))
 
 
 def answers_table(experiment: Experiment) -> str:

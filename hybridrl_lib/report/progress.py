@@ -113,8 +113,8 @@ def race_markdown(experiment: Experiment, race: Race) -> str:
         bullets(filter(None, (
             "The first of two probes in a row at or above the threshold. The probe is the same "
             "validation prompts, sampled, for every setup; it is noisy.",
-            problems and "The probe's prompts are the first validation problems in the order of "
-                         f"the benchmarks: {problems}.",
+            problems and "The probe's prompts are validation problems, taken from the benchmarks "
+                         f"in turn: {problems}.",
             "Means are over the seeds that reach it; a mean over fewer than all seeds flatters.",
             "A step of SFT is one batch, a step of RL one batch of rollouts with all its optimiser "
             "updates: they differ in cost, and so do their numbers of steps an epoch.")))))

@@ -1,6 +1,7 @@
 """Finding the answer in a completion, and writing it in one canonical way."""
 
 import re
+import unicodedata
 from functools import lru_cache
 
 MAX_ANSWER_CHARACTERS = 2_000
@@ -10,12 +11,25 @@ MAX_BRACE_DEPTH = 40
 
 _BOX_TOKENS = re.compile(r"(?P<box>\\f?box(?:ed)?\s*\{)|\\.|[{}]", re.DOTALL)
 
+_HIDDEN = re.compile(
+    r"^[ \t]*%[^\n]*"  # a line of comment; "20% of 50" is none
+    r"|\\verb\*?(?P<bar>[^A-Za-z\s*])[^\n]*?(?:(?P=bar)|$)"
+    r"|\\begin\{(?P<environment>verbatim|comment)\}[\s\S]*?(?:\\end\{(?P=environment)\}|\Z)"
+    r"|<!--[\s\S]*?(?:-->|\Z)"
+    r"|^[ \t]*```[\s\S]*?(?:^[ \t]*```|\Z)",
+    re.MULTILINE,
+)
+"""What a reader of the typeset text does not see, or sees as code: a box there is no answer. What
+is not closed goes to the end, which also keeps the search linear."""
+
 
 def scan_boxes(text: str) -> tuple[list[str], bool]:
     r"""The contents of all outermost `\boxed{...}` (or `\fbox{...}`), and whether one is unclosed.
 
-    One pass with a stack: 100 kB of opened boxes cost no more than 100 kB of prose.
+    Comments and code are left out. One pass with a stack: 100 kB of opened boxes cost no more
+    than 100 kB of prose.
     """
+    text = _HIDDEN.sub(" ", text)
     open_groups: list[int | None] = []  # where a box's content starts, None for a plain group
     closed: list[tuple[int, int]] = []
     for token in _BOX_TOKENS.finditer(text):
@@ -73,8 +87,13 @@ _REPLACEMENTS = tuple(
         (r"\\?[$€£]", ""),
         (r"\\%", "%"),
         (r"\{,\}", ","),
+        (r",\s*(?:\.\.\.|…)", r",\\ldots "),  # not only a point at the end
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
+        (r"√", r"\\sqrt "),
+        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:text(?:bf|it|rm|normal)|math(?:rm|bf|it)|mbox)\s*\{", r"\\text{"),
         (r"\\text\{\s*i\s*\}", "i"),  # an upright imaginary unit is no word
         (r"\\(?:displaystyle|limits)(?![A-Za-z])", ""),
@@ -84,6 +103,8 @@ _REPLACEMENTS = tuple(
         # "5, 100" is a list and "5,100" a number: that one space has to survive (as a tab)
         (r"(?<=[0-9]), (?=[0-9]{3}(?![0-9]))", ",\t"),
         (r"(?<=[^A-Za-z0-9]) | (?=[^A-Za-z0-9])", ""),
+        # \frac{20,000}{\pi}: the separators of a number that fills its braces
+        (r"(?<=\{)[0-9]{1,3}(?:,[0-9]{3})+(?=\})", lambda number: number[0].replace(",", "")),
         (r"(?<=[0-9]) (?=[A-Za-z])", ""),
         (r"(\\[A-Za-z]+) (?=[0-9])", r"\1"),
         (r"\t", " "),
@@ -91,7 +112,10 @@ _REPLACEMENTS = tuple(
 )
 _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "⁄": "/",
-     "∞": r"\infty ", "√": r"\sqrt ", "∪": r"\cup ", "²": "^2", "³": "^3", "±": r"\pm "}
+     "∞": r"\infty ", "∪": r"\cup ", "²": "^2", "³": "^3", "±": r"\pm ", "≤": r"\le ",
+     "≥": r"\ge ", "∈": r"\in ", "∅": r"\emptyset ", "θ": r"\theta "}
+    | {sign: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", sign).split("⁄"))
+       for sign in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 )  # fmt: skip
 
 
@@ -101,9 +125,9 @@ def canonical(answer: str) -> str:
 
     Two answers with the same canonical text are the same answer. Nothing is evaluated here.
     """
-    if len(answer) > MAX_ANSWER_CHARACTERS:
-        return answer
     text = answer.strip()
+    if len(text) > MAX_ANSWER_CHARACTERS:
+        return text
     while re.match(r"\\f?box(ed)?\s*\{", text):
         inner = re.fullmatch(r"\\f?box(?:ed)?\s*(\{.*\})", text, re.DOTALL)
         if not inner or not is_one_group(inner[1]):
@@ -143,7 +167,10 @@ def words(answer: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(canonical(answer).replace(r"\text", " ").lower()))
 
 
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
+_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff\ufffd"
+    "\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"  # unseen, or they turn the reading order
+)
 _EMPTY_FRACTION = re.compile(
     r"\\frac(?:\{\s*\}|(?![{0-9A-Za-z\\])|\{[^{}]*\}(?:\{\s*\}|(?![{0-9A-Za-z\\])))"
 )
@@ -154,12 +181,25 @@ _DANGLING_OPERATOR = re.compile(
 _GROUP_TOKENS = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
+
+
+def has_foreign_signs(answer: str) -> bool:
+    r"""Whether there are letters or digits outside ASCII (in formulas, not in `\text{...}`).
+
+    Python and SymPy take the digits of every script for numbers and a Cyrillic x for a symbol. An
+    answer is written in ASCII and LaTeX; what only looks like it, or reads like it, earns nothing.
+    """
+    return not re.sub(r"\\text\{[^{}]*\}", "", canonical(answer)).isascii()
+
+
 @lru_cache(maxsize=65_536)
 def is_malformed(answer: str) -> bool:
     """Whether no parser can make sense of `answer`, so that no worker need be asked."""
-    if len(answer) > MAX_ANSWER_CHARACTERS or _FORBIDDEN.search(answer):
+    if len(answer.strip()) > MAX_ANSWER_CHARACTERS or _FORBIDDEN.search(answer):
         return True
     text = canonical(answer)
+    if any(sign.isnumeric() and not sign.isascii() for sign in text):
+        return True
     if not re.search(r"[^\W_]|\\[A-Za-z]", text) or re.search(r"\\f?box", text):
         return True
     if text.count(r"\begin{") != text.count(r"\end{"):

@@ -59,10 +59,15 @@ def _with_imaginary_unit(expression: Any) -> Any:
     return expression.subs({symbol: sympy.I for symbol in symbols}) if symbols else expression
 
 
-def check(gold: str, answer: str) -> str:
-    """ "right", "wrong", "unparsable" (the answer) or "bad_gold"."""
+def _verify(gold: list[Any], answer: list[Any]) -> bool:
     from math_verify import verify
 
+    # Intervals may be answered by inequalities: x > 5 for (5, \infty).
+    return verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True)
+
+
+def check(gold: str, answer: str) -> str:
+    """ "right", "wrong", "unparsable" (the answer) or "bad_gold"."""
     try:
         parsed_gold = list(_parse(gold))
     except MemoryError:
@@ -76,7 +81,7 @@ def check(gold: str, answer: str) -> str:
         if not parsed_answer:
             return "unparsable"
         # Gold first: the comparison is not symmetric.
-        return "right" if verify(parsed_gold, parsed_answer, timeout_seconds=None) else "wrong"
+        return "right" if _verify(parsed_gold, parsed_answer) else "wrong"
     except MemoryError:
         raise
     except Exception:  # whatever a hostile answer makes SymPy raise, it is not right

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from hybridrl_lib.rewards.answers import canonical, is_malformed, is_one_group, is_text, words
+from hybridrl_lib.rewards.answers import (
+    canonical,
+    has_foreign_signs,
+    is_malformed,
+    is_one_group,
+    is_text,
+    words,
+)
 
 TOLERANCE = Fraction(1, 10**6)
 """How far an answer written as a decimal may be off: 0.333333 is 1/3, and 0.33 is not."""
@@ -37,7 +44,9 @@ _ALTERNATIVES = frozenset(
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}\.[0-9]+|{_INTEGER}|\.[0-9]+)"
 _NUMBER = re.compile(
-    rf"(?P<plain>{_DECIMAL})"
+    rf"(?P<plain>{_DECIMAL})(?:\\(?:times|cdot)10\^(?:\{{(?P<power>-?[0-9]{{1,3}})\}}|(?P<digit>[0-9]))"
+    r"|[eE](?P<exponent>[+-]?[0-9]{1,3}))?"
+    rf"|(?P<before>(?:{_INTEGER})?\.[0-9]*)\\overline\{{(?P<repeated>[0-9]+)\}}"
     rf"|(?:(?P<whole>[0-9]+) )?(?P<above>{_DECIMAL})/(?P<below>{_DECIMAL})"
     rf"|(?P<latex_whole>[0-9]+)?\\frac(?:\{{(?P<numerator>-?{_DECIMAL})\}}|(?P<top>[0-9]))"
     rf"(?:\{{(?P<denominator>-?{_DECIMAL})\}}|(?P<bottom>[0-9]))"
@@ -57,7 +66,13 @@ def _parse_unsigned(text: str) -> tuple[Fraction, bool] | None:
     if not match:
         return None
     if match["plain"]:
-        return _fraction(match["plain"]), "." in text
+        power = int(match["power"] or match["digit"] or match["exponent"] or 0)
+        return _fraction(match["plain"]) * Fraction(10) ** power, "." in text
+    if match["repeated"]:  # 0.1\overline{6}: the period again and again is period / 99...9
+        before, period = "0" + match["before"], match["repeated"]
+        places = len(before.partition(".")[2])
+        tail = Fraction(int(period), 10**places * (10 ** len(period) - 1))
+        return _fraction(before + "0") + tail, False
     above = _fraction(match["above"] or match["numerator"] or match["top"])
     below = _fraction(match["below"] or match["denominator"] or match["bottom"])
     if below == 0:
@@ -117,6 +132,31 @@ def parse_number(answer: str) -> Number | None:
     return Number(sign * multiplier * parsed[0], parsed[1], is_percent)
 
 
+_MEASURES = {
+    name: number
+    for number, names in enumerate((
+        "degree degrees circ", "radian radians rad", "cent cents", "dollar dollars usd",
+        "inch inches", "foot feet ft", "yard yards", "mile miles", "mm millimeter millimeters",
+        "cm centimeter centimeters", "meter meters", "km kilometer kilometers", "gram grams",
+        "kg kilogram kilograms", "pound pounds lb", "ounce ounces oz", "second seconds",
+        "minute minutes", "hour hours", "day days", "week weeks", "month months", "year years",
+    ))
+    for name in names.split()
+}  # fmt: skip
+"""Units that are told apart; any other unit is taken for decoration."""
+
+
+def _measures(answer: str) -> set[int]:
+    text = answer.lower().replace(r"\$", " dollar ").replace("°", " degree ")
+    return {_MEASURES[word] for word in re.findall("[a-z]+", text) if word in _MEASURES}
+
+
+def _other_measure(gold: str, answer: str) -> bool:
+    """Whether both name a unit and not the same one: 5.4 dollars for 5.4 cents."""
+    measures = _measures(gold)
+    return bool(measures) and bool(_measures(answer)) and measures.isdisjoint(_measures(answer))
+
+
 def _same(gold: Number, answer: Number) -> bool:
     readings = [(gold.value, answer.value)]
     if gold.is_percent != answer.is_percent:  # "20 %" may answer 20 as well as 0.2
@@ -146,6 +186,11 @@ _NO_NUMERAL = re.compile(
     r"|-?[0-9.]+/[0-9.]+(?:/[0-9.]+)+"
     r"|-?[0-9.]+/0+|-?\\frac\{-?[0-9.]+\}\{0+\}"
 )
+_MORE_THAN_ONE = re.compile(
+    r"\\text\{[^{}]*(?<!\^)[0-9]|[0-9]\}?_\{?[0-9]|\\[cl]?dots(?![A-Za-z])"
+)
+"""A number in the words beside the answer, in whatever language, or below it, or a list that goes
+on: what math-verify leaves out, and so a place for a second answer."""
 _EQUALS = re.compile(r"(?<![<>!\\:])=")
 
 
@@ -153,7 +198,7 @@ def _is_another_thing(text: str) -> bool:
     """Whether `text` (canonical, not a number) is for certain not the one number asked for."""
     if _ONLY_WORDS.fullmatch(text) or _WITH_VARIABLE.fullmatch(text):
         return True
-    if _NO_NUMERAL.fullmatch(text):
+    if _NO_NUMERAL.fullmatch(text) or _MORE_THAN_ONE.search(text):
         return True
     if text.count("(") != text.count(")") and not re.search(r"[][]", text):
         return True
@@ -184,6 +229,8 @@ def numbers_equal(gold: str, answer: str) -> bool | None:
         return None
     if is_malformed(answer):
         return False
+    if _other_measure(gold, answer):
+        return False
     number = parse_number(answer)
     if number is None:
         text = canonical(answer)
@@ -199,6 +246,13 @@ def numbers_equal(gold: str, answer: str) -> bool | None:
 
 
 _BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_\{?([0-9]+)\}?")
+_BASE_NAMES = {
+    name: str(base)
+    for base, name in enumerate(
+        "two three four five six seven eight nine ten eleven twelve".split(), start=2
+    )
+}
+_BASE_NAME = re.compile(r"_\{?(?:\\text\{)?([a-z]+)\}*$")
 _PLAIN_DIGITS = re.compile(r"[0-9A-Za-z,]+")
 
 
@@ -207,16 +261,26 @@ def _numerals_equal(gold: str, answer: str) -> bool | None:
     gold_numeral = _BASED.fullmatch(canonical(gold))
     if not gold_numeral or not re.search("[0-9]", gold_numeral[1]):
         return None
-    text = canonical(answer)
+    text = _BASE_NAME.sub(
+        lambda name: "_" + _BASE_NAMES.get(name[1], name[1]),
+        re.sub("^[A-Za-z]=", "", canonical(answer)),
+    )
     numeral = _BASED.fullmatch(text)
     if numeral:
         digits, base = numeral.groups()
     elif _PLAIN_DIGITS.fullmatch(text):
         digits, base = text.replace(",", ""), gold_numeral[2]
     else:
-        return None
+        return False  # math-verify does not look at bases
     same_digits = digits.lower().lstrip("0") == gold_numeral[1].lower().lstrip("0")
     return same_digits and base == gold_numeral[2]
+
+
+def _without_article(found: tuple[str, ...]) -> tuple[str, ...]:
+    """ "an ellipse" as "ellipse"; the letter of a choice, "A" or "A, B", is no article."""
+    if len(found) > 1 and found[0] in ("a", "an", "the") and len(found[1]) > 1:
+        return found[1:]
+    return found
 
 
 @lru_cache(maxsize=65_536)
@@ -228,12 +292,16 @@ def decide(gold: str, answer: str) -> str | None:
         return "right"
     equal = numbers_equal(gold, answer)
     if equal is None and is_text(gold):
-        equal = words(gold) == words(answer)
+        equal = _without_article(words(gold)) == _without_article(words(answer))
     if equal is None:
         equal = _numerals_equal(gold, answer)
     # math-verify takes the set {3, 5} for the point or interval (3, 5)
     if equal is None and canonical(gold).startswith(("(", "[")) and canonical(answer)[:2] == r"\{":
         equal = False
+    if equal is None and not _MORE_THAN_ONE.search(canonical(gold)):
+        equal = False if _MORE_THAN_ONE.search(canonical(answer)) else None
+    if equal is None and has_foreign_signs(answer) and not has_foreign_signs(gold):
+        return "unparsable"
     return None if equal is None else "right" if equal else "wrong"
 
 
