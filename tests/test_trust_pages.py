@@ -27,8 +27,10 @@ from hybridrl_lib.notebook import (
     answers,
     curves,
     findings,
+    live_view,
     scores,
     tables,
+    wellness,
 )
 from hybridrl_lib.records import RunFolder
 from hybridrl_lib.report import load_experiment, make_report
@@ -70,6 +72,9 @@ def make_hostile(folder: Path) -> Path:
         change_lines(path / "eval.jsonl", lambda row: (
             row.update(id=row["id"] + TEXT, gold=TEXT, level=TEXT, subject=TEXT),
             row["greedy"].update(text=TEXT, reason=TEXT)))
+        if (path / "metrics.jsonl").exists():  # every answer earned nothing, for a reason of TEXT
+            change_lines(path / "metrics.jsonl", lambda row: row.update(
+                reward=0.0, frac_reward_zero_std=1.0, verdicts={TEXT: 5}))
         (path / "samples.jsonl").write_text(json.dumps(
             {"step": TEXT, "id": TEXT, "prompt": TEXT, "completion": TEXT, "gold": TEXT,
              "reward": 0.0, "finished": False}) + "\n")
@@ -145,9 +150,10 @@ def collect_outputs(hostile: Path, report: Path) -> list:
     broken = RunFolder(hostile / "rl" / "seed-7")
     printed = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (answers, tables, curves, scores, findings):
+        for module in (answers, tables, curves, scores, findings, wellness):
             patch.setattr(module, "display", collect)
-        for module in (answers, tables, curves, scores, notebook.place, notebook.questions):
+        for module in (answers, tables, curves, scores, live_view, notebook.place,
+                       notebook.questions):
             patch.setattr(module, "print", lambda *words, **_: printed.append(
                 " ".join(map(str, words)) + "\n"), raising=False)
         notebook.show_completions(record)
@@ -158,6 +164,8 @@ def collect_outputs(hostile: Path, report: Path) -> list:
         notebook.show_reasons(record)
         notebook.show_reasons(broken)
         notebook.show_signal(broken)
+        notebook.show_health(record)
+        notebook.show_health(RunFolder(hostile / "rl" / "seed-8"))
         notebook.plot_run(record)
         notebook.plot_against(evil, "rl")
         notebook.plot_against(record, NAME)
@@ -185,8 +193,10 @@ def collect_outputs(hostile: Path, report: Path) -> list:
         view = LiveRun(TEXT, show=collect)
         view.on_sample({"step": TEXT, "prompt": TEXT, "completion": TEXT, "gold": TEXT,
                         "reward": 0.5})
-        view.on_step({"step": 1, "stage": TEXT, "epoch": 0.5, "reward": 0.2, "entropy": 0.1,
-                      "frac_reward_zero_std": 0.5, "grad_norm": 1.0}, total=1)
+        view.on_warning(TEXT, TEXT)
+        view.on_step({"step": 1, "stage": TEXT, "warnings": [TEXT], "epoch": 0.5,
+                      "reward": 0.2, "entropy": 0.1, "frac_reward_zero_std": 0.5,
+                      "grad_norm": 1.0}, total=1)
     # Plain text is the page's to escape; a lone surrogate would not reach it as a message.
     text = "".join(printed).replace("\ud800", "")
     outputs.append(nbformat.v4.new_output("stream", name="stdout", text=text))

@@ -44,7 +44,7 @@ class LiveRun(Observer):
         self.status = printable(line)
 
     def note(self, sentence: str) -> None:
-        print(f"{self.setup}: {sentence}", flush=True)
+        print(f"{self.setup}: {printable(sentence)}", flush=True)
 
     def on_warning(self, name: str, sentence: str) -> None:
         self.warnings[name] = sentence

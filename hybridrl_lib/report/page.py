@@ -129,7 +129,8 @@ def warnings_table(experiment: Experiment) -> str:
     """Which runs were warned of what in training, and when (`hybridrl_lib/health.py`)."""
     heading = "## Warnings in training\n\n"
     trained = [run for run in experiment.runs if run.metrics]
-    rows = [[setup_title(run.setup), str(run.seed), alarm.name, alarm.steps, alarm.sentence]
+    rows = [[setup_title(run.setup), str(run.seed), alarm.name, alarm.steps,
+             literal(alarm.sentence)]
             for run in trained for alarm in replay(run.metrics, run.probe).alarms]
     if not rows:
         return (f"{heading}None: {len(DETECTORS)} detectors read the steps of {len(trained)} runs "
