@@ -44,6 +44,7 @@ class ModelSettings(Section):
         False, "recompute activations in the backward pass: less memory, about a third more time")
 
     def check(self) -> None:
+        # settings are recorded, in full
         object.__setattr__(self, "path", without_home(self.path))
 
 

@@ -137,6 +137,19 @@ def test_audit_fails_for_a_vulnerability_alone(monkeypatch, capsys):
     assert audit.main() == 0 and "skipped" in capsys.readouterr().out
 
 
+def test_audit_that_breaks_off_says_what_pip_audit_said(monkeypatch, capsys, tmp_path):
+    """Advisories go out of reach midway, and a lock that pip-audit refuses has to be noticed."""
+    audit = audit_script()
+    program = tmp_path / ".venv" / "audit" / "bin" / "pip-audit"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho Traceback >&2\necho 'ServiceError: 500' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(audit, "ROOT", tmp_path)
+    monkeypatch.setattr(audit, "problem", lambda: "")
+    assert audit.main() == 0
+    assert "pip-audit: ServiceError: 500)" in capsys.readouterr().out
+
+
 def test_dev_is_every_extra():
     """`.[dev]`, which every environment installs, leaves no extra out."""
     extras = dict(PROJECT["optional-dependencies"])
