@@ -11,31 +11,55 @@ STAMP := $(VENV)/.made
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help env test reproduce report notebooks bench lint
+.PHONY: help env env-hashed test reproduce report notebooks bench lint audit lock
 
 help:
 	@echo "make reproduce   train the six setups through papermill, then Table 2 and figures"
 	@echo "                 (PRESET=tiny SEEDS=1 JOBS= EXPERIMENT=)"
 	@echo "make test        all tests, notebooks included"
 	@echo "make env         .venv with everything, pinned by constraints.txt"
+	@echo "make env-hashed  the same, every file compared with its recorded sha256 (Linux x86_64)"
 	@echo "make report      Table 2 and figures again, from records (PRESET= or EXPERIMENT=)"
 	@echo "make notebooks   execute the committed notebooks again, in place"
 	@echo "make bench       speed of the sampler, of packing and of the verifier (about a minute)"
 	@echo "make lint        ruff, notebooks included"
+	@echo "make audit       known vulnerabilities in the pinned versions"
+	@echo "make lock        the files with the sha256 of every pin again, from constraints.txt"
 
 env: $(STAMP)
 
 # The CUDA build of torch is some gigabytes larger than the CPU build, so without an NVIDIA GPU the
 # latter is taken where its index answers; elsewhere pip takes the build that it finds.
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed; name one: make env PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
+define CPU_OR_ANY_TORCH
+if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 	    'import urllib.request as u; u.urlopen("$(CPU_TORCH_INDEX)/", timeout=5)' 2>/dev/null && \
 	    $(BIN)/pip install --extra-index-url $(CPU_TORCH_INDEX) "torch==$(TORCH)+cpu"; \
 	  then :; else $(BIN)/pip install "torch==$(TORCH)"; fi
+endef
+
+define NEW_VENV
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; name one: make env PYTHON=python3.12" >&2; exit 1; }
+$(PYTHON) -m venv $(VENV)
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(NEW_VENV)
+	@$(CPU_OR_ANY_TORCH)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+# Nothing is installed that is not in a lock file with this sha256, and no package builds itself
+# here. The one exception is the CPU build of torch: its index has other files than PyPI, and only
+# its version is pinned. With an NVIDIA GPU, or HASHED_TORCH=1, torch is PyPI's and hashed too.
+env-hashed:
+	@$(NEW_VENV)
+	$(BIN)/pip install --require-hashes --only-binary :all: --no-deps -r requirements.lock
+	@if command -v nvidia-smi >/dev/null || [ -n "$(HASHED_TORCH)" ]; then \
+	  $(BIN)/pip install --require-hashes --only-binary :all: --no-deps -r requirements-cuda.lock; \
+	  else $(CPU_OR_ANY_TORCH); fi
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	$(BIN)/pip check
 	@touch $(STAMP)
 
 test: env
@@ -58,6 +82,12 @@ bench: env
 	$(BIN)/python benchmarks/against_generate.py --json results/runs/bench/against_generate.json
 	$(BIN)/python benchmarks/packing.py --json results/runs/bench/packing.json
 	$(BIN)/python benchmarks/verdicts.py --json results/runs/bench/verdicts.json
+
+audit:
+	@$(PYTHON) .ci/audit
+
+lock:
+	$(PYTHON) .ci/lock
 
 lint: env
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from .errors import UsageError, UserError, unknown
+from .errors import UsageError, UserError, printable, unknown
 
 INTERRUPTED = 130
 EPILOG = "HYBRIDRL_DEBUG=1 shows the full traceback of an error."
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("HYBRIDRL_DEBUG", "") not in ("", "0"):
             raise
         code, sentence = explain(error)
-        print(f"hybridrl: {sentence}", file=sys.stderr)
+        print(f"hybridrl: {printable(sentence)}", file=sys.stderr)
         return code
 
 

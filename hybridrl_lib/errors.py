@@ -30,7 +30,19 @@ def reason(error: BaseException, length: int = 200) -> str:
     """What an error of another library says, as part of a sentence: its first line, no colours."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     line = re.sub(r"\x1b\[[0-9;]*m", "", line) or type(error).__name__
-    return "".join(filter(str.isprintable, line))[:length].rstrip(". ")
+    return printable(line)[:length].rstrip(". ")
+
+
+# What commands a terminal, turns the order of letters around or cannot be written as UTF-8.
+_UNPRINTABLE = {
+    **{number: chr(0x2400 + number) for number in range(0x20) if chr(number) not in "\t\n"},
+    **dict.fromkeys((0x7F, *range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F),
+                     *range(0x2066, 0x206A), *range(0xD800, 0xE000)), "\ufffd")}
+
+
+def printable(text: object) -> str:
+    """Text from a model, a file or its name with every control character shown and none obeyed."""
+    return str(text).translate(_UNPRINTABLE)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:

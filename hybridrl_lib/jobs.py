@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import Stopped
+from .errors import Stopped, printable
+from .home import hide_home
 from .progress import duration
 from .records import RunFolder
 
@@ -126,6 +127,9 @@ class Queue:
             except BaseException:
                 end_at_once(self.running)
                 raise
+            finally:
+                for one in self.running:
+                    anonymise(one.job)
         return self.failures
 
     def _start_waiting(self) -> None:
@@ -140,6 +144,7 @@ class Queue:
             self.running.remove(one)
             self.clock.finished(one)
             self.ended += 1
+            anonymise(one.job)
             reason = why_failed(one)
             if reason:
                 self.failures[one.job] = reason
@@ -177,6 +182,15 @@ def start(job: Job, slot: int, environment: dict[str, str], gpus: int) -> Runnin
                                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                    start_new_session=True)
     return Running(job, process, slot, time.monotonic())
+
+
+def anonymise(job: Job) -> None:
+    """Takes the user's home folder out of what an ended job wrote."""
+    try:
+        hide_home(job.log)
+        hide_home(job.output)
+    except OSError:  # a full disk, say: that is no reason to lose the others
+        pass
 
 
 # Progress ---------------------------------------------------------------------------------------
@@ -239,7 +253,7 @@ def last_line_of(path: Path) -> str:
 
 def shorten(text: str) -> str:
     """One line that a person reads to its end."""
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    line = printable(next((line.strip() for line in text.splitlines() if line.strip()), ""))
     return line if len(line) <= SENTENCE_LENGTH else line[:SENTENCE_LENGTH - 3] + "..."
 
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from .config import ModelSettings
 from .errors import UserError, reason
+from .home import hide_home
 from .hub import cache_only_if_unreachable
 from .model_files import refuse_redirections
 from .objectives import score_tokens
@@ -164,6 +165,8 @@ class Policy:
         """Writes an ordinary model folder (or adapter folder): config, safetensors, tokenizer."""
         self.model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
+        for name in ("adapter_config.json", "README.md"):  # PEFT says where the base model lies
+            hide_home(folder / name)
 
 
 # Loading ----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from .catalogue import published_folder
 from .config import default_experiment, load_settings, resolve_preset, smoke_from_environment
 from .doctor import NEEDS, main_memory, usable_cores
 from .errors import UsageError, UserError
+from .home import without_home
 from .jobs import Job, Queue
 from .locks import only_writer
 from .records import RunFolder, experiment_folder, project_folder, run_folder
@@ -150,12 +151,14 @@ def notebooks_folder() -> Path:
 
 
 def seen_from(folder: Path, text: str) -> str:
-    """A setting as it has to read for a process in `folder`: a relative model path is rewritten."""
+    """A setting as it has to read for a process in `folder`: a relative model path is rewritten,
+    and none names the user's home folder, since it stands in the executed notebooks."""
     key, _, value = text.partition("=")
-    if key.strip() == "model.path" and value != "tiny" and not Path(value).is_absolute() and \
-            Path(value).exists():
-        return f"{key}={os.path.relpath(value, folder)}"
-    return text
+    if key.strip() != "model.path" or value == "tiny" or not Path(value).exists():
+        return text
+    if Path(value).is_absolute():
+        return f"{key}={without_home(value)}"
+    return f"{key}={os.path.relpath(value, folder)}"
 
 
 def setup_job(plan: Plan, setup: Setup, seed: int) -> Job:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .fields import Section, setting
+from .home import without_home
 
 BENCHMARK_NAMES = ("tiny_word", "tiny_symbolic", "gsm8k", "math500")
 A_STEP = "A step is one batch of SFT, or one batch of rollouts with all its optimiser updates"
@@ -41,6 +42,10 @@ class ModelSettings(Section):
     device: str = setting("auto", "auto = the GPU if there is one", choices=("auto", "cpu", "cuda"))
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third more time")
+
+    def check(self) -> None:
+        # settings are recorded, in full
+        object.__setattr__(self, "path", without_home(self.path))
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,11 @@ def template_escapes(trace: Path) -> dict[str, str]:
 # Whatever gets through sets `window.pwned`, or stands as an element on the page.
 SCRIPT = "<script>window.pwned = 'script'</script>"
 PICTURE = "<img src=x onerror=\"window.pwned = 'picture'\">"
-LINK = "[click](javascript:window.pwned='link')"
-OPEN_LINK = "<a href=\"javascript:window.pwned='anchor'\">click</a>"
+# void(): a script that gives a text would replace the page by it.
+LINK = "[click](javascript:void(window.pwned='link'))"
+OPEN_LINK = "<a href=\"javascript:void(window.pwned='anchor')\">click</a>"
 TEXT = (f"{SCRIPT}{PICTURE}{LINK}{OPEN_LINK}\n\n# heading\n\n```html\n{SCRIPT}\n```\n"
         f"`{PICTURE}` | cell | {SCRIPT}\n</code></td></table>{SCRIPT}\n"
-        f"$x$ $$\\href{{javascript:window.pwned='formula'}}{{y}}$$ \x1b[31mred\x1b]0;title\x07 "
-        "\u202eback \ud800 ![alt](javascript:window.pwned='image') **bold** &lt;b&gt;")
+        f"$x$ $$\\href{{javascript:void(window.pwned='formula')}}{{y}}$$ "
+        "\x1b[31mred\x1b]0;title\x07 \u202eback \ud800 "
+        "![alt](javascript:void(window.pwned='image')) **bold** &lt;b&gt;")

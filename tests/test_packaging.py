@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tomllib
 from importlib import metadata
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OUR_NAME = canonicalize_name(PROJECT["name"])
-TARGETS = ("reproduce", "test", "env", "report", "notebooks", "bench", "lint")
+TARGETS = ("reproduce", "test", "env", "env-hashed", "report", "notebooks", "bench", "lint",
+           "audit", "lock")
 PACKAGE_OF_MODULE = {"yaml": "pyyaml", "PIL": "pillow"}
 
 
@@ -68,6 +71,83 @@ def test_nothing_comes_in_without_a_pin():
                 wanted += [(need.name, option) for option in ("", *need.extras)]
     names = {name for name, _ in seen if not re.match("nvidia-|cuda-|triton", name)}
     assert len(names) > 50 and sorted(names - set(pinned)) == []
+
+
+def locked(name: str) -> dict[str, str]:
+    """{package: version} of a lock file, each with the sha256 of a file or more."""
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            pin, *hashes = line.split()
+            assert hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", h) for h in hashes)
+            package, version = pin.split("==")
+            found[canonicalize_name(package)] = version
+    return found
+
+
+def test_lock_files_are_the_pins_with_their_hashes():
+    """`make env-hashed` installs what `make env` does: run 'make lock' after changing a pin."""
+    cuda = locked("requirements-cuda.lock")
+    everything = locked("requirements.lock") | {"torch": cuda["torch"]}
+    assert everything == pins()
+    assert not [name for name in cuda if not re.match("torch$|triton$|nvidia-|cuda-", name)]
+
+
+def test_hashed_environment_takes_nothing_unhashed():
+    """Without these options pip would fetch a dependency, or a build tool, that nobody recorded."""
+    commands = [line for line in make("-n", "env-hashed").splitlines() if "requirements" in line]
+    assert len(commands) == 2
+    for command in commands:
+        assert "--require-hashes --only-binary :all: --no-deps" in command
+    assert "--no-deps --no-build-isolation -e ." in make("-n", "env-hashed")
+
+
+def audit_script():
+    loader = SourceFileLoader("audit", str(ROOT / ".ci" / "audit"))
+    module = module_from_spec(spec_from_loader("audit", loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x", "file:///nowhere", "no address"])
+def test_audit_without_its_data_is_a_sentence_and_no_failure(address):
+    """CI must not turn red because an advisory server is out of reach."""
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "audit"], capture_output=True, text=True,
+                          check=False, env={"AUDIT_URL": address, "PATH": ""})
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("audit: skipped") and done.stdout.count("\n") == 1
+
+
+def test_audit_fails_for_a_vulnerability_alone(monkeypatch, capsys):
+    """What pip-audit found is named with its cure; a package it could not look up is no finding."""
+    audit = audit_script()
+    report = {"dependencies": [
+        {"name": "good", "version": "1", "vulns": []},
+        {"name": "unknown", "skip_reason": "not found"},
+        {"name": "bad", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}]}]}
+    monkeypatch.setattr(audit, "problem", lambda: "")
+    monkeypatch.setattr(audit, "audit", lambda: report)
+    assert audit.main() == 1 and "bad 2: CVE-1, mended in 3" in capsys.readouterr().out
+    audit.ACCEPTED["CVE-1"] = "it concerns nobody here"
+    assert audit.main() == 0 and "0 known vulnerabilities in 2" in capsys.readouterr().out
+    report["dependencies"] = report["dependencies"][1:2]
+    assert audit.main() == 0 and "skipped" in capsys.readouterr().out
+    monkeypatch.setattr(audit, "audit", lambda: {}["dependencies"])
+    assert audit.main() == 0 and "skipped" in capsys.readouterr().out
+
+
+def test_audit_that_breaks_off_says_what_pip_audit_said(monkeypatch, capsys, tmp_path):
+    """Advisories go out of reach midway, and a lock that pip-audit refuses has to be noticed."""
+    audit = audit_script()
+    program = tmp_path / ".venv" / "audit" / "bin" / "pip-audit"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho Traceback >&2\necho 'ServiceError: 500' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(audit, "ROOT", tmp_path)
+    monkeypatch.setattr(audit, "problem", lambda: "")
+    assert audit.main() == 0
+    assert "pip-audit: ServiceError: 500)" in capsys.readouterr().out
 
 
 def test_dev_is_every_extra():
@@ -149,7 +229,8 @@ def test_ci_script_is_safe_and_runs_lint_and_tests():
     """CI stops at the first failure and runs what a developer runs."""
     script = ROOT / ".ci" / "run"
     text = script.read_text(encoding="utf-8")
-    assert "set -euo pipefail" in text and "make lint" in text and "make test" in text
+    assert "set -euo pipefail" in text and all(
+        f"make {target}" in text for target in ("lint", "audit", "test"))
     assert script.stat().st_mode & 0o111
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 

@@ -6,6 +6,7 @@ them names this file.
 
 import json
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -356,3 +357,17 @@ def test_every_reader_in_the_code_is_a_safe_one():
             assert f"import {word}" not in code and (word == "pickle" or word not in code), path
         for line in code.splitlines():
             assert "torch.load(" not in line or "weights_only=True" in line, (path, line)
+
+
+def test_every_test_that_is_promised_exists():
+    """SECURITY.md names what holds its promises: a renamed test would leave it an empty word."""
+    promised = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`(tests/\w+\.py)`", promised))
+    own = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_trust*.py")}
+    assert own < files and all((ROOT / name).is_file() for name in files)
+    defined = {name for file in files for name in re.findall(
+        r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)}
+    names = set(re.findall(r"`(test_\w+)`", promised))
+    assert len(names) > 5 and names <= defined
+    for target in re.findall(r"`make ([\w-]+)`", promised):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8"), target

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as Picture
 
+from ..errors import printable
 from ..records import RunFolder
 from ..report.loading import setup_title
-from ..report.style import line_style, style
+from ..report.style import figure_text, line_style, style
 
 DOTS_PER_INCH = 100
 SMOOTH = 0.9  # of the running mean that is drawn over single steps
@@ -119,8 +120,8 @@ def plot_against(record: RunFolder, other: str) -> None:
     folders = {setup: record.path, other: record.path.parent.parent / other / seed}
     probes = {name: RunFolder(Path(path)).lines("probe.jsonl") for name, path in folders.items()}
     if len(probes[other]) < 2:
-        print(f"The setup {other} has not run with this seed in this experiment; run its notebook, "
-              "then this cell again.")
+        print(f"The setup {printable(other)} has not run with this seed in this experiment; run "
+              "its notebook, then this cell again.")
         return
     columns = {"reward": "reward (probe)", "entropy": "entropy (nat per token)",
                "kl/base": "KL to the base model"}
@@ -128,11 +129,11 @@ def plot_against(record: RunFolder, other: str) -> None:
     for panel, (key, title) in zip(panels, columns.items(), strict=True):
         for name, rows in probes.items():
             epochs, values = _column(rows, key)
-            panel.plot(epochs, values, label=setup_title(name), markevery=max(1, len(epochs) // 6),
-                       **line_style(name))
+            panel.plot(epochs, values, label=figure_text(setup_title(name)),
+                       markevery=max(1, len(epochs) // 6), **line_style(name))
         _finish(panel, title, floor=True)
     _legend(figure, panels)
-    show(figure, alt=f"Probe of {setup} and of {other} over epochs")
+    show(figure, alt=f"Probe of {figure_text(setup)} and of {figure_text(other)} over epochs")
 
 
 # Parts of a panel -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from IPython.display import Markdown, display
 
 from ..catalogue import published_folder
 from ..report.loading import benchmark_title, setup_title
-from ..report.text import NOTHING, markdown_table, p_text
+from ..report.text import NOTHING, code_span, literal, markdown_table, p_text
 
 CLEAR = 0.05  # Holm's p below which a difference is more than chance
 
@@ -35,11 +35,11 @@ def findings(setup: str, folder: Path) -> str:
     """The sentences, as Markdown: scores, then every comparison that begins with the setup."""
     scores = [row for row in _lines(folder / "table2.csv") if row["setup"] == setup]
     if not scores:
-        return (f"There are no published records of this setup here (`{folder.name}`): they are in "
-                "the project's repository under `results/published`.")
+        return (f"There are no published records of this setup here ({code_span(folder.name)}): "
+                "they are in the project's repository under `results/published`.")
     found = {(row["benchmark"], row["metric"]): row for row in scores}
     differences = [row for row in _lines(folder / "differences.csv") if row["first"] == setup]
-    parts = [f"From the published records of the experiment `{folder.name}`:\n"]
+    parts = [f"From the published records of the experiment {code_span(folder.name)}:\n"]
     for benchmark in dict.fromkeys(row["benchmark"] for row in scores):
         exact = found.get((benchmark, "exact_match"))
         if exact is None:
@@ -136,4 +136,5 @@ def _lines(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+        return [{name: literal(value or "") for name, value in row.items() if name}
+                for row in csv.DictReader(stream)]

@@ -4,6 +4,7 @@ import time
 
 from IPython.display import display
 
+from ..errors import printable
 from ..progress import Lines, Observer
 from .answers import completions_table
 from .curves import draw_live, png
@@ -29,21 +30,21 @@ class LiveRun(Observer):
     """
 
     def __init__(self, setup: str, seconds: float = 3.0, show=display):
-        self.setup, self.seconds, self.show = setup, seconds, show
+        self.setup, self.seconds, self.show = printable(setup), seconds, show
         self.metrics: list[dict] = []
         self.probe: list[dict] = []
         self.samples: list[dict] = []
         self.warnings: dict[str, str] = {}  # that hold now
         self.status = ""
-        self.lines = Lines(0.0, setup, write=self._set_status)
+        self.lines = Lines(0.0, self.setup, write=self._set_status)
         self.picture = self.page = None
         self.due = 0.0
 
     def _set_status(self, line: str) -> None:
-        self.status = line
+        self.status = printable(line)
 
     def note(self, sentence: str) -> None:
-        print(f"{self.setup}: {sentence}", flush=True)
+        print(f"{self.setup}: {printable(sentence)}", flush=True)
 
     def on_warning(self, name: str, sentence: str) -> None:
         self.warnings[name] = sentence

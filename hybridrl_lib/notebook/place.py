@@ -14,7 +14,7 @@ from ..config import (
     resolve_preset,
     smoke_from_environment,
 )
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..records import RunFolder, experiment_folder, project_folder
 from ..report.style import RC
 
@@ -88,7 +88,7 @@ def list_files(*where: RunFolder | Path | Iterable[Path]) -> None:
         else:
             files += sorted(place)
     for path in files:
-        print(f"{readable(path)}  ({path.stat().st_size / 1000:,.1f} kB)")
+        print(f"{printable(readable(path))}  ({path.stat().st_size / 1000:,.1f} kB)")
 
 
 def _show_one_sentence_errors() -> None:

@@ -6,14 +6,15 @@ from dataclasses import replace
 import numpy as np
 from IPython.display import Markdown, display
 
+from ..errors import printable
 from ..records import RunFolder
 from ..report import Experiment, load_experiment
 from ..report.comparisons import make_comparisons
 from ..report.loading import benchmark_title, setup_title
 from ..report.scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks
-from ..report.style import style
+from ..report.style import figure_text, style
 from ..report.table2 import make_table2
-from ..report.text import markdown_table, percent, signed
+from ..report.text import literal, markdown_table, percent, signed
 from ..rewards import REASONS
 from ..statistics import group_signal, pass_at_k
 from .curves import new_panels, show
@@ -66,7 +67,8 @@ def show_reasons(record: RunFolder) -> None:
     rows = [[reason, *(f"{count[reason]} ({percent(count[reason] / totals[name], 0)} %)"
                        for name, count in counts.items())]
             for reason in REASONS if any(count[reason] for count in counts.values())]
-    header = ["reason", *(f"{benchmark_title(name).title} ({totals[name]})" for name in counts)]
+    header = ["reason", *(f"{literal(benchmark_title(name).title)} ({totals[name]})"
+                           for name in counts)]
     display(Markdown(markdown_table(header, rows, range(1, len(header)))))
 
 
@@ -91,12 +93,13 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
         counts = np.bincount(right, minlength=samples + 1)
         colours = ["#BBBBBB"] + ["#0072B2"] * (samples - 1) + ["#BBBBBB"]
         panel.bar(range(samples + 1), counts, color=colours)
-        panel.set_title(f"{benchmark_title(name).title} ({len(right)} problems)", loc="left")
+        title = figure_text(benchmark_title(name).title)
+        panel.set_title(f"{title} ({len(right)} problems)", loc="left")
         panel.set(xlabel=f"right samples out of {samples}", ylabel="problems")
     show(figure, alt="Histogram of right samples a problem; grey: all wrong or all right")
     for name, right in drawn.items():
         c = np.array(right)
-        print(f"{benchmark_title(name).title}: pass@1 {np.mean(c) / samples:.1%}, "
+        print(f"{printable(benchmark_title(name).title)}: pass@1 {np.mean(c) / samples:.1%}, "
               f"pass@{group} {np.mean(pass_at_k(samples, c, group)):.1%}, "
               f"groups of {group} with signal {np.mean(group_signal(samples, c, group)):.0%}")
 

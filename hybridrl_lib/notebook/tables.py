@@ -3,6 +3,7 @@
 import contextlib
 import html
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,20 +11,24 @@ from IPython.display import HTML, Markdown, display
 
 from ..catalogue import published_folder
 from ..config import smoke_from_environment
-from ..errors import UserError
+from ..errors import UserError, printable
 from ..report import load_experiment, make_report
 from ..report.figures import FIGURES
 from ..report.style import style
 
 LONGEST_TEXT = 900  # characters of one text in a cell; the record on disk has all of it
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
 # No typesetting inside: an answer's dollar signs are part of it.
 PLAIN = 'class="tex2jax_ignore mathjax_ignore"'
 LEFT = 'style="text-align:left;vertical-align:top"'
 
 
 def escaped(text: object) -> str:
-    """Text as HTML that shows exactly this text, whatever a model wrote into it."""
-    text = str(text)
+    """Text as HTML that shows exactly this text, whatever a model wrote into it.
+
+    Control characters become signs that stand for them.
+    """
+    text = printable(text)
     if len(text) > LONGEST_TEXT:
         text = text[:LONGEST_TEXT] + " …"
     return html.escape(text, quote=True).replace("\n", "<br>")
@@ -81,7 +86,8 @@ def show_table(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"There is no {path.name} in {path.parent.name}; make the report first "
                         "(some of its tables need more than one setup).")
-    text = path.read_text(encoding="utf-8")
+    # The report writes no HTML, so whatever looks like a tag here comes from elsewhere.
+    text = TAG.sub("<\u200b", path.read_text(encoding="utf-8"))
     display(Markdown("\n".join("##" + line if line.startswith("#") else line
                                for line in text.split("\n"))))
 

@@ -4,7 +4,7 @@ from IPython.display import Markdown, display
 
 from ..health import DETECTORS, replay
 from ..records import RunFolder
-from ..report.text import markdown_table
+from ..report.text import literal, markdown_table
 
 
 def show_health(record: RunFolder) -> None:
@@ -17,6 +17,7 @@ def show_health(record: RunFolder) -> None:
     if not alarms:
         print(f"No warnings: none of {len(DETECTORS)} detectors spoke up in {len(metrics)} steps.")
         return
-    rows = [[alarm.name, alarm.steps, alarm.sentence, alarm.advice] for alarm in alarms]
+    rows = [[alarm.name, *map(literal, (alarm.steps, alarm.sentence, alarm.advice))]
+            for alarm in alarms]
     text = markdown_table(["warning", "steps", "seen when it began", "what to do"], rows)
     display(Markdown(text + "\nThe first one is nearest to the cause; others may follow from it."))

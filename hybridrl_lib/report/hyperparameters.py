@@ -5,7 +5,7 @@ from typing import Any
 from ..errors import UserError
 from ..setups import SETUPS
 from .loading import Experiment, Run, setup_title
-from .text import NOTHING, bullets, markdown_table
+from .text import NOTHING, bullets, code_span, literal, markdown_table
 
 # the paper's symbol, what it is, the settings that hold it
 SYMBOLS = (
@@ -51,8 +51,8 @@ def hyperparameters_markdown(experiment: Experiment) -> str:
         return "\n".join([*parts, "No run of this experiment has a config.json.\n"])
     flat = [_flatten(config["settings"]) for config in configs]
     keys = list(dict.fromkeys(key for values in flat for key in values))
-    values = {key: _one_or_all([entry.get(key) for entry in flat]) for key in keys}
-    presets = sorted({str(config.get("preset")) for config in configs if config.get("preset")})
+    values = {key: literal(_one_or_all([entry.get(key) for entry in flat])) for key in keys}
+    presets = sorted({literal(config.get("preset")) for config in configs if config.get("preset")})
     if presets:
         parts.append(f"Preset: {', '.join(presets)}. Every value as the runs recorded it.\n")
     parts += ["## Weights of the losses by setup\n", _lambda_table(experiment, values),
@@ -62,7 +62,7 @@ def hyperparameters_markdown(experiment: Experiment) -> str:
               markdown_table(["setting", "value", "meaning"], _setting_rows(configs[0], values))]
     mixed = [key for key in keys if len({_show(entry.get(key)) for entry in flat}) > 1]
     if mixed:
-        parts.append(bullets([f"The runs do not agree on {', '.join(f'`{key}`' for key in mixed)}: "
+        parts.append(bullets([f"The runs do not agree on {', '.join(map(code_span, mixed))}: "
                               "all their values are shown, and the setups are not compared like "
                               "for like."]))
     return "\n".join(parts)
@@ -133,7 +133,7 @@ def _setting_rows(config: dict[str, Any], values: dict[str, str]) -> list[list[s
                     for key, _, meaning in describe(settings_from_dict(config["settings"]))}
     except (ImportError, UserError):
         pass
-    return [[f"`{key}`", value, meanings.get(key, NOTHING)] for key, value in values.items()]
+    return [[code_span(key), value, meanings.get(key, NOTHING)] for key, value in values.items()]
 
 
 def _flatten(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ keep the reader from the others, nor pass unseen.
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..records import RunFolder
+from ..records import RunFolder, is_plain_name
 from ..setups import SETUPS, paper_setups
+from .text import literal
 
 PAPER_MODEL = "Qwen2.5-0.5B"
 NOT_RECORDED = object()  # equals nothing
@@ -138,17 +140,17 @@ def load_experiment(folder: Path) -> Experiment:
         UserError: there is no such folder, or no finished run in it.
     """
     folder = Path(folder)
-    name = folder.resolve().name
+    name = re.sub(r"[^\w .+-]", "_", folder.resolve().name)  # it becomes part of pages
     if not folder.is_dir():
         raise UserError(f"There is no experiment folder {folder}; train a setup first, for example "
                         "with `hybridrl run sft`.")
     runs, notes = [], []
     for path in sorted(folder.glob("*/seed-*"), key=_run_order):
-        label = f"{path.parent.name}, seed {path.name.removeprefix('seed-')}"
+        label = f"{literal(path.parent.name)}, seed {literal(path.name.removeprefix('seed-'))}"
         try:
             run = _load_run(path)
         except BrokenRecord as error:
-            notes.append(f"Left out: {label} ({error}).")
+            notes.append(f"Left out: {label} ({literal(error)}).")
             continue
         if run is None:
             notes.append(f"Left out: {label} (the run is not finished).")
@@ -199,6 +201,8 @@ def _load_run(folder: Path) -> Run | None:
     seed = folder.name.removeprefix("seed-")
     if not seed.isdecimal():
         raise BrokenRecord(f"{folder.name} is no seed's folder")
+    if not is_plain_name(folder.parent.name):
+        raise BrokenRecord("its folder is not named like a setup")
     for name in RunFolder(folder).altered():
         raise BrokenRecord(f"{name} is not the file that its manifest names")
     return Run(
@@ -248,6 +252,8 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         if not all(isinstance(line.get(key), int | float) for key in ("step", "epoch")):
             raise BrokenRecord(f"a line of {path.name} has no step or no epoch")
+        if line.get("stage") and not is_plain_name(line["stage"]):
+            raise BrokenRecord(f"a line of {path.name} is of no stage")
     return lines
 
 
@@ -258,6 +264,8 @@ def _read_answers(path: Path) -> dict[tuple[str, str, str], Answers]:
             key = (line["checkpoint"], line["part"], line["benchmark"])
         except KeyError as missing:
             raise BrokenRecord(f"a line of {path.name} has no {missing}") from None
+        if not all(map(is_plain_name, key)):  # they become headings, titles and cells
+            raise BrokenRecord(f"a line of {path.name} is of no benchmark")
         groups.setdefault(key, []).append(line)
     try:
         return {key: _gather(lines) for key, lines in groups.items()}

@@ -10,7 +10,7 @@ from ..health import DETECTORS, replay
 from .loading import Experiment, agreed, benchmark_title, probe_problems, setup_title
 from .scores import EXACT_MATCH
 from .table2 import Table2
-from .text import NOTHING, bracket, markdown_table, number
+from .text import NOTHING, bracket, literal, markdown_table, number
 
 OF_THE_PROBE = ("reward", "kl", "entropy", "lengths", "correctness")
 CAPTIONS = {
@@ -83,7 +83,7 @@ def _tokens(runs: tuple) -> str:
         for kind, count in (tokens if isinstance(tokens, dict) else {}).items():
             if isinstance(count, int | float):
                 kinds.setdefault(kind, []).append(count)
-    return ", ".join(f"{kind} {round(sum(counts) / len(runs)):,}"
+    return ", ".join(f"{literal(kind)} {round(sum(counts) / len(runs)):,}"
                      for kind, counts in kinds.items()) or NOTHING
 
 
@@ -119,8 +119,9 @@ def facts(experiment: Experiment) -> str:
                "numerics version": lambda manifest: manifest.get("numerics_version"),
                "device": lambda manifest: manifest.get("device"),
                "precision": lambda manifest: manifest.get("precision"), "versions": versions}
-    rows = [[name, " / ".join(agreed(experiment.runs, lambda run, read=read: read(run.manifest)))
-             or NOTHING] for name, read in sources.items()]
+    rows = [[name, " / ".join(map(literal, agreed(
+                experiment.runs, lambda run, read=read: read(run.manifest)))) or NOTHING]
+            for name, read in sources.items()]
     return markdown_table(["", "all runs"], rows)
 
 
@@ -128,7 +129,8 @@ def warnings_table(experiment: Experiment) -> str:
     """Which runs were warned of what in training, and when (`hybridrl_lib/health.py`)."""
     heading = "## Warnings in training\n\n"
     trained = [run for run in experiment.runs if run.metrics]
-    rows = [[setup_title(run.setup), str(run.seed), alarm.name, alarm.steps, alarm.sentence]
+    rows = [[setup_title(run.setup), str(run.seed), alarm.name, alarm.steps,
+             literal(alarm.sentence)]
             for run in trained for alarm in replay(run.metrics, run.probe).alarms]
     if not rows:
         return (f"{heading}None: {len(DETECTORS)} detectors read the steps of {len(trained)} runs "

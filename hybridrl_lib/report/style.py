@@ -6,6 +6,7 @@ second that tables need not wait for.
 """
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +18,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..errors import printable
 from ..setups import SETUPS
 
 WIDTH = 6.8  # inches: a page's text width
@@ -37,6 +39,12 @@ RC: dict[str, Any] = {
     "legend.frameon": False, "savefig.dpi": 300, "figure.facecolor": "white",
     "svg.hashsalt": "hybridrl", "svg.fonttype": "path", "path.simplify": True,
 }
+
+
+def figure_text(text: object) -> str:
+    """Text out of a record for a title or label: no formula begins at a dollar sign."""
+    shown = re.sub("[\u2400-\u2421]", "\ufffd", printable(text))  # what the font has
+    return shown.replace("$", r"\$")
 
 
 @contextmanager

@@ -14,7 +14,17 @@ from .loading import (
     setup_title,
 )
 from .scores import EXACT_MATCH, EXACT_MATCH_BEST, EXACT_MATCH_LENIENT, metric_names, score
-from .text import NOTHING, bracket, bullets, csv_text, markdown_table, number, percent, tex
+from .text import (
+    NOTHING,
+    bracket,
+    bullets,
+    code_span,
+    csv_text,
+    markdown_table,
+    number,
+    percent,
+    tex,
+)
 
 COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds", "problems",
            "paper")
@@ -196,7 +206,7 @@ def place_notes(experiment: Experiment) -> list[str]:
         notes.append(f"Stand-ins: {places}. They are problems made by code, far easier, and not "
                      "the real benchmarks.")
     models = agreed(experiment.runs, lambda run: run.manifest.get("model", {}).get("name"))
-    here = "; here the model is " + ", ".join(f"`{name}`" for name in models) if models else ""
+    here = "; here the model is " + ", ".join(map(code_span, models)) if models else ""
     notes.append(f"The paper's numbers are {PAPER_MODEL} on the real benchmarks{here}"
                  ". Compare the order of the setups, not the height of the numbers.")
     return notes

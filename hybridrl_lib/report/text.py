@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..errors import printable
 from ..records import sync
 
 NOTHING = "–"
@@ -58,6 +59,23 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     writer.writerow(header)
     writer.writerows(rows)
     return out.getvalue()
+
+
+# Entities, since Markdown's readers do not agree on backslashes; MathJax would find &#36; again.
+_MARKDOWN = str.maketrans({**{sign: f"&#{ord(sign)};" for sign in "<>&|`*[]\\~#"}, "$": "＄"})
+
+
+def literal(text: object) -> str:
+    """Text out of a record as a piece of Markdown that shows these letters and does nothing.
+
+    What a run records of itself comes out as it went in.
+    """
+    return " ".join(printable(text).translate(_MARKDOWN).split("\n"))
+
+
+def code_span(text: object) -> str:
+    """Text out of a record in typewriter letters; the table escapes a `|`."""
+    return "`" + " ".join(printable(text).replace("`", "'").split("\n")) + "`"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]],

@@ -1,0 +1,39 @@
+"""The user's home folder is `~` in whatever a run writes: records are passed on, with no name."""
+
+import os
+import re
+from pathlib import Path
+
+
+def home_folder() -> str:
+    """The user's home folder; empty where it is the root of a disk or there is none."""
+    home = os.path.expanduser("~").rstrip("/\\")
+    return home if len(Path(home).parts) > 1 else ""
+
+
+def without_home(path: str) -> str:
+    """A path below the user's home folder as `~/...`, which `expanduser` undoes anywhere.
+
+    A setting that is recorded like this also works for whoever runs the record again.
+    """
+    home = home_folder()
+    inside = home and path.startswith((home + "/", home + os.sep))
+    return "~" + path[len(home):] if inside else path
+
+
+def hide_home(path: Path) -> None:
+    """Puts `~` in the place of the home folder in a text file, such as an executed notebook.
+
+    papermill, PEFT and Python's tracebacks write full paths, with no option against it.
+    """
+    home = home_folder()
+    if not home or not path.is_file():
+        return
+    spellings = {home, home.replace("\\", "\\\\"), home.replace("\\", "/")}  # JSON, file://
+    # A picture is a long run of base64, which may spell a short path by chance.
+    pattern = (r"(?<![A-Za-z0-9+/]{9})(?:" + "|".join(map(re.escape, spellings))
+               + r")(?![\w-]|\.\w)")
+    text = path.read_bytes()
+    hidden = re.sub(pattern.encode(), b"~", text)
+    if hidden != text:
+        path.write_bytes(hidden)
