@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .config import PRESET_FOLDER, Settings, load_settings, preset_names
-from .methods import METHODS, make_method
+from .methods import METHODS, make_method, method_class
 from .problems.tiny import load_tiny_symbolic, load_tiny_word
 from .records import project_folder
 from .setups import SETUPS, Setup
@@ -135,7 +135,7 @@ def catalogue() -> dict:
                     "notebook": f"notebooks/{setup.notebook}.ipynb", "paper": setup.paper}
                    for setup in SETUPS.values()],
         "methods": [{"name": name, "description": (method.__doc__ or "").strip().split("\n")[0]}
-                    for name, method in METHODS.items()],
+                    for name, method in ((name, method_class(name)) for name in METHODS)],
         "presets": presets,
     }
 

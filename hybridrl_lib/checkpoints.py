@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Snapshot:
         weights: those that training moves.
         best: the same after the step that did best on validation.
         optimizer, scaler: their state; the latter in fp16 alone.
+        more: further tensors, of the method and of the KL anchor.
     """
 
     state: dict[str, Any]
@@ -51,6 +52,7 @@ class Snapshot:
     best: dict[str, Tensor] | None
     optimizer: dict
     scaler: dict | None
+    more: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         save_file({name: weight.detach().cpu().contiguous()
@@ -60,18 +62,23 @@ class Snapshot:
         torch.save(self.optimizer, folder / "optimizer.pt")
         if self.scaler is not None:
             torch.save(self.scaler, folder / "scaler.pt")
+        if self.more:
+            save_file({name: tensor.detach().cpu().contiguous()
+                       for name, tensor in self.more.items()}, folder / "more.safetensors")
         (folder / "state.json").write_text(to_json(self.state), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Snapshot":
         """The inverse of `write`; whatever its libraries raise for a file that is not theirs."""
-        best, scaler = folder / "best.safetensors", folder / "scaler.pt"
+        best, scaler, more = (folder / name for name in
+                              ("best.safetensors", "scaler.pt", "more.safetensors"))
         return cls(
             state=json.loads((folder / "state.json").read_text(encoding="utf-8")),
             weights=load_file(folder / "weights.safetensors"),
             best=load_file(best) if best.exists() else None,
             optimizer=read_tensors(folder / "optimizer.pt"),
-            scaler=read_tensors(scaler) if scaler.exists() else None)
+            scaler=read_tensors(scaler) if scaler.exists() else None,
+            more=load_file(more) if more.exists() else {})
 
 
 def read_tensors(path: Path) -> dict:

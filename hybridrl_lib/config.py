@@ -1,7 +1,8 @@
 """From a preset and a few overrides to checked settings, and back to plain data.
 
-A preset (`presets/<name>.yaml`) holds what differs from the defaults in `sections.py`;
-`--set key=value` comes on top.
+A preset (`presets/<name>.yaml`) holds what differs from the defaults in `sections.py`. On top come
+what the setup itself sets (`setups.py`), then `--set key=value`. A method's own settings are a
+section too, declared in its file (`methods/`) and read for a setup of that method only.
 """
 
 import os
@@ -16,6 +17,7 @@ import yaml
 
 from .errors import UsageError, nearest, reason, unknown
 from .fields import Section, field_types, parse_text, show
+from .methods import METHODS, section_class
 from .sections import (
     DataSettings,
     EvaluationSettings,
@@ -27,6 +29,7 @@ from .sections import (
     TrainingSettings,
     VerifierSettings,
 )
+from .setups import Setup
 
 __all__ = [
     "DataSettings", "EvaluationSettings", "ModelSettings", "ProbeSettings", "RLSettings",
@@ -38,7 +41,7 @@ __all__ = [
 PRESET_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("tiny", "smollm2", "colab", "paper")
 SECTIONS: dict[str, type[Section]] = {
-    entry.name: entry.default_factory for entry in fields(Settings)}
+    entry.name: entry.default_factory for entry in fields(Settings) if entry.name != "method"}
 KEYS: dict[str, Any] = {f"{section}.{name}": kind for section, cls in SECTIONS.items()
                         for name, kind in field_types(cls).items()}
 
@@ -73,8 +76,8 @@ def default_experiment(preset: str) -> str:
     return f"{preset}-smoke" if smoke_from_environment() else preset
 
 
-def load_settings(preset: str, overrides: Sequence[str] | str = (),
-                  smoke: bool | None = None) -> Settings:
+def load_settings(preset: str, overrides: Sequence[str] | str = (), smoke: bool | None = None,
+                  setup: Setup | None = None) -> Settings:
     """The settings of a preset with some of them changed.
 
     Args:
@@ -82,21 +85,41 @@ def load_settings(preset: str, overrides: Sequence[str] | str = (),
         overrides: `section.key=value`, one an item, or all in one text as after `--set`.
         smoke: shrink every budget so that a run takes seconds, whatever the preset, but less than
             what `overrides` say; None asks HYBRIDRL_SMOKE.
+        setup: whose settings they are; with it come those that it sets and its method's own.
 
     Raises:
-        UsageError: an unknown preset or key, or an impossible value.
+        UsageError: an unknown preset or key, an impossible value, or another method's setting.
     """
     values = dict(read_preset(resolve_preset(preset)))
+    method = setup.method if setup else None
+    values |= parse_overrides(setup.settings if setup else ())
     if smoke_from_environment() if smoke is None else smoke:
         values |= read_preset("smoke")
-    for text in split_overrides(overrides):
-        key, equals, value = text.partition("=")
+    # A preset has lines for every method; those of others than the setup's are not looked at.
+    values = {key: value for key, value in values.items()
+              if key.partition(".")[0] not in METHODS or key.startswith(f"{method}.")}
+    given = parse_overrides(split_overrides(overrides))
+    for section in {key.partition(".")[0] for key in given} & set(METHODS) - {method}:
+        if setup:
+            raise UsageError(f"The setup {setup.name} has no settings {section}.*; they are those "
+                             f"of the method {section}.")
+        build({key: given.pop(key) for key in list(given) if key.startswith(f"{section}.")})
+    return build(values | given, method)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """{section.key: value} of texts `section.key=value`, every key checked."""
+    values = {}
+    for text in overrides:
+        key, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
             raise UsageError(f"{text!r} is no setting; write it as section.key=value, such as "
                              "rl.group_size=16.")
-        known_key(key.strip())
-        values[key.strip()] = parse_text(key.strip(), KEYS[key.strip()], value.strip())
-    return build(values)
+        known_key(key)
+        section, _, name = key.partition(".")
+        kind = KEYS[key] if key in KEYS else field_types(section_class(section))[name]
+        values[key] = parse_text(key, kind, value)
+    return values
 
 
 def split_overrides(overrides: Sequence[str] | str) -> list[str]:
@@ -128,11 +151,12 @@ def flatten(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
                                                for values in nested.values()):
         raise UsageError("Settings are sections of keys and values, such as rl: {group_size: 8}.")
     for section, values in nested.items():
-        if section not in SECTIONS:
+        if section not in SECTIONS and section not in METHODS:
             raise unknown("section of settings", str(section), SECTIONS)
         flat |= {f"{section}.{name}": value for name, value in (values or {}).items()}
     for key in flat:
-        known_key(key)
+        if key.partition(".")[0] not in METHODS:  # those are checked once their method is chosen
+            known_key(key)
     return flat
 
 
@@ -140,8 +164,14 @@ def known_key(key: str) -> None:
     """Refuses a key that no section has, with the nearest one."""
     if key in KEYS:
         return
-    guess = nearest(key, KEYS)
     section = key.partition(".")[0]
+    own = section_class(section) if section in METHODS else None
+    if own:
+        names = [f"{section}.{name}" for name in field_types(own)]
+        if key not in names:
+            raise unknown("setting", key, names)
+        return
+    guess = nearest(key, KEYS)
     if guess or section in SECTIONS:
         raise unknown("setting", key, [guess] if guess else
                       [name for name in KEYS if name.startswith(section + ".")])
@@ -149,20 +179,35 @@ def known_key(key: str) -> None:
                      f"{', '.join(SECTIONS)}.")
 
 
-def build(values: dict[str, Any]) -> Settings:
-    """Settings from {section.key: value}; what is absent has its default."""
-    grouped: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+def build(values: dict[str, Any], method: str | None = None) -> Settings:
+    """Settings from {section.key: value}; what is absent has its default.
+
+    Args:
+        method: whose own settings there are; unless given, that of which `values` has any.
+    """
+    method = method or next((key.partition(".")[0] for key in values
+                             if key.partition(".")[0] in METHODS), None)
+    own = section_class(method) if method else None
+    grouped: dict[str, dict[str, Any]] = {section: {} for section in (*SECTIONS, method)}
     for key, value in values.items():
+        known_key(key)
         section, _, name = key.partition(".")
         grouped[section][name] = value
-    return Settings(**{section: SECTIONS[section](**grouped[section]) for section in SECTIONS})
+    return Settings(**{section: SECTIONS[section](**grouped[section]) for section in SECTIONS},
+                    method=own(**grouped[method]) if own else None)
+
+
+def sections_of(settings: Settings) -> list[Section]:
+    """The sections of settings; the last one is that of the run's method, if it has one."""
+    sections = [getattr(settings, section) for section in SECTIONS]
+    return sections if settings.method is None else [*sections, settings.method]
 
 
 def settings_to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
     """{section: {key: value}} that JSON holds without loss."""
-    return {section: {name: list(value) if isinstance(value, tuple) else value
-                      for name, value in values.items()}
-            for section, values in asdict(settings).items()}
+    return {section.section: {name: list(value) if isinstance(value, tuple) else value
+                              for name, value in asdict(section).items()}
+            for section in sections_of(settings)}
 
 
 def settings_from_dict(values: dict[str, dict[str, Any]]) -> Settings:
@@ -177,15 +222,17 @@ def settings_from_dict(values: dict[str, dict[str, Any]]) -> Settings:
 def describe(settings: Settings) -> list[tuple[str, str, str]]:
     """(key, value, meaning and source) of every setting, for the hyperparameter table."""
     rows = []
-    for section, cls in SECTIONS.items():
-        for entry in fields(cls):
-            value = getattr(getattr(settings, section), entry.name)
+    for section in sections_of(settings):
+        for entry in fields(section):
             meaning = f"{entry.metadata['meaning']} ({entry.metadata['source']})"
-            rows.append((f"{section}.{entry.name}", show(value), meaning))
+            rows.append((f"{section.section}.{entry.name}", show(getattr(section, entry.name)),
+                         meaning))
     return rows
 
 
 def difference(one: Settings, other: Settings) -> list[str]:
-    """`key: value -> value` for each setting in which two differ."""
-    return [f"{key}: {before} -> {after}" for (key, before, _), (_, after, _)
-            in zip(describe(one), describe(other), strict=True) if before != after]
+    """`key: value -> value` for each setting in which two differ; `absent` is one that only the
+    other has, as its method's own."""
+    before, after = ({key: value for key, value, _ in describe(s)} for s in (one, other))
+    return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+            for key in {**before, **after} if before.get(key) != after.get(key)]

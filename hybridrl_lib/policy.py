@@ -138,7 +138,23 @@ class Policy:
                                 temperature=temperature, chunk_tokens=chunk_tokens,
                                 with_entropy=with_entropy)
 
-    # The reference -----------------------------------------------------------------------------
+    # Weights and the reference -----------------------------------------------------------------
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The weights that training moves, by name: all of them, or the adapter's."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def with_weights(self, weights: dict[str, Tensor]) -> Iterator[PreTrainedModel]:
+        """The model with other trained weights, inside the `with` block; nothing is copied."""
+        own = {name: parameter.data for name, parameter in self.trained_weights().items()}
+        for name, parameter in self.trained_weights().items():
+            parameter.data = weights[name]
+        try:
+            yield self.model
+        finally:
+            for name, parameter in self.trained_weights().items():
+                parameter.data = own[name]
 
     def keep_reference(self) -> None:
         """Remembers the weights as they are now as the KL anchor.

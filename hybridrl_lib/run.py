@@ -26,12 +26,13 @@ from .errors import UserError
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
 from .methods import make_method
+from .methods.method import Method
 from .policy import Policy, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer, Stopwatch
 from .records import NUMERICS_VERSION, RunFolder, experiment_folder, run_folder, write_folder
 from .rewards import Verifier
-from .setups import Setup, get_setup
+from .setups import get_setup
 from .training import Trainer
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "tokenizers", "safetensors",
@@ -57,7 +58,8 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
         UserError: the folder holds a run with other settings, data or model cannot be had, ...
     """
     chosen, preset = get_setup(setup), resolve_preset(preset)
-    resolved = load_settings(preset, settings)
+    resolved = load_settings(preset, settings, setup=chosen)
+    method = make_method(chosen, resolved)  # refuses impossible settings before anything is loaded
     experiment = experiment or default_experiment(preset)
     folder = run_folder(experiment_folder(experiment), setup, seed)
     observer = observer or Lines(name=f"{setup} seed {seed}")
@@ -72,12 +74,12 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
             _check_unaltered(folder)
             observer.note("already complete; its record is read, nothing is run again")
         else:
-            _train_and_evaluate(chosen, seed, preset, resolved, folder, observer)
+            _train_and_evaluate(method, seed, preset, resolved, folder, observer)
         checkpoints.drop()
     return folder
 
 
-def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Settings,
+def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settings,
                         folder: RunFolder, observer: Observer) -> None:
     """Fills the folder of a run that is not complete."""
     if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
@@ -87,8 +89,8 @@ def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Setting
     policy = load_policy(resolved.model)
     parts = fit_to_policy(parts, policy, resolved, observer)
     with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as verifier:
-        trainer = Trainer(policy, make_method(chosen, resolved), parts, resolved,
-                          with_entropy=chosen.entropy, seed=seed, folder=folder,
+        trainer = Trainer(policy, method, parts, resolved,
+                          with_entropy=method.setup.entropy, seed=seed, folder=folder,
                           verifier=verifier, observer=observer, clock=clock)
         trainer.train()
         observer.note("evaluating")
@@ -101,7 +103,7 @@ def _train_and_evaluate(chosen: Setup, seed: int, preset: str, resolved: Setting
         folder.sync_logs()  # all of the record is on the disk before its manifest says so
         wall, processor = clock.read()
         folder.write("manifest.json", {
-            **provenance(), "setup": chosen.name, "seed": seed, "preset": preset,
+            **provenance(), "setup": method.setup.name, "seed": seed, "preset": preset,
             "device": device_name(policy.device), "precision": policy.precision,
             "threads": torch.get_num_threads(),
             "model": {"name": policy.name, "parameters": policy.parameter_count(),

@@ -196,9 +196,10 @@ class RLSettings(Section):
     kl_anchor: str = setting(
         "old",
         "from which policy the KL divergence is taken: old = the one that sampled; reference = the "
-        "pretrained base model as loaded, frozen, in every stage, also after SFT",
-        "paper §1: old; GRPO as published: reference; DeepSeekMath's is the SFT model",
-        choices=("old", "reference"))
+        "pretrained base model as loaded, frozen, in every stage, also after SFT; stage = the "
+        "policy that the stage began with, frozen",
+        "paper §1: old; GRPO as published: reference; DeepSeekMath's is the SFT model: stage",
+        choices=("old", "reference", "stage"))
     epsilon_low: float = setting(
         0.2, "the ratio is clipped below 1 - epsilon_low",
         "paper §1 has one epsilon, not its value", above=0, below=1)
@@ -283,7 +284,7 @@ class VerifierSettings(Section):
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run, by section."""
+    """All settings of a run, by section; `method` has those of the run's method, if it has any."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -293,3 +294,4 @@ class Settings:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     verifier: VerifierSettings = field(default_factory=VerifierSettings)
+    method: Section | None = None

@@ -16,12 +16,14 @@ class Setup:
     Attributes:
         name: what `hybridrl run` takes and what the record's folder is called.
         title: the row's name in tables and figures.
-        stages: the stages in order; the epochs of the run are shared among them.
+        stages: the stages in order; the epochs of the run are shared among them, unless the
+            method says otherwise.
         entropy: whether the entropy term -gamma * H is in the loss (paper, setup iv).
         paper: exact match in percent as the paper prints it, by benchmark; empty for a setup that
             is not the paper's.
         notebook: the notebook that runs it; "" for none, then `hybridrl run` alone does.
-        method: the file in `methods/` that turns progress into lambda_SFT and lambda_RL.
+        method: the file in `methods/` that says what each step learns from.
+        settings: what it sets, as after `--set`: what makes it this setup and no other.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Setup:
     paper: dict[str, float] = field(default_factory=dict)
     notebook: str = ""
     method: str = "staged"
+    settings: tuple[str, ...] = ()
 
     def __post_init__(self):
         # The name becomes a folder and part of pages, the title a cell of Markdown, HTML and LaTeX.
@@ -69,8 +72,12 @@ def paper_setups() -> tuple[str, ...]:
 
 
 def setups_with_notebook() -> tuple[str, ...]:
-    """What `hybridrl reproduce` runs unless told otherwise."""
-    return tuple(name for name, setup in SETUPS.items() if setup.notebook)
+    """What `hybridrl reproduce` runs unless told otherwise: Table 2, and one's own staged setups.
+
+    Other methods have notebooks too; `hybridrl compare` runs those.
+    """
+    return tuple(name for name, setup in SETUPS.items()
+                 if setup.notebook and setup.method == "staged" and not setup.settings)
 
 
 def get_setup(name: str) -> Setup:

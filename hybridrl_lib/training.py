@@ -3,14 +3,15 @@
     L = lambda_SFT * L_SFT + lambda_RL * L_RL - gamma * H
 
 A method says at every step what the two lambdas are. A step with lambda_SFT > 0 takes a batch of
-demonstrations, a step with lambda_RL > 0 samples G answers to a batch of problems, and everything
-else is the same for all methods.
+demonstrations, a step with lambda_RL > 0 samples G answers to a batch of problems. The method makes
+updates of them (`methods/method.py`); everything else is the same for all methods.
 """
 
 import math
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, evaluate, verdicts_of
 from .health import Health, replay
 from .interrupt import Interrupt
-from .methods import Method, Progress, Stage
-from .objectives import group_advantages, k3, token_weights
+from .methods.method import Method, Progress, Stage
+from .objectives import group_advantages, k3
 from .packing import PromptCompletion
 from .policy import Policy
 from .problems import Problem, ProblemParts, in_turn
@@ -30,6 +31,7 @@ from .progress import Observer, Stopwatch
 from .records import RunFolder, seed_of
 from .rewards import Verifier
 from .rollouts import Group, sample
+from .steps import Rollout, Step
 from .updates import Learner, Totals, Update
 
 
@@ -38,7 +40,7 @@ class Trainer:
 
     Args:
         policy: the model; its weights now are the base of every KL in the record.
-        method: decides stages and lambdas.
+        method: decides stages, lambdas and updates.
         parts: training, validation and test problems.
         settings: all settings of the run.
         with_entropy: whether gamma of the stage is in the loss.
@@ -56,7 +58,10 @@ class Trainer:
         self.with_entropy, self.seed, self.folder = with_entropy, seed, folder
         self.verifier, self.observer = verifier, observer
         self.clock = clock or Stopwatch()
+        policy.keep_reference()
+        method.begin(self)  # before the learner, which trains what the method lets it train
         self.learner, self.checkpoints = Learner(policy, settings), Checkpoints(folder)
+        self.anchor_weights: dict[str, Tensor] | None = None
         self.step = self.stage_index = self.stage_step = 0
         self.tokens = {"demonstrations": 0, "rollouts": 0}
         self.best = {"strict": -1.0, "step": 0}
@@ -64,7 +69,6 @@ class Trainer:
         self.resumed_from: list[int] = []
         self.health = Health()
         self.probe_problems = in_turn(parts.validation)[:settings.probe.prompts]
-        policy.keep_reference()
 
     # 1. The loop -------------------------------------------------------------------------------
 
@@ -79,27 +83,42 @@ class Trainer:
         self.health = replay(*map(self.folder.lines, ("metrics.jsonl", "probe.jsonl")))
         if self.step == 0 and not self.folder.lines("probe.jsonl"):
             self._probe(self.method.stages[0].name if self.method.stages else "base")
-        stages = self.method.stages
         with Interrupt() as interrupt:
-            for index in range(self.stage_index, len(stages)):
-                stage = stages[index]
-                if index != self.stage_index:
-                    self.stage_index, self.stage_step = index, 0
-                    self.learner.optimizer = None  # a stage starts with a fresh one, and warm-up
-                steps = self.steps_of(stage)
+            while self.stage_index < len(self.method.stages):
                 if self.learner.optimizer is None:
-                    self.learner.new_optimizer()
-                while self.stage_step < steps:
-                    self._one_step(Progress(stage, self.stage_step, steps))
-                    self._after_step(stage, steps, last=index + 1 == len(stages)
-                                     and self.stage_step == steps)
+                    self._begin_stage()
+                while self.stage_step < self.steps_of(self.stage):
+                    self._one_step(self._progress())
+                    self._after_step()
                     if interrupt.asked:
                         self._save_checkpoint()
                         raise Stopped(f"Stopped by you after step {self.step}; the checkpoint is "
                                       "written, and the same command goes on from there.")
+                if self.stage_index + 1 == len(self.method.stages):
+                    break
+                self.stage_index, self.stage_step = self.stage_index + 1, 0
+                self.learner.optimizers.clear()  # a stage starts with fresh ones, and warm-up
+
+    def _begin_stage(self) -> None:
+        """A fresh optimiser; and the KL anchor, where that is what the stage starts from."""
+        self.learner.new_optimizer()
+        if self.learner.needs_anchor and self.settings.rl.kl_anchor == "stage":
+            self.anchor_weights = {name: weight.detach().clone()
+                                   for name, weight in self.weights().items()}
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the run is in."""
+        return self.method.stages[self.stage_index]
+
+    def _progress(self) -> Progress:
+        return Progress(self.stage, self.stage_step, self.steps_of(self.stage), self.step,
+                        self.seed)
 
     def steps_of(self, stage: Stage) -> int:
-        return stage.epochs * self.steps_per_epoch(stage)
+        """How many steps a stage has."""
+        return (stage.epochs * self.steps_per_epoch(stage) if stage.steps is None
+                else stage.steps)
 
     def steps_per_epoch(self, stage: Stage) -> int:
         return max(1, math.ceil(len(self.parts.train) / self._batch_size(stage)))
@@ -121,66 +140,48 @@ class Trainer:
 
     def _epoch(self) -> float:
         """Passes over the training problems so far, all stages together."""
-        before = sum(stage.epochs for stage in self.method.stages[:self.stage_index])
-        stage = self.method.stages[self.stage_index] if self.method.stages else None
-        return before + (self.stage_step / self.steps_per_epoch(stage) if stage else 0)
+        past = [stage.epochs if stage.steps is None else stage.steps / self.steps_per_epoch(stage)
+                for stage in self.method.stages[:self.stage_index]]
+        now = self.stage_step / self.steps_per_epoch(self.stage) if self.method.stages else 0
+        return sum(past) + now
 
     # 2. One step -------------------------------------------------------------------------------
 
     def _one_step(self, progress: Progress) -> None:
         settings, began = self.settings, time.perf_counter()
         weights, stage = self.method.weights(progress), progress.stage
-        learning_rate = self._learning_rate(progress)
         gamma = getattr(settings, stage.name).gamma if self.with_entropy else 0.0
         row = {"step": self.step + 1, "stage": stage.name,
                "epoch": round(self._epoch() + 1 / self.steps_per_epoch(stage), 6),
                "lambda/sft": weights.sft, "lambda/rl": weights.rl, "gamma": gamma,
-               "learning_rate": learning_rate}
+               "learning_rate": self._learning_rate(progress)}
+        step = Step(progress, settings, self.learner, weights, gamma,
+                    {name: self._learning_rate(progress, name) for name in ("sft", "rl")}, row)
         size = self._batch_size(stage)
-        count = settings.rl.updates_per_rollout if weights.rl > 0 else 1
-
-        demonstrations = (self._batch(stage, progress.step, "demonstrations", size)
-                          if weights.sft > 0 else [])
-        rollouts = None
+        if weights.sft > 0:
+            step.demonstrations = self._batch(stage, progress.step, "demonstrations", size)
         if weights.rl > 0:
-            rollouts = self._roll_out(self._batch(stage, progress.step, "prompts", size), row)
+            step.rollouts = self._roll_out(
+                self._batch(stage, progress.step, "prompts", size), progress, row)
         sampled_at = time.perf_counter()
 
-        updates = [self._make_update(demonstrations[i::count], rollouts, i, count, weights, gamma)
-                   for i in range(count)]
-        if rollouts and (self.learner.needs_reference or
-                         self.step % settings.rl.reference_every == 0):
-            self._score_reference(updates, rollouts, row)
-
-        totals, norms = Totals(), []
-        for index, update in enumerate(updates):
-            if not norms and self.learner.has_gradient(update).any():
-                self._score_old(updates[index + 1:])
-            norm = self.learner.apply(update, learning_rate, totals)
-            if norm is not None:
-                norms.append(norm)
-        finite = [norm for norm in norms if math.isfinite(norm)]
+        if step.rollouts and self.step % settings.rl.reference_every == 0 or (
+                step.rollouts and self.learner.needs_anchor):
+            self._score_reference(step)
+        updates, totals = self.method.compose(step), Totals()
+        self.tokens["demonstrations"] += sum(
+            len(s.completion) for u in updates for s in u.sequences[:u.demonstrations])
+        norms = self.method.learn(step, updates, totals)
         self.step += 1
         self.stage_step += 1
-        measured = ("loss/sft", "loss/rl", "kl/old", "clip_ratio")
-        for name in measured if rollouts else (*measured, "entropy"):
-            if name in totals.sums:
-                value = totals.mean(name)
-                if name.startswith("loss/"):  # the loss itself, without its lambda
-                    share = weights.sft if name == "loss/sft" else weights.rl
-                    value = totals.sums[name] / (count * share)
-                if value is not None and math.isfinite(value):  # JSON has no NaN: absent instead
-                    row[name] = value
-        if finite or not norms:
-            row["grad_norm"] = sum(finite) / max(1, len(finite))
-        row["updates"] = len(finite)
-        if len(norms) > len(finite):
-            row["updates_not_finite"] = len(norms) - len(finite)
+        row |= measured(totals, updates, with_rollouts=bool(step.rollouts))
+        row |= gradient_metrics(norms)
         row["tokens"] = sum(self.tokens.values())
         now = time.perf_counter()
         row["seconds/sampling"] = round(sampled_at - began, 4)
         row["seconds/update"] = round(now - sampled_at, 4)
         row["seconds/step"] = round(now - began, 4)
+        self.method.after_step(row, progress)
         begun = self.health.see(row)
         if self.health.active:
             row["warnings"] = sorted(self.health.active)
@@ -189,10 +190,10 @@ class Trainer:
             self.observer.on_warning(alarm.name, str(alarm))
         self.observer.on_step(row, self.total_steps())
 
-    def _learning_rate(self, progress: Progress) -> float:
+    def _learning_rate(self, progress: Progress, section: str = "") -> float:
         """A linear decay from the peak to a fraction of it, times a linear warm-up from 0 to 1."""
         training = self.settings.training
-        peak = getattr(self.settings, progress.stage.name).learning_rate
+        peak = getattr(self.settings, section or progress.stage.name).learning_rate
         warm = min(1.0, (progress.step + 1) / max(1, training.warmup_steps))
         left = 1 - progress.step / max(1, progress.steps)
         floor = training.final_learning_rate_fraction
@@ -200,15 +201,21 @@ class Trainer:
 
     # 3. Rollouts, rewards, advantages ----------------------------------------------------------
 
-    def _roll_out(self, problems: list[Problem], row: dict) -> list[tuple[Group, Tensor, Tensor]]:
-        """Samples G answers a problem and judges them: [(group, rewards (G,), advantages (G,))]."""
-        rl = self.settings.rl
+    def _roll_out(self, problems: list[Problem], progress: Progress, row: dict) -> list[Rollout]:
+        """Samples G answers a problem and judges them."""
+        rl, prompts = self.settings.rl, [self.policy.encode_prompt(p.question) for p in problems]
+        hints = self.method.hints(problems, progress)
+        if hints:
+            prompts = [prompt + hint for prompt, hint in zip(prompts, hints, strict=True)]
         groups = sample(
-            self.policy, [self.policy.encode_prompt(p.question) for p in problems],
+            self.policy, prompts,
             samples=rl.group_size, max_new_tokens=rl.max_new_tokens, temperature=rl.temperature,
             seed=seed_of(self.seed, "rollouts", self.step),
             batch_size=self.settings.evaluation.batch_size)
-        verdicts = verdicts_of(problems, groups, self.verifier)
+        judged = groups if not hints else [
+            with_text_before(group, self.policy.decode(hint))
+            for group, hint in zip(groups, hints, strict=True)]
+        verdicts = verdicts_of(problems, judged, self.verifier)
         rewards = torch.tensor([float(v.strict) for v in verdicts]).view(-1, rl.group_size)
         advantages = group_advantages(rewards, rl.advantage_scale)
         row |= reward_metrics(groups, rewards)
@@ -216,8 +223,8 @@ class Trainer:
         row["verdicts"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
         self.tokens["rollouts"] += sum(len(c.token_ids) for g in groups for c in g.completions)
         if self.step % self.settings.training.samples_every == 0:
-            self._log_samples(problems[0], groups[0], rewards[0])
-        return list(zip(groups, rewards, advantages, strict=True))
+            self._log_samples(problems[0], judged[0], rewards[0])
+        return [Rollout(*item) for item in zip(problems, groups, rewards, advantages, strict=True)]
 
     def _log_samples(self, problem: Problem, group: Group, rewards: Tensor) -> None:
         for completion, reward in list(zip(group.completions, rewards.tolist(), strict=True))[:2]:
@@ -227,80 +234,50 @@ class Trainer:
             self.folder.append("samples.jsonl", row)
             self.observer.on_sample(row)
 
-    # 4. The weights of the loss ----------------------------------------------------------------
-
-    def _make_update(self, demonstrations: Sequence[Problem], rollouts, index: int, count: int,
-                     weights, gamma: float) -> Update:
-        """Mini-batch `index` of `count`: whole groups, with every token's weight in the loss."""
-        settings = self.settings
-        taught = [PromptCompletion(self.policy.encode_prompt(p.question),
-                                   self.policy.encode_completion(p.solution))
-                  for p in demonstrations]
-        groups = rollouts[index::count] if rollouts else []
-        sampled = [PromptCompletion(group.prompt_ids, completion.token_ids)
-                   for group, _, _ in groups for completion in group.completions]
-        self.tokens["demonstrations"] += sum(len(s.completion) for s in taught)
-
-        def spread(sequences, normalisation, factor):
-            lengths = torch.tensor([len(s.completion) for s in sequences])
-            if not sequences or factor == 0:
-                return torch.zeros(len(sequences))
-            return factor * token_weights(lengths, normalisation, settings.rl.max_new_tokens)
-
-        none_taught, none_sampled = torch.zeros(len(taught)), torch.zeros(len(sampled))
-        return Update(
-            sequences=taught + sampled,
-            sft=torch.cat([spread(taught, settings.sft.loss_normalisation, weights.sft),
-                           none_sampled]),
-            rl=torch.cat([none_taught,
-                          spread(sampled, settings.rl.loss_normalisation, weights.rl)]),
-            entropy=spread(taught + sampled, settings.sft.loss_normalisation, gamma),
-            advantages=torch.cat([none_taught, *(advantages for _, _, advantages in groups)]),
-            temperature=torch.cat([none_taught + 1, none_sampled + settings.rl.temperature]))
-
-    def _score_old(self, updates: list[Update]) -> None:
-        """log pi_old for the mini-batches that come after the first one that moves the policy.
-
-        The training model gives it, not the sampler. Up to that mini-batch none is needed: the
-        log-probabilities at hand are the old ones.
-        """
-        for update in updates:
-            update.old = self.learner.scores(update.sequences)
-
-    def _score_reference(self, updates: list[Update], rollouts, row: dict) -> None:
-        """log pi_reference of every token, and its k3 divergence from the policy that sampled.
-
-        In fp32 the sampler's own log-probabilities serve for that policy; in half precision they
-        differ from the training model's by more than a small divergence, and are computed again.
-        """
-        total, tokens = 0.0, 0
-        for index, update in enumerate(updates):
+    def _score_reference(self, step: Step) -> None:
+        """log pi_reference of every token, its k3 divergence from the policy that sampled, and
+        log pi of the loss's anchor."""
+        total, tokens, count = 0.0, 0, step.mini_batches
+        for rollouts in (step.rollouts[index::count] for index in range(count)):
+            sequences = [s for rollout in rollouts for s in rollout.sequences]
             with self.policy.reference() as model:
-                update.reference = self.learner.scores(update.sequences, model)
-            sampled = [c for group, _, _ in rollouts[index::len(updates)]
-                       for c in group.completions]
-            first = len(update.sequences) - len(sampled)
-            theirs = update.reference[first:]
-            mine = ([torch.tensor(c.log_probabilities) for c in sampled]
-                    if self.policy.precision == "fp32"
-                    else self.learner.scores(update.sequences[first:]))
-            for now, reference in zip(mine, theirs, strict=True):
-                total += float(k3(now.to(reference.device), reference).sum())
-                tokens += len(now)
-        row["kl/reference"] = total / max(1, tokens)
+                reference = iter(self.learner.scores(sequences, model))
+            for rollout, mine in zip(rollouts, step.scores_when_sampled(rollouts), strict=True):
+                rollout.reference = rollout.anchor = [next(reference) for _ in mine]
+                for now, theirs in zip(mine, rollout.reference, strict=True):
+                    total += float(k3(now.to(theirs.device), theirs).sum())
+                    tokens += len(now)
+            if self.anchor_weights is not None:
+                with self.policy.with_weights(self.anchor_weights):
+                    anchor = iter(self.learner.scores(sequences))
+                for rollout in rollouts:
+                    rollout.anchor = [next(anchor) for _ in rollout.group.completions]
+        step.row["kl/reference"] = total / max(1, tokens)
 
-    # 5. Between steps --------------------------------------------------------------------------
+    # 4. Between steps --------------------------------------------------------------------------
 
-    def _after_step(self, stage: Stage, steps: int, last: bool) -> None:
-        settings = self.settings
-        per_epoch = self.steps_per_epoch(stage)
-        if self.step % settings.probe.every == 0 or last:
+    def _after_step(self) -> None:
+        """Probe, validation and checkpoint, where they are due; the method may end the stage."""
+        settings, stage = self.settings, self.stage
+        every = self.steps_per_epoch(stage) * settings.training.validate_every
+        probed = self.step % settings.probe.every == 0 or self._at_end()
+        validated = self.stage_step % every == 0 or self._stage_over()
+        if probed:
             self._probe(stage.name)
-        every = per_epoch * settings.training.validate_every
-        if self.stage_step % every == 0 or self.stage_step == steps:
+        if validated:
             self._validate()
-        if self.step % settings.training.checkpoint_every == 0 or self.stage_step == steps:
+        if self._at_end() and not probed:  # the method has just ended it
+            self._probe(stage.name)
+        if self._stage_over() and not validated:
+            self._validate()
+        if self.step % settings.training.checkpoint_every == 0 or self._stage_over():
             self._save_checkpoint()
+
+    def _stage_over(self) -> bool:
+        return self.stage_step >= self.steps_of(self.stage)
+
+    def _at_end(self) -> bool:
+        return self._stage_over() and self.stage_index + 1 == len(self.method.stages)
 
     def _probe(self, stage_name: str) -> None:
         """The same validation prompts, sampled by every setup: what the joint figures show."""
@@ -323,6 +300,8 @@ class Trainer:
                **reward_metrics(groups, rewards), "kl/base": float(k3(mine, base).mean())}
         row["groups_with_signal"] = 1 - row["frac_reward_zero_std"]
         self.folder.append("probe.jsonl", row)
+        if self.step:
+            self.method.after_probe(row, self._progress())
         self.health.see_probe(row)
         self.observer.on_probe(row)
 
@@ -339,16 +318,17 @@ class Trainer:
         row = {"step": self.step, "epoch": round(self._epoch(), 6), "strict": accuracy(rows),
                "loss": loss, "problems": len(problems)}
         self.folder.append("validation.jsonl", row)
+        self.method.after_validation(row, self._progress())
         self.observer.on_validation(row)
         if row["strict"] > self.best["strict"]:
             self.best = {"strict": row["strict"], "step": self.step}
             self.best_weights = {k: v.detach().cpu().clone() for k, v in self.weights().items()}
 
-    # 6. Checkpoints ----------------------------------------------------------------------------
+    # 5. Checkpoints ----------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that training moves: all of them, or the adapter's."""
-        return {n: p for n, p in self.policy.model.named_parameters() if p.requires_grad}
+        return self.policy.trained_weights()
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Puts weights in place of those that training moves."""
@@ -366,11 +346,15 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {"step": self.step, "stage_index": self.stage_index, "stage_step": self.stage_step,
                  "tokens": self.tokens, "best": self.best, "resumed_from": self.resumed_from,
-                 "verdicts": dict(self.verifier.counts), "seconds": self.clock.read()}
+                 "verdicts": dict(self.verifier.counts), "seconds": self.clock.read(),
+                 "method": self.method.state(),
+                 "stages": [asdict(stage) for stage in self.method.stages]}
         scaler = self.learner.accelerator.scaler
+        more = {f"method/{name}": tensor for name, tensor in self.method.tensors().items()}
+        more |= {f"anchor/{name}": w for name, w in (self.anchor_weights or {}).items()}
         self.checkpoints.save(self.step, Snapshot(
-            state, self.weights(), self.best_weights, self.learner.optimizer.state_dict(),
-            None if scaler is None else scaler.state_dict()).write)
+            state, self.weights(), self.best_weights, self.learner.optimizer_states(),
+            None if scaler is None else scaler.state_dict(), more).write)
 
     def _resume(self) -> None:
         """Goes on from the newest whole checkpoint, if there is one."""
@@ -398,8 +382,17 @@ class Trainer:
         self.clock.go_on_from(state["seconds"])
         self.load_weights(snapshot.weights)
         self.best_weights = snapshot.best
-        self.learner.new_optimizer()
-        self.learner.optimizer.load_state_dict(snapshot.optimizer)
+        self.learner.load_optimizer_states(snapshot.optimizer)
+        more: dict[str, dict[str, Tensor]] = {"method": {}, "anchor": {}}
+        for name, tensor in snapshot.more.items():
+            whose, _, own = name.partition("/")
+            more[whose][own] = tensor
+        if more["anchor"]:
+            self.anchor_weights = {name: tensor.to(self.policy.device)
+                                   for name, tensor in more["anchor"].items()}
+        self.method.stages = tuple(Stage(**stage) for stage in state["stages"])
+        self.method.load_state(state["method"])
+        self.method.load_tensors(more["method"])
         if self.learner.accelerator.scaler is not None and snapshot.scaler is not None:
             self.learner.accelerator.scaler.load_state_dict(snapshot.scaler)
 
@@ -424,3 +417,36 @@ def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
         "groups/correct_counts": [right.count(n) for n in range(size + 1)],
     }
+
+
+def with_text_before(group: Group, text: str) -> Group:
+    """The group with a text before each answer's own: the hint that they went on from."""
+    return replace(group, completions=[replace(c, text=text + c.text) for c in group.completions])
+
+
+def measured(totals: Totals, updates: Sequence[Update], with_rollouts: bool) -> dict:
+    """What the updates of a step measured: means over tokens, and each loss without its lambda."""
+    row = {}
+    for name in ("loss/sft", "loss/rl", "kl/old", "clip_ratio", *(() if with_rollouts else
+                                                                  ("entropy",))):
+        if name not in totals.sums:
+            continue
+        value = totals.mean(name)
+        if name.startswith("loss/"):
+            uses = sum(getattr(update, name.replace("loss/", "lambda_")) > 0 for update in updates)
+            value = totals.sums[name] / max(1, uses)
+        if value is not None and math.isfinite(value):  # JSON has no NaN: absent instead
+            row[name] = value
+    return row
+
+
+def gradient_metrics(norms: Sequence[float]) -> dict:
+    """Mean norm before clipping, number of updates, and of those skipped for a norm not finite."""
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    row: dict = {}
+    if finite or not norms:
+        row["grad_norm"] = sum(finite) / max(1, len(finite))
+    row["updates"] = len(finite)
+    if len(norms) > len(finite):
+        row["updates_not_finite"] = len(norms) - len(finite)
+    return row

@@ -1,7 +1,7 @@
 """One optimiser update: the loss of a mini-batch, its gradient over micro-batches, one step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,7 +36,14 @@ class Update:
         temperature: (S,) that the completion was sampled at; 1 for demonstrations.
         old: log pi_old of every token, a tensor (T_i,) a completion; None while the policy is
             still the one that sampled (then the ratio is 1).
-        reference: log pi_reference likewise, when the loss needs it.
+        anchor: likewise the policy that the loss keeps the policy near, unless that is the old one.
+        token_advantages: (T_i,) a completion, on top of its advantage; None for none.
+        demonstration_loss: what the tokens of completion i cost in L_SFT, (T_i,) with gradient, of
+            i, their log-probabilities (T_i,) and entropies (T_i,); None for -log pi.
+        demonstrations: how many of the first sequences are demonstrations, for the record.
+        lambda_sft, lambda_rl: for the record, which shows L_SFT and L_RL without them.
+        optimizer: which of the run's optimisers takes the update; each has its own moments.
+        learning_rate: its own, or None for that of the step.
     """
 
     sequences: list[PromptCompletion]
@@ -46,7 +53,14 @@ class Update:
     advantages: Tensor
     temperature: Tensor
     old: list[Tensor] | None = None
-    reference: list[Tensor] | None = None
+    anchor: list[Tensor] | None = None
+    token_advantages: list[Tensor] | None = None
+    demonstration_loss: Callable[[int, Tensor, Tensor], Tensor] | None = None
+    demonstrations: int = 0
+    lambda_sft: float = 1.0
+    lambda_rl: float = 1.0
+    optimizer: str = "main"
+    learning_rate: float | None = None
 
 
 @dataclass
@@ -82,17 +96,32 @@ class Learner:
             raise UserError("A run trains in one process; start it without 'accelerate launch' "
                             "and use 'hybridrl reproduce --jobs' to run setups side by side.")
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
-        self.optimizer = None
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.non_finite_in_a_row = 0
 
-    def new_optimizer(self) -> None:
-        """A fresh AdamW: every stage starts with one."""
+    @property
+    def optimizer(self):
+        """The optimiser of all updates that name no other; None before a stage has begun."""
+        return self.optimizers.get("main")
+
+    def new_optimizer(self, name: str = "main") -> None:
+        """A fresh AdamW: every stage starts with one, and without those of the stage before."""
         training = self.settings.training
-        # accelerate keeps every optimiser it was given, and unscales fp16 gradients once for each.
-        self.accelerator._optimizers.clear()
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(
+        if name == "main":
+            self.optimizers.clear()
+        self.optimizers[name] = self.accelerator.prepare(torch.optim.AdamW(
             self.parameters, lr=0.0, betas=tuple(training.betas),
             weight_decay=training.weight_decay))
+
+    def optimizer_states(self) -> dict[str, dict]:
+        """The state of every optimiser, by its name."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_optimizer_states(self, states: dict[str, dict]) -> None:
+        """The inverse of `optimizer_states`."""
+        for name, state in states.items():  # "main", which clears the others, is the first
+            self.new_optimizer(name)
+            self.optimizers[name].load_state_dict(state)
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[PromptCompletion], model=None,
@@ -122,20 +151,37 @@ class Learner:
         Raises:
             UserError: the gradient was not finite several updates in a row.
         """
+        if not self.accumulate(update, totals):
+            return None
+        return self.step(update.learning_rate or learning_rate, update.optimizer)
+
+    def accumulate(self, update: Update, totals: Totals) -> bool:
+        """Adds the gradient of an update's loss to the parameters'; False if there is none."""
         keep = self.has_gradient(update).nonzero().squeeze(-1).tolist()
         self._count_skipped(update, keep, totals)
-        if not keep:
-            return None
         for packed in self._pack([update.sequences[i] for i in keep]):
             self.accelerator.backward(self._loss(update, keep, packed, totals))
+        return bool(keep)
+
+    def step(self, learning_rate: float, optimizer: str = "main") -> float:
+        """Clips the gradient, moves the weights and clears it; returns its norm before clipping.
+
+        Raises:
+            UserError: the gradient was not finite several times in a row.
+        """
+        if optimizer not in self.optimizers:
+            self.new_optimizer(optimizer)
+        chosen = self.optimizers[optimizer]
+        # accelerate unscales fp16 gradients once for each optimiser that it knows of.
+        self.accelerator._optimizers[:] = [chosen]
         norm = float(self.accelerator.clip_grad_norm_(self.parameters,
                                                       self.settings.training.gradient_clip))
-        for group in self.optimizer.param_groups:
+        for group in chosen.param_groups:
             group["lr"] = learning_rate
         finite = math.isfinite(norm)
         if finite or self.accelerator.mixed_precision == "fp16":  # its scaler skips by itself
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            chosen.step()
+        chosen.zero_grad(set_to_none=True)
         self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
         if self.non_finite_in_a_row >= PATIENCE_WITH_NON_FINITE:
             raise UserError(
@@ -149,14 +195,16 @@ class Learner:
         A group of equal rewards has no policy gradient. While the policy is still the one that
         sampled, the KL to it has none either. Without an entropy term such a group is skipped.
         """
-        anchored = self.settings.rl.beta > 0 and (self.needs_reference or update.old is not None)
-        return ((update.sft != 0) | (update.entropy != 0)
-                | ((update.rl != 0) & ((update.advantages != 0) | anchored)))
+        signal = update.advantages != 0
+        if update.token_advantages is not None:
+            signal = signal | torch.tensor([bool((t != 0).any()) for t in update.token_advantages])
+        anchored = self.settings.rl.beta > 0 and (self.needs_anchor or update.old is not None)
+        return (update.sft != 0) | (update.entropy != 0) | ((update.rl != 0) & (signal | anchored))
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the loss holds the KL to the reference model."""
-        return self.settings.rl.beta > 0 and self.settings.rl.kl_anchor == "reference"
+    def needs_anchor(self) -> bool:
+        """Whether the loss holds the KL to another policy than the one that sampled."""
+        return self.settings.rl.beta > 0 and self.settings.rl.kl_anchor != "old"
 
     def _pack(self, sequences: Sequence[PromptCompletion]) -> list[Packed]:
         return pack(sequences, self.settings.training.micro_batch_tokens, self.policy.pad_id)
@@ -187,7 +235,8 @@ class Learner:
 
         sft, rl, entropy = (per_token(w) for w in (update.sft, update.rl, update.entropy))
         # Without an entropy term it is needed only where no rollout gives it for the record.
-        with_entropy = bool((entropy != 0).any()) or not (update.rl != 0).any()
+        with_entropy = (bool((entropy != 0).any()) or not (update.rl != 0).any()
+                        or update.demonstration_loss is not None)
         scores, entropies = self.policy.score(
             packed.to(device), temperature=per_token(update.temperature),
             chunk_tokens=settings.training.logit_chunk_tokens, with_entropy=with_entropy)
@@ -196,23 +245,25 @@ class Learner:
         loss = scores.new_zeros(())
 
         if (sft != 0).any():
-            part = (sft * sft_token_losses(scores)).sum()
-            totals.add("loss/sft", part.detach())
+            part = (sft * self._demonstration_losses(update, owners, scores, entropies)).sum()
+            totals.add("loss/sft", part.detach() / update.lambda_sft)
             loss = loss + part
 
         if (rl != 0).any():
             old = scores.detach() if update.old is None else flat(update.old)
-            arguments = (old, per_token(update.advantages),
-                         settings.rl.epsilon_low, settings.rl.epsilon_high)
+            advantages = per_token(update.advantages)
+            if update.token_advantages is not None:
+                advantages = advantages + flat(update.token_advantages).to(device)
+            arguments = (old, advantages, settings.rl.epsilon_low, settings.rl.epsilon_high)
             losses = policy_token_losses(scores, *arguments)
-            if self.needs_reference:
+            if self.needs_anchor:
                 losses = losses + settings.rl.beta * kl_to_reference(
-                    scores, old, flat(update.reference))
+                    scores, old, flat(update.anchor).to(device))
             elif settings.rl.beta > 0:
                 losses = losses + settings.rl.beta * kl_to_old(scores, old)
             part = (rl * losses).sum()
             sampled = rl != 0
-            totals.add("loss/rl", part.detach())
+            totals.add("loss/rl", part.detach() / update.lambda_rl)
             totals.add("kl/old", kl_to_old(scores.detach(), old)[sampled])
             totals.add("clip_ratio", is_clipped(scores.detach(), *arguments)[sampled].float())
             loss = loss + part
@@ -221,3 +272,16 @@ class Learner:
             terms = entropy_terms(scores, entropies, settings.training.entropy)
             loss = loss - (entropy * terms).sum()
         return loss
+
+    @staticmethod
+    def _demonstration_losses(update: Update, owners: Tensor, scores: Tensor,
+                              entropies: Tensor) -> Tensor:
+        """(N,) what every token costs in L_SFT; those of rollouts without a weight in it, 0."""
+        if update.demonstration_loss is None:
+            return sft_token_losses(scores)
+        indices, lengths = owners.unique_consecutive(return_counts=True)
+        return torch.cat([
+            update.demonstration_loss(i, piece, entropy) if update.sft[i] != 0
+            else torch.zeros_like(piece)
+            for i, piece, entropy in zip(indices.tolist(), scores.split(lengths.tolist()),
+                                         entropies.split(lengths.tolist()), strict=True)])

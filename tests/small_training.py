@@ -74,15 +74,17 @@ class Fixed(Coin):
         return verdicts
 
 
-def small_settings(*overrides):
-    """The defaults with 8 problems, one batch an epoch, two epochs."""
-    return load_settings("tiny", [*SMALL, *overrides], smoke=False)
+def small_settings(*overrides, setup=None):
+    """The defaults with 8 problems, one batch an epoch, two epochs; the setup's own on top."""
+    chosen = get_setup(setup) if setup else None
+    return load_settings("tiny", [*SMALL, *(chosen.settings if chosen else ()), *overrides],
+                         smoke=False, setup=chosen)
 
 
 def make_trainer(setup, *overrides, policy, folder: Path, seed=0, verifier=None, observer=None,
                  train=None, validation=()):
     """A trainer on the settings' training problems; without validation it only trains."""
-    settings = small_settings(*overrides)
+    settings = small_settings(*overrides, setup=setup)
     chosen = get_setup(setup)
     parts = ProblemParts(train=load_parts(settings.data).train if train is None else train,
                          validation=tuple(validation), test=())

@@ -332,7 +332,7 @@ def test_what_is_fixed_in_code_is_stated_as_it_is():
 
     from hybridrl_lib import objectives
     from hybridrl_lib.config import load_settings
-    from hybridrl_lib.methods import Progress, Stage
+    from hybridrl_lib.methods.method import Progress, Stage
     from hybridrl_lib.training import Trainer
 
     assert signature(objectives.group_advantages).parameters["epsilon"].default == ADVANTAGE_EPSILON

@@ -7,7 +7,7 @@ import torch
 from small_training import Fixed, distance, small_settings, watch, watch_rollouts
 
 from hybridrl_lib.errors import UserError
-from hybridrl_lib.methods import Progress, Stage, Weights
+from hybridrl_lib.methods.method import Method, Progress, Stage, Weights
 from hybridrl_lib.problems import Problem, load_parts
 from hybridrl_lib.progress import Observer
 
@@ -505,7 +505,7 @@ def test_the_best_weights_are_those_of_the_best_validation(make_trainer, monkeyp
 # Both weights at once -----------------------------------------------------------------------------
 
 
-class Mixed:
+class Mixed(Method):
     """A method that gives both losses a weight at every step."""
 
     stages = (Stage("rl", 2),)
@@ -518,7 +518,7 @@ def test_a_method_may_weigh_both_losses_in_one_step(make_trainer, monkeypatch):
     """L = lambda_SFT L_SFT + lambda_RL L_RL: each with its own normaliser and temperature."""
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("rl", "rl.updates_per_rollout=1", "rl.temperature=0.7")
-    trainer.method = Mixed()
+    trainer.method = Mixed(trainer.method.setup, trainer.settings)
     seen = watch(trainer)
     trainer._one_step(first_step(trainer))
     trainer.load_weights(seen.weights[0])

@@ -1,16 +1,37 @@
-"""Methods: each decides lambda_SFT(t) and lambda_RL(t), one file a method."""
+"""Methods: one file each, named after it; this one finds them without importing torch."""
 
-from ..config import Settings
-from ..setups import Setup
-from .method import Method, Progress, Stage, Weights
-from .staged import Staged
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-METHODS = {"staged": Staged}
+from ..fields import Section
+
+if TYPE_CHECKING:
+    from ..config import Settings
+    from ..setups import Setup
+    from .method import Method
+
+METHODS: dict[str, str] = {  # the method's file in this folder -> its class
+    "staged": "Staged",
+}
 
 
-def make_method(setup: Setup, settings: Settings) -> Method:
-    """The method of a setup, with its settings."""
-    return METHODS[setup.method](setup, settings)
+def method_class(name: str) -> "type[Method]":
+    """The class of a method."""
+    return getattr(import_module(f".{name}", __package__), METHODS[name])
 
 
-__all__ = ["METHODS", "Method", "Progress", "Stage", "Weights", "make_method"]
+def section_class(name: str) -> type[Section] | None:
+    """The settings that a method has of its own; None if it has none."""
+    return method_class(name).settings_section
+
+
+def make_method(setup: "Setup", settings: "Settings") -> "Method":
+    """The method of a setup, with its settings.
+
+    Raises:
+        UsageError: it cannot work with them.
+    """
+    return method_class(setup.method)(setup, settings)
+
+
+__all__ = ["METHODS", "make_method", "method_class", "section_class"]

@@ -1,20 +1,39 @@
-"""What a method may decide: its stages, and the two weights of the loss at each step."""
+"""What a method may decide: stages, the weights of the loss, and what each update learns from.
 
+A method overrides what its paper changes and inherits the rest, which is Algorithm 1 of the paper.
+"""
+
+import random
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar
+
+from ..config import Settings
+from ..fields import Section
+from ..records import seed_of
+from ..setups import Setup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..problems import Problem
+    from ..steps import Step
+    from ..training import Trainer
+    from ..updates import Totals, Update
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with an optimiser of its own.
+    """A part of a run with optimisers of its own.
 
     Attributes:
         name: `sft` or `rl`; which batch size, learning rate and gamma hold.
         epochs: passes over the training problems.
+        steps: where the stage ended or ends, if not after its last epoch.
     """
 
     name: str
     epochs: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -24,27 +43,111 @@ class Progress:
     Attributes:
         stage: the stage it is in.
         step: steps taken in this stage.
-        steps: steps this stage has.
+        steps: steps this stage has, unless the method ends it early.
+        taken: steps taken in all stages.
+        seed: of the run.
     """
 
     stage: Stage
     step: int
     steps: int
+    taken: int = 0
+    seed: int = 0
+
+    def random(self, purpose: str) -> random.Random:
+        """Random numbers of this step for one purpose, the same in every process and resumption."""
+        return random.Random(seed_of(self.seed, purpose, self.taken))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """lambda_SFT and lambda_RL of L = lambda_SFT L_SFT + lambda_RL L_RL, both >= 0."""
+    """lambda_SFT and lambda_RL of L = lambda_SFT L_SFT + lambda_RL L_RL, both >= 0.
+
+    A step with `sft` > 0 takes a batch of demonstrations, one with `rl` > 0 samples answers.
+    """
 
     sft: float
     rl: float
 
 
-class Method(Protocol):
-    """One way to combine SFT and RL (paper, section 3: the two weights may change at any time)."""
+class Method:
+    """One way to combine SFT and RL (paper, section 3: the two weights may change at any time).
 
-    stages: tuple[Stage, ...]
+    Attributes:
+        settings_section: the method's own settings, if it has any; their section's name is the
+            method's. `self.own` holds them.
+        stages: in order. A method may replace them while it runs; what is in the past stays.
+
+    Raises, at construction:
+        UsageError: settings with which the method cannot work.
+    """
+
+    settings_section: ClassVar[type[Section] | None] = None
+    stages: tuple[Stage, ...] = ()
+
+    def __init__(self, setup: Setup, settings: Settings):
+        self.setup, self.settings, self.own = setup, settings, settings.method
+
+    # What a step is made of ----------------------------------------------------------------------
+
+    def begin(self, trainer: "Trainer") -> None:
+        """Called once, when the policy is there and nothing has been trained or resumed."""
 
     def weights(self, progress: Progress) -> Weights:
-        """The weights of the step about to be taken."""
-        ...
+        """The two weights of the step about to be taken."""
+        raise NotImplementedError
+
+    def hints(self, problems: "list[Problem]", progress: Progress) -> list[list[int]] | None:
+        """Token ids of the demonstration that every answer to a problem starts from; None = none.
+
+        The answers go on from there; their tokens alone count as sampled.
+        """
+        return None
+
+    def compose(self, step: "Step") -> "list[Update]":
+        """The optimiser updates of a step: whole groups, in mini-batches."""
+        count = step.mini_batches
+        return [step.update(step.demonstrations[i::count], step.rollouts[i::count])
+                for i in range(count)]
+
+    def learn(self, step: "Step", updates: "list[Update]", totals: "Totals") -> list[float]:
+        """Takes the updates; returns the gradient norm, before clipping, of each that had one.
+
+        pi_old is the policy that sampled. Until an update has moved the policy, that is the policy
+        itself; for the updates after, the training model scores the answers before it moves.
+        """
+        norms: list[float] = []
+        for index, update in enumerate(updates):
+            if not norms and step.learner.has_gradient(update).any():
+                for later in updates[index + 1:]:
+                    if (later.rl != 0).any():
+                        later.old = step.learner.scores(later.sequences)
+            norm = step.learner.apply(update, step.learning_rate, totals)
+            if norm is not None:
+                norms.append(norm)
+        return norms
+
+    # What it learns from the run, and keeps ------------------------------------------------------
+
+    def after_step(self, row: dict, progress: Progress) -> None:
+        """Sees the finished line of metrics.jsonl; what it adds is written with it."""
+
+    def after_validation(self, row: dict, progress: Progress) -> None:
+        """Sees the line of validation.jsonl after it was written."""
+
+    def after_probe(self, row: dict, progress: Progress) -> None:
+        """Sees the line of probe.jsonl after it was written."""
+
+    def state(self) -> dict:
+        """What a checkpoint has to hold so that the run goes on bit for bit: plain data."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Takes over what `state` gave."""
+
+    def tensors(self) -> "dict[str, Tensor]":
+        """The same for tensors."""
+        return {}
+
+    def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
+        """Takes over what `tensors` gave."""

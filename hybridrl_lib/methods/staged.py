@@ -7,13 +7,14 @@ the epochs (5 + 5), the odd one to SFT.
 
 from ..config import Settings
 from ..setups import Setup
-from .method import Progress, Stage, Weights
+from .method import Method, Progress, Stage, Weights
 
 
-class Staged:
+class Staged(Method):
     """Stages of fixed length, one after the other."""
 
     def __init__(self, setup: Setup, settings: Settings):
+        super().__init__(setup, settings)
         epochs, count = settings.training.epochs, max(1, len(setup.stages))
         shares = [epochs // count + (i < epochs % count) for i in range(count)]
         self.stages = tuple(Stage(name, share)
