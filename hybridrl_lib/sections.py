@@ -206,6 +206,9 @@ class RLSettings(Section):
     epsilon_high: float = setting(
         0.2, "the ratio is clipped above 1 + epsilon_high",
         "as epsilon_low", above=0)
+    clip: bool = setting(
+        True, "whether the ratio is clipped at all",
+        "the released code of ReLIFT, LUFFY and HPT does not")
     advantage_scale: str = setting(
         "group_std",
         "group_std = reward less the group's mean, over its deviation; none = the difference "

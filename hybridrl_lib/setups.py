@@ -62,6 +62,15 @@ SETUPS: dict[str, Setup] = {
               {"gsm8k": 33.0, "math500": 20.8}, "14_rl_entropy"),
         Setup("sft_then_rl_entropy", "SFT + RL + entropy reg.", ("sft", "rl"), True,
               {"gsm8k": 52.7, "math500": 37.4}, "15_sft_then_rl_entropy"),
+        # Other ways to combine the two, one method a paper.
+        Setup("combined", "combined loss", ("rl",), method="combined"),
+        Setup("combined_cosine", "combined loss, cosine", ("rl",), method="combined",
+              settings=("combined.first=1", "combined.last=0", "combined.schedule=cosine")),
+        Setup("relift", "ReLIFT", ("rl",), method="relift"),
+        Setup("relift_code", "ReLIFT, released code", ("rl",), method="relift",
+              settings=("relift.newest_first=true", "relift.gamma=1e-3", "rl.clip=false",
+                        "rl.advantage_scale=none", "rl.loss_normalisation=constant",
+                        "rl.beta=0")),
     )
 }
 

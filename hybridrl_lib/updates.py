@@ -254,7 +254,9 @@ class Learner:
             advantages = per_token(update.advantages)
             if update.token_advantages is not None:
                 advantages = advantages + flat(update.token_advantages).to(device)
-            arguments = (old, advantages, settings.rl.epsilon_low, settings.rl.epsilon_high)
+            bounds = ((settings.rl.epsilon_low, settings.rl.epsilon_high) if settings.rl.clip
+                      else (math.inf, math.inf))
+            arguments = (old, advantages, *bounds)
             losses = policy_token_losses(scores, *arguments)
             if self.needs_anchor:
                 losses = losses + settings.rl.beta * kl_to_reference(

@@ -5,6 +5,15 @@ import math
 import pytest
 import torch
 from small_training import Fixed, distance, small_settings, watch, watch_rollouts
+from textbook import (
+    all_scores,
+    coin_rewards,
+    gradient,
+    plain_grpo,
+    plain_mean,
+    plain_scores,
+    problems_of,
+)
 
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.methods.method import Method, Progress, Stage, Weights
@@ -12,81 +21,6 @@ from hybridrl_lib.problems import Problem, load_parts
 from hybridrl_lib.progress import Observer
 
 NORMALISATIONS = ("sequence_mean", "token_mean", "constant", "sequence_sum")
-CAP = 12  # rl.max_new_tokens of small_training.SMALL
-
-
-# A textbook implementation: one completion at a time, all logits at once, no packing --------------
-
-
-def plain_scores(model, prompt, completion, temperature=1.0):
-    """Log-probabilities and entropies of a completion, (T,) each."""
-    ids = torch.tensor([[*prompt, *completion]])
-    logits = model(input_ids=ids).logits[0, len(prompt) - 1:-1] / temperature
-    log_p = logits.log_softmax(-1)
-    chosen = log_p.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
-    return chosen, -(log_p.exp() * log_p).sum(-1)
-
-
-def plain_mean(terms, normalisation):
-    """The mean of token terms [(T_i,)] by name."""
-    sums = torch.stack([term.sum() for term in terms])
-    lengths = torch.tensor([float(len(term)) for term in terms])
-    return {"sequence_mean": (sums / lengths).mean(), "token_mean": sums.sum() / lengths.sum(),
-            "constant": sums.sum() / (len(terms) * CAP), "sequence_sum": sums.mean()}[normalisation]
-
-
-def plain_grpo(policy, groups, rewards, old, reference, settings, gamma=0.0, entropy="vocabulary"):
-    """L_GRPO - gamma H of one mini-batch as the paper writes it; `old`: [(T_i,)] a completion."""
-    rl, losses, entropies, place = settings.rl, [], [], 0
-    for group, reward in zip(groups, rewards, strict=True):
-        gain = reward - reward.mean()
-        if rl.advantage_scale == "group_std":
-            gain = gain / (reward.std() + 1e-4)
-        for completion, advantage in zip(group.completions, gain, strict=True):
-            now, all_words = plain_scores(policy.model, group.prompt_ids, completion.token_ids,
-                                          rl.temperature)
-            rho = (now - old[place]).exp()
-            loss = -torch.min(rho * advantage,
-                              rho.clamp(1 - rl.epsilon_low, 1 + rl.epsilon_high) * advantage)
-            if rl.kl_anchor == "old":
-                loss = loss + rl.beta * (rho * rho.log() - rho + 1)
-            else:
-                away = reference[place] - now
-                loss = loss + rl.beta * rho * (away.exp() - away - 1)
-            losses.append(loss)
-            entropies.append(all_words if entropy == "vocabulary" else -now.exp() * now)
-            place += 1
-    return (plain_mean(losses, rl.loss_normalisation)
-            - gamma * plain_mean(entropies, settings.sft.loss_normalisation))
-
-
-def gradient(trainer, loss):
-    trainer.policy.model.zero_grad()
-    loss.backward()
-    result = torch.cat([p.grad.flatten() for p in trainer.learner.parameters])
-    trainer.policy.model.zero_grad(set_to_none=True)
-    return result
-
-
-def all_scores(trainer, groups):
-    with torch.no_grad():
-        return [plain_scores(trainer.policy.model, g.prompt_ids, c.token_ids,
-                             trainer.settings.rl.temperature)[0]
-                for g in groups for c in g.completions]
-
-
-def coin_rewards(trainer, problems, groups):
-    verdicts = trainer.verifier.verify(
-        [p.answer for p, g in zip(problems, groups, strict=True) for _ in g.completions],
-        [c.text for g in groups for c in g.completions],
-        [c.finished for g in groups for c in g.completions])
-    return torch.tensor([float(v.strict) for v in verdicts]).view(len(groups), -1)
-
-
-def problems_of(trainer, groups):
-    """The problems that groups were sampled for, by their prompts."""
-    by_prompt = {tuple(trainer.policy.encode_prompt(p.question)): p for p in trainer.parts.train}
-    return [by_prompt[tuple(group.prompt_ids)] for group in groups]
 
 
 # Whole RL steps against it ------------------------------------------------------------------------

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "staged": "Staged",
+    "combined": "Combined",
+    "relift": "ReLIFT",
 }
 
 

@@ -70,12 +70,19 @@ class Weights:
     rl: float
 
 
+def mixing_stage(settings: Settings) -> Stage:
+    """One stage of the RL epochs that SFT -> RL has, for methods that do both at once: the same
+    rollouts, and, where every step takes demonstrations, about the same of those."""
+    return Stage("rl", max(1, settings.training.epochs // 2))
+
+
 class Method:
     """One way to combine SFT and RL (paper, section 3: the two weights may change at any time).
 
     Attributes:
         settings_section: the method's own settings, if it has any; their section's name is the
             method's. `self.own` holds them.
+        adapters: the values of model.adapter that it works with.
         stages: in order. A method may replace them while it runs; what is in the past stays.
 
     Raises, at construction:
@@ -83,10 +90,14 @@ class Method:
     """
 
     settings_section: ClassVar[type[Section] | None] = None
+    adapters: ClassVar[tuple[str, ...]] = ("none", "lora")
     stages: tuple[Stage, ...] = ()
 
     def __init__(self, setup: Setup, settings: Settings):
         self.setup, self.settings, self.own = setup, settings, settings.method
+        if settings.model.adapter not in self.adapters:
+            settings.model.refuse("adapter", f"the method {setup.method} works with "
+                                  + " or ".join(self.adapters))
 
     # What a step is made of ----------------------------------------------------------------------
 

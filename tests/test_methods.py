@@ -1,0 +1,110 @@
+"""What must hold for every method alike: settings, resumption, adapters, and that it is a file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from small_training import SMALL, Coin
+
+from hybridrl_lib import methods
+from hybridrl_lib.config import describe, load_settings, preset_names, settings_from_dict
+from hybridrl_lib.config import settings_to_dict as to_dict
+from hybridrl_lib.errors import UsageError, UserError
+from hybridrl_lib.methods import METHODS, make_method, method_class, section_class
+from hybridrl_lib.progress import Observer
+from hybridrl_lib.run import run
+from hybridrl_lib.setups import SETUPS, get_setup
+
+OTHERS = [name for name, setup in SETUPS.items() if setup.method != "staged" or setup.settings]
+# Six steps: more than one stage or event for every method, checkpoints between them.
+SIX = (*SMALL, "training.epochs=12", "training.checkpoint_every=1000", "sft.learning_rate=0.003",
+       "rl.learning_rate=0.003", "evaluation.samples=0", "evaluation.train_samples=0",
+       "evaluation.train_limit=0")
+FEWER = {"relift": ("relift.batch_size=3",)}  # by method: so that its events fall into six steps
+FOLDER = Path(methods.__file__).parent
+
+
+class Ends(Observer):
+    """Asks to stop after a step, as Ctrl-C does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, row, total):
+        import os
+        import signal
+
+        if row["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture()
+def start(model_folders, monkeypatch):
+    """start(setup, experiment, ...) -> the folder of a short run with verdicts by coin."""
+    monkeypatch.setattr("hybridrl_lib.run.Verifier", Coin)
+
+    def begin(name, experiment, *overrides, observer=None):
+        setup = get_setup(name)
+        return run(name, preset="tiny", experiment=experiment, observer=observer or Observer(),
+                   settings=[*SIX, *setup.settings, *FEWER.get(setup.method, ()),
+                             f"model.path={model_folders['qwen2']}", "model.device=cpu",
+                             *overrides])
+    return begin
+
+
+def record(folder):
+    final = folder.path / "checkpoint" / "final"
+    rows = [{k: v for k, v in row.items() if not k.startswith("seconds")}
+            for row in folder.lines("metrics.jsonl")]
+    return rows, {path.name: path.read_bytes() for path in final.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("setup", OTHERS)
+def test_a_method_goes_on_bit_for_bit(start, setup, adapter):
+    """Buffers, counts, draws, auxiliary weights and every optimiser are in the checkpoint."""
+    if adapter not in method_class(get_setup(setup).method).adapters:
+        pytest.skip("the method refuses it; its own tests say how")
+    overrides = (f"model.adapter={adapter}",)
+    rows, weights = record(start(setup, "whole", *overrides))
+    for step in range(1, len(rows)):
+        with pytest.raises(UserError, match="Stopped"):
+            start(setup, "cut", *overrides, observer=Ends(step))
+    assert record(start(setup, "cut", *overrides)) == (rows, weights)
+    assert any(row["updates"] for row in rows) and len(rows) >= 6
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_preset_has_settings_for_every_setup(preset, setup):
+    """A preset's line for a method is read only when the method is chosen: here all are."""
+    chosen = get_setup(setup)
+    settings = load_settings(preset, smoke=False, setup=chosen)
+    assert make_method(chosen, settings).stages or setup == "base"
+    assert settings_from_dict(to_dict(settings)) == settings
+    own = section_class(chosen.method)
+    assert (settings.method is None) == (own is None)
+    assert own is None or own.section == chosen.method
+    assert all(meaning for _, _, meaning in describe(settings))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_short_file(name):
+    """Found by its name, with a docstring that says where the method comes from."""
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    assert len(ast.get_docstring(ast.parse(text)) or "") > 60
+    assert method_class(name).__doc__ and method_class(name).__module__.endswith(name)
+
+
+def test_a_setting_of_another_method_is_refused():
+    """It would be ignored in silence; without a setup it is checked: some setup may use it."""
+    with pytest.raises(UsageError, match="setup combined has no settings relift"):
+        load_settings("tiny", ["relift.batch_size=3"], setup=get_setup("combined"))
+    with pytest.raises(UsageError, match="did you mean .relift.batch_size"):
+        load_settings("tiny", ["relift.batch_sise=3"], setup=get_setup("relift"))
+    assert load_settings("tiny", ["relift.batch_size=3"]) == load_settings("tiny")
+    with pytest.raises(UsageError, match="relift.batch_size cannot be"):
+        load_settings("tiny", ["relift.batch_size=0"])
+    chosen = load_settings("tiny", ["relift.batch_size=3"], setup=get_setup("relift"))
+    assert chosen.method.batch_size == 3
