@@ -38,7 +38,7 @@ def test_the_unsolved_problems_are_taught(make_trainer):
 def test_rl_and_sft_have_moments_of_their_own(make_trainer):
     """With a shared Adam, SFT's gradients would scale RL's steps."""
     trainer = make_trainer("relift", "relift.batch_size=2", "training.epochs=8",
-                           verifier=Fixed(UNSOLVED + HALF))
+                           verifier=Fixed(UNSOLVED * 3 + HALF * 5))
     trainer.train()
     steps = {name: {int(state["step"]) for state in optimizer.state_dict()["state"].values()}
              for name, optimizer in trainer.learner.optimizers.items()}
@@ -61,10 +61,9 @@ def test_no_unsolved_problem_is_rl_alone(make_trainer):
 def test_who_is_taught_first(make_trainer, newest, taught):
     """Paper's queue and the released code's stack, when more is buffered than taught."""
     trainer = make_trainer("relift", "relift.batch_size=2", f"relift.newest_first={newest}",
-                           verifier=Fixed(UNSOLVED))
+                           "relift.every=2")
     method = trainer.method
-    method.steps_since_sft = 0  # nothing is taught in the first step
-    method.own.__dict__["every"] = 2
+    method.steps_since_sft = 1  # so that the first step teaches nothing
     method.compose(fake_step(trainer, [0, 1, 2, 3]))
     update = method.compose(fake_step(trainer, [4, 5, 6, 7]))[-1]
     asked = [tuple(s.prompt) for s in update.sequences]
