@@ -9,6 +9,7 @@ from .answers import show_answers, show_completions, show_tokens
 from .curves import new_panels, plot_against, plot_run, show
 from .findings import show_claims, show_findings
 from .live_view import LiveRun, live
+from .methods import plot_diagnostics, show_source
 from .place import begin, experiment_path, is_headless, list_files
 from .questions import check
 from .scores import show_reasons, show_scores, show_signal
@@ -17,8 +18,8 @@ from .wellness import show_health
 
 __all__ = [
     "LiveRun", "begin", "check", "experiment_path", "is_headless", "list_files", "live",
-    "new_panels", "plot_against", "plot_run",
-    "show", "show_answers", "show_claims",
-    "show_completions", "show_findings", "show_health", "show_picture", "show_reasons", "show_rows",
-    "show_scores", "show_signal", "show_table", "show_tokens", "write_report",
+    "new_panels", "plot_against", "plot_diagnostics", "plot_run", "show", "show_answers",
+    "show_claims", "show_completions", "show_findings", "show_health", "show_picture",
+    "show_reasons", "show_rows", "show_scores", "show_signal", "show_source", "show_table",
+    "show_tokens", "write_report",
 ]

@@ -1,0 +1,51 @@
+"""What a method's notebook shows: its code as it stands in the library, and its own diagnostics."""
+
+import inspect
+import textwrap
+
+from IPython.display import Markdown, display
+
+from ..records import RunFolder
+from ..report.style import figure_text, style
+from ..setups import SETUPS
+from .curves import _column, _finish, _mark_stages, new_panels, show
+
+MOST_PANELS = 6
+
+
+def show_source(*things: object) -> None:
+    """Shows the code of classes, methods and functions: what runs is what is read."""
+    for thing in things:
+        code = textwrap.dedent(inspect.getsource(thing)).rstrip()
+        display(Markdown(f"```python\n{code}\n```"))
+
+
+@style()
+def plot_diagnostics(record: RunFolder, *extra: str) -> None:
+    """Draws the columns that a run's method added to metrics.jsonl, each in a panel over epochs.
+
+    Args:
+        extra: further columns, such as `lambda/sft`.
+    """
+    metrics = record.lines("metrics.jsonl")
+    known = {key for row in metrics for key, value in row.items()
+             if isinstance(value, int | float)}
+    setup = SETUPS.get(record.read("config.json")["setup"])
+    method = setup.method if setup else ""
+    columns = [*extra, *sorted(key for key in known if key.partition("/")[0] == method)]
+    columns = [key for key in dict.fromkeys(columns) if key in known][:MOST_PANELS]
+    if not columns:
+        print("The method recorded nothing of its own in this run.")
+        return
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    figure, panels = new_panels(2.3 * down, columns=across, rows=down)
+    flat = list(getattr(panels, "flat", [panels]))
+    for panel, key in zip(flat, columns, strict=False):
+        epochs, values = _column(metrics, key)
+        panel.plot(epochs, values, color="#0072B2", marker=".", markersize=3, linewidth=0.9)
+        _finish(panel, figure_text(key))
+    for panel in flat[len(columns):]:
+        panel.set_visible(False)
+    _mark_stages(flat[:len(columns)], metrics)
+    show(figure, alt="The method's own columns over epochs: " + ", ".join(columns))
