@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .config import PRESET_FOLDER, Settings, load_settings, preset_names
 from .methods import METHODS, make_method, method_class
+from .methods.method import Progress
 from .problems.tiny import load_tiny_symbolic, load_tiny_word
 from .records import project_folder
 from .setups import SETUPS, Setup
@@ -42,13 +43,13 @@ class Cost:
 
     Attributes:
         steps: passes of the training loop.
-        demonstrations: reference solutions learned from, epochs counted.
+        demonstrations: reference solutions learned from, epochs counted; None = as many as needed.
         rollouts: answers sampled to learn from.
         measured: what it took where it was measured.
     """
 
     steps: int
-    demonstrations: int
+    demonstrations: int | None
     rollouts: int
     measured: tuple[Measured, ...]
 
@@ -75,15 +76,16 @@ def cost(setup: Setup, settings: Settings, measured: tuple[Measured, ...] = ()) 
     """What a run of the setup costs with these settings."""
     problems = training_problems(settings)
     steps = demonstrations = rollouts = 0
-    for stage in make_method(setup, settings).stages:
-        sft = stage.name == "sft"
-        batch = settings.sft.batch_size if sft else settings.rl.prompts_per_step
-        steps += stage.epochs * math.ceil(problems / batch)
-        if sft:
-            demonstrations += stage.epochs * problems
-        else:
-            rollouts += stage.epochs * problems * settings.rl.group_size
-    return Cost(steps, demonstrations, rollouts, measured)
+    method = make_method(setup, settings)
+    for stage in method.stages:
+        batch = (settings.sft.batch_size if stage.name == "sft"
+                 else settings.rl.prompts_per_step)
+        here = stage.epochs * math.ceil(problems / batch)
+        weights = method.weights(Progress(stage, 0, here))
+        steps += here
+        demonstrations += stage.epochs * problems * (weights.sft > 0)
+        rollouts += stage.epochs * problems * settings.rl.group_size * (weights.rl > 0)
+    return Cost(steps, None if method.teaches_as_needed else demonstrations, rollouts, measured)
 
 
 def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]]:
@@ -126,13 +128,14 @@ def catalogue() -> dict:
             "name": name, "description": preset_description(name), "model": settings.model.path,
             "benchmarks": list(settings.data.benchmarks),
             "training_problems": training_problems(settings), "epochs": settings.training.epochs,
-            "costs": {setup.name: asdict(cost(setup, settings,
-                                              measured.get((name, setup.name), ())))
-                      for setup in SETUPS.values()}})
+            "costs": {setup.name: asdict(cost(
+                setup, load_settings(name, smoke=False, setup=setup),
+                measured.get((name, setup.name), ()))) for setup in SETUPS.values()}})
     return {
         "setups": [{"name": setup.name, "title": setup.title, "method": setup.method,
                     "stages": list(setup.stages), "entropy": setup.entropy,
-                    "notebook": f"notebooks/{setup.notebook}.ipynb", "paper": setup.paper}
+                    "notebook": f"notebooks/{setup.notebook}.ipynb" if setup.notebook else None,
+                    "paper": setup.paper}
                    for setup in SETUPS.values()],
         "methods": [{"name": name, "description": (method.__doc__ or "").strip().split("\n")[0]}
                     for name, method in ((name, method_class(name)) for name in METHODS)],
@@ -143,16 +146,17 @@ def catalogue() -> dict:
 def render(listing: dict) -> str:
     """The catalogue as text for a terminal."""
     setups = [[row["name"], row["title"], row["method"],
-               " then ".join(row["stages"]) or "evaluated only", row["notebook"]]
+               " then ".join(row["stages"]) or "evaluated only", row["notebook"] or "-"]
               for row in listing["setups"]]
     parts = ["Setups (hybridrl run SETUP)\n",
-             columns(["setup", "in Table 2", "method", "stages", "notebook"], setups),
+             columns(["setup", "in tables", "method", "stages", "notebook"], setups),
              "\nMethods\n",
              columns(["method", "what it is"],
                      [[row["name"], row["description"]] for row in listing["methods"]]),
              "\nPresets (--preset NAME), with what one run of a setup costs at most"]
     for preset in listing["presets"]:
-        rows = [[name, f"{entry['steps']:,}", f"{entry['demonstrations']:,}",
+        rows = [[name, f"{entry['steps']:,}",
+                 "as needed" if entry["demonstrations"] is None else f"{entry['demonstrations']:,}",
                  f"{entry['rollouts']:,}", minutes(entry["measured"])]
                 for name, entry in preset["costs"].items()]
         parts += [f"\n{preset['name']}: {preset['description']}",

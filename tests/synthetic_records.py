@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hybridrl_lib.config import load_settings, settings_to_dict
-from hybridrl_lib.setups import SETUPS
+from hybridrl_lib.setups import SETUPS, paper_setups
 
 GROUP = 8
 STEPS_PER_EPOCH = {"sft": 14, "rl": 54}
@@ -21,7 +21,7 @@ GAIN = {"base": 0.0, "sft": 0.9, "rl": 1.7, "sft_then_rl": 2.0, "sft_entropy": 0
 DIFFICULTY = {"tiny_word": 0.0, "tiny_symbolic": 0.7, "gsm8k": 2.0, "math500": 2.4}
 
 
-def build_experiment(folder: Path, setups: Iterable[str] = tuple(SETUPS),
+def build_experiment(folder: Path, setups: Iterable[str] = paper_setups(),
                      seeds: Iterable[int] = range(5),
                      test: Mapping[str, int] | None = None,
                      train: Mapping[str, int] | None = None,

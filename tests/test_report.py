@@ -26,13 +26,14 @@ from hybridrl_lib.report.page import caption
 from hybridrl_lib.report.progress import make_race, race_markdown
 from hybridrl_lib.report.style import MARKERS, line_style, palette, style
 from hybridrl_lib.report.text import number, percent, plus, tex, write
-from hybridrl_lib.setups import SETUPS, Setup, setups_with_notebook
+from hybridrl_lib.setups import SETUPS, Setup, paper_setups, setups_with_notebook
 
 SMALL = {"test": {"tiny_word": 30, "tiny_symbolic": 20},
          "train": {"tiny_word": 24, "tiny_symbolic": 16}, "samples": 8, "epochs": 4}
 TEXTS = {"table2.csv", "table2.md", "table2.tex", "differences.csv", "differences.md", "gap.csv",
          "gap.md", "steps_to_threshold.csv", "steps_to_threshold.md", "hyperparameters.md",
          "signal.csv", "signal.md", "report.md"}
+PAPER = {name: SETUPS[name] for name in paper_setups()}
 PICTURES = {f"{name}.{kind}" for kind in ("svg", "png") for name in
             ("kl", "reward", "entropy", "loss", "lengths", "correctness", "table2")}
 # what the report must never import
@@ -153,7 +154,7 @@ def test_table_columns_metrics_and_paper_values(report):
 def test_wide_table_has_all_rows_and_says_what_it_is(report):
     """Protects the reader: all seven rows, stand-ins named as such, how intervals were made."""
     text = (report / "table2.md").read_text(encoding="utf-8")
-    for setup in SETUPS.values():
+    for setup in PAPER.values():
         assert f"| {setup.title} |" in text
     assert "tiny word problems in the place of GSM8K" in text
     assert "not the real benchmarks" in text
@@ -180,7 +181,7 @@ def test_differences_pairs_and_holm(report):
     found = rows(report / "differences.csv")
     assert len(found) == 12 * 2 * 2
     assert {(row["first"], row["second"]) for row in found} == {
-        *((name, "base") for name in SETUPS if name != "base"), ("rl", "sft"),
+        *((name, "base") for name in PAPER if name != "base"), ("rl", "sft"),
         ("sft_then_rl", "sft"), ("sft_then_rl", "rl"), ("sft_entropy", "sft"),
         ("rl_entropy", "rl"), ("sft_then_rl_entropy", "sft_then_rl")}
     assert all(float(row["p_holm"]) >= float(row["p_value"]) for row in found)
@@ -216,7 +217,7 @@ def probe(rewards):
 
 def test_steps_to_threshold(own_records):
     """Protects the race: half-way by default, one lucky probe does not count, never is said."""
-    for setup in SETUPS:
+    for setup in PAPER:
         if setup not in ("base", "rl", "sft"):
             shutil.rmtree(own_records / setup)
     for seed in range(3):
@@ -367,7 +368,7 @@ def test_joint_curves_come_from_the_probe_alone(own_records):
                 if not line.get_label().startswith("_")}
 
     before = drawn()
-    assert set(before) == {setup.title for setup in SETUPS.values() if setup.stages}
+    assert set(before) == {setup.title for setup in PAPER.values() if setup.stages}
     expected = np.mean([[line["reward"] for line in lines(
         own_records / "rl" / f"seed-{seed}" / "probe.jsonl")] for seed in range(3)], axis=0)
     assert before["RL"][:, 1] == pytest.approx(expected)
@@ -411,7 +412,7 @@ def test_correctness_panels_add_up(records):
         figure = figures.draw_correctness(load_experiment(records))
     panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
     assert {axes.get_title(loc="left") for axes in panels} == {
-        setup.title for setup in SETUPS.values() if setup.stages}
+        setup.title for setup in PAPER.values() if setup.stages}
     for axes in panels:
         assert len(axes.collections) == 9  # 0..8 right
         top = axes.collections[-1].get_paths()[0].vertices
@@ -476,17 +477,17 @@ def test_another_method_gets_its_row(own_records):
 def test_a_setup_in_the_table_of_setups_that_never_ran_changes_nothing(records, monkeypatch):
     """Protects the rebuild of published tables from a line that somebody adds to setups.py."""
     before = tables(records)
-    monkeypatch.setitem(SETUPS, "combined", Setup("combined", "Combined", ("rl",)))
+    monkeypatch.setitem(SETUPS, "blended", Setup("blended", "Blended", ("rl",)))
     assert tables(records) == before
-    assert "combined" not in setups_with_notebook() and set(setups_with_notebook()) < set(SETUPS)
+    assert "blended" not in setups_with_notebook() and set(setups_with_notebook()) < set(SETUPS)
 
 
 def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, monkeypatch):
     """Protects README's "Adding a method": title, row behind the paper's, baselines, own colour."""
-    (own_records / "rl").rename(own_records / "combined")
+    (own_records / "rl").rename(own_records / "blended")
     others = dict(SETUPS)
     SETUPS.clear()  # the place of the line in the table is anybody's choice
-    SETUPS["combined"] = Setup("combined", "Combined", ("rl",))
+    SETUPS["blended"] = Setup("blended", "Blended", ("rl",))
     SETUPS.update(others)
     try:
         experiment = load_experiment(own_records)
@@ -496,12 +497,12 @@ def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, mo
     finally:
         SETUPS.clear()
         SETUPS.update(others)
-    assert experiment.setups[-1] == "combined" and "No finished run of: RL." in text
-    assert text.index("| SFT + RL + entropy reg. |") < text.index("| Combined |")
-    assert {second for first, second in pairs(experiment) if first == "combined"} == {
+    assert experiment.setups[-1] == "blended" and "No finished run of: RL." in text
+    assert text.index("| SFT + RL + entropy reg. |") < text.index("| Blended |")
+    assert {second for first, second in pairs(experiment) if first == "blended"} == {
         "base", "sft_then_rl"}
     colours = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
-    assert list(colours.values()).count(colours["Combined"]) == 1
+    assert list(colours.values()).count(colours["Blended"]) == 1
 
 
 def test_any_number_of_setups_has_line_styles(monkeypatch):

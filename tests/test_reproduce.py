@@ -18,7 +18,7 @@ from hybridrl_lib.errors import UserError
 from hybridrl_lib.jobs import Clock, Job, Queue, Running
 from hybridrl_lib.locks import only_writer
 from hybridrl_lib.records import RunFolder
-from hybridrl_lib.setups import SETUPS, Setup
+from hybridrl_lib.setups import SETUPS, Setup, paper_setups, setups_with_notebook
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,8 +77,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
     for name in ("notebooks", "hybridrl_lib"):
         (folder / name).mkdir(parents=True)
     (folder / "pyproject.toml").touch()
-    for setup in SETUPS.values():
-        write_notebook(folder / "notebooks" / f"{setup.notebook}.ipynb", SETUP_CELL)
+    for name in setups_with_notebook():
+        write_notebook(folder / "notebooks" / f"{SETUPS[name].notebook}.ipynb", SETUP_CELL)
     for name in reproduce.REPORT_NOTEBOOKS:
         write_notebook(folder / "notebooks" / f"{name}.ipynb", "print(experiment)")
     monkeypatch.chdir(folder)
@@ -106,17 +106,17 @@ def job(name: str, weight: float = 1.0, **fields) -> Job:
 
 def test_a_setup_without_notebook_is_left_to_hybridrl_run(checkout, fast, results, monkeypatch):
     """A line added to setups.py breaks no `hybridrl reproduce`; asked for by name, it says so."""
-    monkeypatch.setitem(SETUPS, "combined", Setup("combined", "Combined", ("rl",)))
+    monkeypatch.setitem(SETUPS, "blended", Setup("blended", "Blended", ("rl",)))
     planned = []
     monkeypatch.setattr(reproduce, "setup_job", lambda plan, setup, seed: planned.append(setup.name)
                         or job(setup.name, seed=seed))
     monkeypatch.setattr(reproduce.Queue, "run", lambda self: {})
     reproduce.reproduce("tiny", say=lambda line: None)
-    assert planned == [name for name in SETUPS if name != "combined"]
+    assert planned == list(setups_with_notebook())
     monkeypatch.undo()
     plan = SimpleNamespace(folder=checkout, notebooks=checkout / "notebooks")
-    with pytest.raises(UserError, match="combined has no notebook; train it with 'hybridrl run"):
-        reproduce.setup_job(plan, Setup("combined", "Combined", ("rl",)), 0)
+    with pytest.raises(UserError, match="blended has no notebook; train it with 'hybridrl run"):
+        reproduce.setup_job(plan, Setup("blended", "Blended", ("rl",)), 0)
 
 
 def test_notebooks_run_and_failures_are_told_at_the_end(checkout, fast, results, monkeypatch):
@@ -231,8 +231,7 @@ def test_without_notebooks_it_says_where_to_run(tmp_path, fast, monkeypatch):
 
 def test_the_longest_come_first_and_finished_ones_last(tmp_path):
     """Setups side by side end together when the long ones start first."""
-    order = sorted(SETUPS.values(), key=lambda setup: -reproduce.relative_cost(setup))
-    names = [setup.name for setup in order]
+    names = sorted(paper_setups(), key=lambda name: -reproduce.relative_cost(SETUPS[name]))
     assert names == ["rl_entropy", "rl", "sft_then_rl_entropy", "sft_then_rl", "sft_entropy", "sft",
                      "base"]
 

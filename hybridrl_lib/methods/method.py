@@ -83,6 +83,7 @@ class Method:
         settings_section: the method's own settings, if it has any; their section's name is the
             method's. `self.own` holds them.
         adapters: the values of model.adapter that it works with.
+        teaches_as_needed: whether what the answers are like decides on the demonstrations.
         stages: in order. A method may replace them while it runs; what is in the past stays.
 
     Raises, at construction:
@@ -91,6 +92,7 @@ class Method:
 
     settings_section: ClassVar[type[Section] | None] = None
     adapters: ClassVar[tuple[str, ...]] = ("none", "lora")
+    teaches_as_needed: ClassVar[bool] = False
     stages: tuple[Stage, ...] = ()
 
     def __init__(self, setup: Setup, settings: Settings):

@@ -49,6 +49,7 @@ class ReLIFT(Method):
     """RL interleaved with SFT on the hardest problems."""
 
     settings_section = ReLIFTSettings
+    teaches_as_needed = True
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
