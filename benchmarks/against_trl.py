@@ -7,7 +7,6 @@ file.
 """
 
 import argparse
-import copy
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from common import (
     make_parser,
     median,
     positive_number,
+    ratios,
     rounded,
     run,
     show,
@@ -168,7 +168,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     pairs = alternate(ours, trl, arguments.pairs)
     seconds = [[one[0] for one in side] for side in zip(*pairs, strict=True)]
     outcomes = [[one[1] for one in side] for side in zip(*pairs, strict=True)]
-    ratios = [theirs / mine for mine, theirs in zip(*seconds, strict=True)]
 
     def by_side(values: Sequence[Sequence]) -> dict[str, Any]:
         return dict(zip(("ours", "trl"), values, strict=True))
@@ -176,18 +175,18 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parts = {part: [[getattr(o, part) for o in side] for side in outcomes]
              for part in ("sampling", "update")}
     record = circumstances("against_trl", arguments, policy) | {
-        "trl": version("trl"), "groups": arguments.groups, "settings": copy.deepcopy(settings),
+        "trl": version("trl"), "groups": arguments.groups, "settings": settings,
         "check": check, "tuning": tuned, "seconds": by_side([rounded(s) for s in seconds]),
         **{f"seconds_{part}": by_side([rounded(s) for s in sides])
            for part, sides in parts.items()},
         **{f"ratio_{part}_median": median([b / a for a, b in zip(*sides, strict=True)])
            for part, sides in parts.items()},
         "tokens": by_side([[o.tokens for o in side] for side in outcomes]),
-        "ratio": rounded(ratios), "ratio_median": median(ratios)}
+        **ratios(*seconds)}
     rows = [[str(number + 1), *(cell for side in (0, 1) for cell in (
                 f"{seconds[side][number]:.3f}", f"{outcomes[side][number].sampling:.3f}",
                 f"{outcomes[side][number].update:.3f}", str(outcomes[side][number].tokens))),
-             f"{ratios[number]:.2f}"] for number in range(len(pairs))]
+             f"{record['ratio'][number]:.2f}"] for number in range(len(pairs))]
     show(record, f"One GRPO step, groups with a signal: {arguments.groups} (ratio of times, TRL's "
          "over ours; above 1: ours is faster)",
          ("pair", *(("ours s", "sampling", "update", "tokens")),

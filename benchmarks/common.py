@@ -16,7 +16,7 @@ from hybridrl_lib.errors import UserError
 from hybridrl_lib.policy import Policy, load_policy
 from hybridrl_lib.problems import load_parts
 from hybridrl_lib.records import to_json, write_whole
-from hybridrl_lib.run import device_name
+from hybridrl_lib.run import device_name, provenance
 
 
 def positive_number(text: str) -> int:
@@ -96,15 +96,15 @@ def circumstances(name: str, arguments: argparse.Namespace, policy: Policy) -> d
     return machine(name, policy.device) | {
         "model": policy.name, "parameters": policy.parameter_count(),
         "precision": policy.precision, "prompts": arguments.prompts, "samples": arguments.samples,
-        "max_new_tokens": arguments.max_new_tokens,
-        "prompt_tokens": arguments.prompt_tokens,
+        "max_new_tokens": arguments.max_new_tokens, "prompt_tokens": arguments.prompt_tokens,
         "lengths": getattr(arguments, "lengths", "natural")}
 
 
 def machine(name: str, device: torch.device) -> dict[str, Any]:
     """The benchmark, and what it runs on."""
     return {"benchmark": name, "device": device_name(device), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "transformers": transformers.__version__}
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "git_commit": provenance()["git_commit"]}
 
 
 def timed(function: Callable[[int], Any], number: int) -> tuple[float, Any]:
@@ -150,9 +150,8 @@ def show(record: dict[str, Any], title: str, columns: Sequence[str],
           f"{record['prompts']} prompts x {record['samples']} completions, "
           f"at most {record['max_new_tokens']} new tokens, lengths: {record['lengths']}\n")
     print_table(columns, rows)
-    ratios = record["ratio"]
-    print(f"\nratio: median {record['ratio_median']:.2f}, "
-          f"from {min(ratios):.2f} to {max(ratios):.2f}")
+    print(f"\nratio: median {record['ratio_median']:.2f}, from {min(record['ratio']):.2f} to "
+          f"{max(record['ratio']):.2f}; of the least disturbed runs {record['ratio_best']:.2f}")
     for note in notes:
         print(note)
 
@@ -174,6 +173,17 @@ def finish(record: dict[str, Any], path: Path | None) -> dict[str, Any]:
 
 def rounded(values: Sequence[float], digits: int = 4) -> list[float]:
     return [round(value, digits) for value in values]
+
+
+def ratios(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """How many times faster ours is: pair by pair, the median, and by each side's best run.
+
+    Args:
+        ours, other: seconds for the same work, or for a token, a value a pair.
+    """
+    pairs = [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
+    return {"ratio": rounded(pairs), "ratio_median": median(pairs),
+            "ratio_best": round(min(other) / min(ours), 4)}
 
 
 def median(values: Sequence[float]) -> float:

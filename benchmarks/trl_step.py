@@ -1,9 +1,8 @@
-"""One GRPO step of TRL's GRPOTrainer, as its train() takes it, without logging, callbacks and disk.
+"""One GRPO step of TRL's GRPOTrainer, as its train() takes it.
 
-A step is what stands between two calls of the optimiser in `Trainer._run_epoch`: `training_step` for
-every micro-batch (the first one samples, by `generate` of transformers, and scores), the clipping of
-the gradient, the optimiser, zero_grad. The data loader, the learning rate's schedule, logging,
-callbacks and checkpoints are left out.
+A step is what `Trainer._run_epoch` does from one call of the optimiser to the next: `training_step`
+of every micro-batch (the first one samples, by `generate` of transformers, and scores), clipping,
+the optimiser, zero_grad. Data loader, schedule, logging, callbacks and disk are left out.
 """
 
 import copy
