@@ -58,7 +58,7 @@ notebooks: env
 	$(BIN)/python -m hybridrl_lib.notebook.execute --preset tiny
 
 bench: env
-	$(BIN)/python benchmarks/suite.py $(if $(MODEL),--model $(MODEL)) $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python benchmarks/suite.py $(if $(MODEL),--model "$(MODEL)") $(if $(ONLY),--only $(ONLY))
 
 lint: env
 	$(BIN)/ruff check .

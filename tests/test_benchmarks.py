@@ -111,7 +111,7 @@ def test_verdicts_runs(script, measure):
 
 @pytest.fixture()
 def sides(script, policy):
-    """sides(groups with a signal) -> our step, TRL's and completions of the model, of different lengths."""
+    """sides(groups with a signal) -> our step, TRL's, and completions of different lengths."""
     def make(which="all"):
         questions = ["1 + 1", "How many are 12 - 3?", "2 * 3", "5 - 4"]
         ours = script("grpo_step").GRPOStep(policy, questions, samples=4, max_new_tokens=12,
