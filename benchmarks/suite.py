@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     here = machine("suite", device)
     path = arguments.out / f"{re.sub(r'[^a-z0-9]+', '-', here['device'].lower()).strip('-')}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = {"device": here["device"], "cases": found.get("cases", {}), "left_out": {}}
+    found = {"device": here["device"], "cases": found.get("cases", {}),
+             "left_out": found.get("left_out", {})}
     failed = []
     for name in arguments.only or known:
         reason = unfit(known[name], device)
@@ -128,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             failed.append(f"{name} ({type(error).__name__})")
             continue
+        found["left_out"].pop(name, None)
         found["cases"][name] = record | {"seconds_in_all": round(time.perf_counter() - began, 1)}
         write_whole(path, to_json(found, indent=1) + "\n")
     write_page(found, path.with_suffix(".md"))
