@@ -43,10 +43,10 @@ class Sizes:
 BASE = Sizes()
 WIDE = 151_936  # the vocabulary of Qwen2.5
 AXES = {
-    "samples": [replace(BASE, samples=n) for n in (2, 4, 8, 16, 32)],
-    "length": [replace(BASE, length=n) for n in (16, 32, 64, 128, 256)],
-    "prompts": [replace(BASE, prompts=n) for n in (2, 4, 8, 16, 32, 64)],
-    "model": [replace(BASE, width=w, layers=n) for w, n in ((64, 2), (128, 3), (256, 4), (384, 6),
+    "samples": [replace(BASE, samples=n) for n in (4, 8, 16, 32)],
+    "length": [replace(BASE, length=n) for n in (16, 48, 128, 256)],
+    "prompts": [replace(BASE, prompts=n) for n in (4, 16, 32, 64)],
+    "model": [replace(BASE, width=w, layers=n) for w, n in ((64, 2), (128, 3), (256, 4),
                                                             (512, 8))],
     # 4,096 completion tokens each
     "vocabulary": [replace(BASE, length=n, samples=4, prompts=1024 // n, width=64, layers=2,

@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description="All benchmarks that fit this machine.")
     parser.add_argument("--model", help="a folder, GGUF file or hub name of a model of about 0.1 "
                                         "billion weights; without it the tiny model alone")
-    parser.add_argument("--only", nargs="+", metavar="CASE", help="run these cases alone")
+    parser.add_argument("--only", nargs="*", metavar="CASE",
+                        help="run these cases alone; with no name make the page again")
     parser.add_argument("--threads", type=positive_number, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=project_folder() / "results/runs/bench",
                         help="the folder; results/runs/bench unless given")
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     found = {"device": here["device"], "cases": found.get("cases", {}),
              "left_out": found.get("left_out", {})}
     failed = []
-    for name in arguments.only or known:
+    for name in known if arguments.only is None else arguments.only:
         reason = unfit(known[name], device)
         if reason:
             print(f"{name}: left out, {reason}")

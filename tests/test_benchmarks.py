@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridrl_lib.errors import UserError
 from hybridrl_lib.packing import PromptCompletion, pack
 
 ROOT = Path(__file__).parent.parent
@@ -201,20 +202,20 @@ def test_the_suite_keeps_what_it_measured(script, monkeypatch, tmp_path):
     def measure(case, threads):
         if case.script == "packing":
             raise subprocess.CalledProcessError(1, "packing")
-        return records["verdicts" if case.script == "verdicts" else "generate_tiny"]
+        return records["generate_tiny"]
 
     monkeypatch.setattr(suite, "measure", measure)
     out = ["--out", str(tmp_path)]
     suite.main([*out, "--only", "generate_tiny"])
     monkeypatch.setattr(suite, "unfit", lambda case, _: "small" if case.gigabytes > 5 else None)
-    with pytest.raises(Exception, match="packing_tiny"):
+    with pytest.raises(UserError, match="packing_tiny"):
         suite.main([*out, "--only", "packing_tiny", "scaling", "verdicts"])
     (path,) = tmp_path.glob("*.json")
     found = json.loads(path.read_text(encoding="utf-8"))
     assert set(found["cases"]) == {"generate_tiny", "verdicts"}
     assert found["left_out"] == {"scaling": "small"}
     assert "sampler against generate" in path.with_suffix(".md").read_text(encoding="utf-8")
-    with pytest.raises(Exception, match="There is no case"):
+    with pytest.raises(UserError, match="There is no case"):
         suite.main([*out, "--only", "nonsense"])
 
 
