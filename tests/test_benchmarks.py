@@ -192,6 +192,24 @@ def test_published_memory_is_flat_at_a_large_vocabulary(path):
     assert scaling["vocabulary_above_resting_ratio"] <= 1.3
 
 
+def test_scaling_is_drawn(script, tmp_path):
+    """Protects the page of a machine where scaling was measured: its pictures are written."""
+    points = {axis: [{"part": part, "samples": n, "length": n, "prompts": n, "parameters": n,
+                      "vocabulary": 100, "micro_batch_tokens": 64, "seconds": n / 10,
+                      "peak_mib": 400.0 + n, "resting_mib": 390.0}
+                     for n in (4, 8) for part in ("sampling", "update")]
+              for axis in ("samples", "length", "prompts", "model", "vocabulary")}
+    record = {"benchmark": "scaling", "points": points, "vocabulary_peak_ratio": 1.1,
+              "vocabulary_above_resting_ratio": 1.2, "precision": "fp32", "threads": 1,
+              "base": {"prompts": 2, "samples": 2, "length": 4, "width": 32, "layers": 1}}
+    page = tmp_path / "here.md"
+    script("page").write_page({"device": "here", "cases": {"scaling": record}, "left_out": {}},
+                              page)
+    for name in ("seconds", "peak_mib", "vocabulary"):
+        assert (tmp_path / f"here-{name}.png").stat().st_size > 5000
+        assert f"here-{name}.png" in page.read_text(encoding="utf-8")
+
+
 def test_readme_quotes_the_published_ratios():
     """Protects against a README that claims another speed than was measured."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
