@@ -4,6 +4,8 @@ PRESET ?= tiny
 SEEDS ?= 1
 JOBS ?=
 EXPERIMENT ?=
+MODEL ?=
+ONLY ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,8 @@ help:
 	@echo "make env-hashed  the same, every file compared with its recorded sha256 (Linux x86_64)"
 	@echo "make report      Table 2 and figures again, from records (PRESET= or EXPERIMENT=)"
 	@echo "make notebooks   execute the committed notebooks again, in place"
-	@echo "make bench       speed of the sampler, of packing and of the verifier (about a minute)"
+	@echo "make bench       speed against TRL and generate, ceilings, scaling: JSON and a page with"
+	@echo "                 pictures (MODEL= a folder or GGUF file for a larger model, ONLY= cases)"
 	@echo "make lint        ruff, notebooks included"
 	@echo "make audit       known vulnerabilities in the pinned versions"
 	@echo "make lock        the files with the sha256 of every pin again, from constraints.txt"
@@ -79,9 +82,7 @@ notebooks: env
 	$(BIN)/python -m hybridrl_lib.notebook.execute --preset tiny
 
 bench: env
-	$(BIN)/python benchmarks/against_generate.py --json results/runs/bench/against_generate.json
-	$(BIN)/python benchmarks/packing.py --json results/runs/bench/packing.json
-	$(BIN)/python benchmarks/verdicts.py --json results/runs/bench/verdicts.json
+	$(BIN)/python benchmarks/suite.py $(if $(MODEL),--model "$(MODEL)") $(if $(ONLY),--only $(ONLY))
 
 audit:
 	@$(PYTHON) .ci/audit

@@ -9,7 +9,18 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from common import alternate, circumstances, finish, load, make_parser, median, rounded, run, show
+from common import (
+    add_lengths,
+    alternate,
+    circumstances,
+    finish,
+    load,
+    make_parser,
+    ratios,
+    rounded,
+    run,
+    show,
+)
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -65,8 +76,9 @@ def count(groups: Sequence[Group]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measures, prints a table and the JSON line; returns what the line holds."""
-    arguments = make_parser("Our sampler against transformers' generate.",
-                            prompts=32, pairs=6).parse_args(argv)
+    parser = make_parser("Our sampler against transformers' generate.", prompts=32, pairs=6)
+    add_lengths(parser)
+    arguments = parser.parse_args(argv)
     policy, prompts = load(arguments)
     generate = Generate(policy, prompts, arguments.samples, arguments.max_new_tokens)
 
@@ -81,17 +93,23 @@ def main(argv: Sequence[str] | None = None) -> dict:
               [generate.count(theirs[1]) for _, theirs in pairs]]
     speeds = [[n / s for n, s in zip(*side, strict=True)]
               for side in zip(tokens, seconds, strict=True)]
-    ratios = [mine / theirs for mine, theirs in zip(*speeds, strict=True)]
     names = ("ours", "generate")
     record = circumstances("against_generate", arguments, policy) | {
         "decoder": "own" if Decoder.supports(policy) else "transformers",
         "seconds": {name: rounded(s) for name, s in zip(names, seconds, strict=True)},
         "tokens": dict(zip(names, tokens, strict=True)),
         "tokens_per_second": {name: rounded(s, 1) for name, s in zip(names, speeds, strict=True)},
-        "ratio": rounded(ratios), "ratio_median": median(ratios)}
+        "settings": {
+            "ours": {"temperature": 1.0, "top_k": None, "top_p": None, "dtype": policy.precision,
+                     "batch": arguments.prompts * arguments.samples},
+            "generate": {name: getattr(generate.model.generation_config, name)
+                         for name in ("temperature", "top_k", "top_p", "eos_token_id")}
+            | {"dtype": str(generate.model.dtype).removeprefix("torch."),
+               "batch": arguments.prompts * arguments.samples}},
+        **ratios(*([1 / speed for speed in side] for side in speeds))}
     rows = [[str(i + 1), *(cell for side in (0, 1) for cell in (
                 f"{seconds[side][i]:.3f}", str(tokens[side][i]), f"{speeds[side][i]:.0f}")),
-             f"{ratios[i]:.2f}"] for i in range(len(pairs))]
+             f"{record['ratio'][i]:.2f}"] for i in range(len(pairs))]
     show(record, "Our sampler against transformers' generate (ratio of tokens/s; above 1: ours is "
          "faster)", ("pair", "ours s", "tokens", "tokens/s", "generate s", "tokens", "tokens/s",
                      "ratio"), rows)

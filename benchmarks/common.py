@@ -16,6 +16,7 @@ from hybridrl_lib.errors import UserError
 from hybridrl_lib.policy import Policy, load_policy
 from hybridrl_lib.problems import load_parts
 from hybridrl_lib.records import to_json, write_whole
+from hybridrl_lib.run import device_name, provenance
 
 
 def positive_number(text: str) -> int:
@@ -25,50 +26,85 @@ def positive_number(text: str) -> int:
     return int(text)
 
 
-def make_parser(description: str, *, prompts: int, pairs: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `prompts` and `pairs` are defaults."""
+def make_parser(description: str, *, prompts: int, pairs: int,
+                max_new_tokens: int = 56) -> argparse.ArgumentParser:
+    """The options that every benchmark of a model has; the numbers are defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="tiny",
                         help="tiny (the shipped model), a folder, a GGUF file or a hub name")
     for name, default, meaning in (
             ("--prompts", prompts, "tiny training problems asked"),
             ("--samples", 8, "completions a prompt"),
-            ("--max-new-tokens", 56, "cap on a completion's tokens"),
+            ("--max-new-tokens", max_new_tokens, "cap on a completion's tokens"),
             ("--pairs", pairs, "timed pairs, after one run of each that is not timed")):
         parser.add_argument(name, type=positive_number, default=default,
                             help=f"{meaning}; {default} unless given")
+    parser.add_argument("--prompt-tokens", type=positive_number, metavar="N",
+                        help="take the problems whose prompts are nearest to N tokens; the first "
+                             "problems unless given")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+                        help="as model.precision; auto unless given")
+    add_threads_and_json(parser)
+    return parser
+
+
+def add_threads_and_json(parser: argparse.ArgumentParser) -> None:
+    """The options of benchmarks without a model, too."""
     parser.add_argument("--threads", type=positive_number,
                         help="CPU threads; torch's choice unless given")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="also write the JSON of the last line there")
-    return parser
 
 
-def load(arguments: argparse.Namespace) -> tuple[Policy, list[list[int]]]:
-    """The policy and the token ids of `--prompts` training problems of the tiny benchmarks.
+def add_lengths(parser: argparse.ArgumentParser) -> None:
+    """`--lengths`, for benchmarks that can keep answers from ending."""
+    parser.add_argument("--lengths", choices=("natural", "fixed"), default="natural",
+                        help="fixed: no answer ends before the cap; natural unless given")
+
+
+def load_questions(arguments: argparse.Namespace) -> tuple[Policy, list[str]]:
+    """The policy and `--prompts` questions out of the training problems of the tiny benchmarks.
+
+    With `--lengths fixed` the policy's only stop token is one that no model samples, so that every
+    completion is as long as the cap.
 
     Raises:
         UserError: the model cannot be loaded, or there are fewer problems than asked for.
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    policy = load_policy(ModelSettings(path=arguments.model))
-    problems = load_parts(DataSettings()).train
-    if arguments.prompts > len(problems):
-        raise UserError(f"There are {len(problems)} problems; lower --prompts.")
-    return policy, [policy.encode_prompt(p.question) for p in problems[:arguments.prompts]]
+    policy = load_policy(ModelSettings(path=arguments.model, precision=arguments.precision))
+    if getattr(arguments, "lengths", "natural") == "fixed":
+        policy.stop_ids = (policy.model.config.vocab_size,)
+    questions = [problem.question for problem in load_parts(DataSettings()).train]
+    if arguments.prompts > len(questions):
+        raise UserError(f"There are {len(questions)} problems; lower --prompts.")
+    if arguments.prompt_tokens:
+        questions.sort(key=lambda question: abs(len(policy.encode_prompt(question))
+                                                - arguments.prompt_tokens))
+    return policy, questions[:arguments.prompts]
+
+
+def load(arguments: argparse.Namespace) -> tuple[Policy, list[list[int]]]:
+    """As `load_questions`, with the token ids of the prompts."""
+    policy, questions = load_questions(arguments)
+    return policy, [policy.encode_prompt(question) for question in questions]
 
 
 def circumstances(name: str, arguments: argparse.Namespace, policy: Policy) -> dict[str, Any]:
     """What was measured, on what: the head of the JSON line."""
-    device = policy.device.type
-    return {
-        "benchmark": name, "model": policy.name, "parameters": policy.parameter_count(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "precision": policy.precision, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-        "prompts": arguments.prompts, "samples": arguments.samples,
-        "max_new_tokens": arguments.max_new_tokens}
+    return machine(name, policy.device) | {
+        "model": policy.name, "parameters": policy.parameter_count(),
+        "precision": policy.precision, "prompts": arguments.prompts, "samples": arguments.samples,
+        "max_new_tokens": arguments.max_new_tokens, "prompt_tokens": arguments.prompt_tokens,
+        "lengths": getattr(arguments, "lengths", "natural")}
+
+
+def machine(name: str, device: torch.device) -> dict[str, Any]:
+    """The benchmark, and what it runs on."""
+    return {"benchmark": name, "device": device_name(device), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "git_commit": provenance()["git_commit"]}
 
 
 def timed(function: Callable[[int], Any], number: int) -> tuple[float, Any]:
@@ -112,15 +148,19 @@ def show(record: dict[str, Any], title: str, columns: Sequence[str],
     print(f"{title}\n{record['model']} ({record['parameters'] / 1e6:.2f} M weights), "
           f"{record['device']}, {record['precision']}, threads: {record['threads']}\n"
           f"{record['prompts']} prompts x {record['samples']} completions, "
-          f"at most {record['max_new_tokens']} new tokens\n")
+          f"at most {record['max_new_tokens']} new tokens, lengths: {record['lengths']}\n")
+    print_table(columns, rows)
+    print(f"\nratio: median {record['ratio_median']:.2f}, from {min(record['ratio']):.2f} to "
+          f"{max(record['ratio']):.2f}; of the least disturbed runs {record['ratio_best']:.2f}")
+    for note in notes:
+        print(note)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of text, aligned to the right."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         print("   ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    ratios = record["ratio"]
-    print(f"\nratio: median {record['ratio_median']:.2f}, "
-          f"from {min(ratios):.2f} to {max(ratios):.2f}")
-    for note in notes:
-        print(note)
 
 
 def finish(record: dict[str, Any], path: Path | None) -> dict[str, Any]:
@@ -133,6 +173,17 @@ def finish(record: dict[str, Any], path: Path | None) -> dict[str, Any]:
 
 def rounded(values: Sequence[float], digits: int = 4) -> list[float]:
     return [round(value, digits) for value in values]
+
+
+def ratios(ours: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    """How many times faster ours is: pair by pair, the median, and by each side's best run.
+
+    Args:
+        ours, other: seconds for the same work, or for a token, a value a pair.
+    """
+    pairs = [theirs / mine for mine, theirs in zip(ours, other, strict=True)]
+    return {"ratio": rounded(pairs), "ratio_median": median(pairs),
+            "ratio_best": round(min(other) / min(ours), 4)}
 
 
 def median(values: Sequence[float]) -> float:

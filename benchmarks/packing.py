@@ -14,8 +14,8 @@ from common import (
     finish,
     load,
     make_parser,
-    median,
     positive_number,
+    ratios,
     rounded,
     run,
     show,
@@ -116,7 +116,6 @@ def main(argv: Sequence[str] | None = None) -> dict:
     pairs = alternate(lambda _: batch.accumulate(pack), lambda _: batch.accumulate(one_row_each),
                       arguments.pairs)
     seconds = [[one[0] for one in side] for side in zip(*pairs, strict=True)]
-    ratios = [theirs / mine for mine, theirs in zip(*seconds, strict=True)]
     names = ("packed", "one_row_each")
     computed = [sum(m.input_ids.numel() for m in batch.micro_batches(packing))
                 for packing in (pack, one_row_each)]
@@ -126,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "positions_ratio": round(computed[1] / computed[0], 4),
         "gradient_difference": difference, "gradient_largest": largest,
         "seconds": {name: rounded(s) for name, s in zip(names, seconds, strict=True)},
-        "ratio": rounded(ratios), "ratio_median": median(ratios)}
+        **ratios(*seconds)}
     rows = [[str(number), f"{mine:.3f}", f"{theirs:.3f}", f"{theirs / mine:.2f}"]
             for number, (mine, theirs) in enumerate(zip(*seconds, strict=True), start=1)]
     show(record, "Gradient of one RL batch: prompt once a group against one row a completion "
