@@ -71,6 +71,18 @@ SETUPS: dict[str, Setup] = {
               settings=("relift.newest_first=true", "relift.gamma=1e-3", "rl.clip=false",
                         "rl.advantage_scale=none", "rl.loss_normalisation=constant",
                         "rl.beta=0")),
+        Setup("superrl", "SuperRL", ("rl",), method="superrl"),
+        Setup("superrl_advantage", "SuperRL, advantage gate", ("rl",), method="superrl",
+              settings=("superrl.gate=advantage",)),
+        Setup("superrl_code", "SuperRL, gate per update", ("rl",), method="superrl",
+              settings=("superrl.granularity=update",)),
+        Setup("superrl_drop", "SuperRL without SFT", ("rl",), method="superrl",
+              settings=("superrl.unsolved=drop",)),
+        Setup("superrl_log_sigma", "SuperRL, learned weights", ("rl",), method="superrl",
+              settings=("superrl.mixing=log_sigma",)),
+        Setup("hpt", "HPT", ("rl",), True, method="hpt",
+              settings=("rl.clip=false", "rl.advantage_scale=none", "rl.beta=0", "rl.gamma=0.001",
+                        "rl.loss_normalisation=constant")),
     )
 }
 

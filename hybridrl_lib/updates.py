@@ -44,6 +44,7 @@ class Update:
         lambda_sft, lambda_rl: for the record, which shows L_SFT and L_RL without them.
         optimizer: which of the run's optimisers takes the update; each has its own moments.
         learning_rate: its own, or None for that of the step.
+        largest_norm: an update whose gradient has a larger norm, before clipping, is left out.
     """
 
     sequences: list[PromptCompletion]
@@ -61,6 +62,7 @@ class Update:
     lambda_rl: float = 1.0
     optimizer: str = "main"
     learning_rate: float | None = None
+    largest_norm: float = math.inf
 
 
 @dataclass
@@ -153,7 +155,8 @@ class Learner:
         """
         if not self.accumulate(update, totals):
             return None
-        return self.step(update.learning_rate or learning_rate, update.optimizer)
+        return self.step(update.learning_rate or learning_rate, update.optimizer,
+                         update.largest_norm)
 
     def accumulate(self, update: Update, totals: Totals) -> bool:
         """Adds the gradient of an update's loss to the parameters'; False if there is none."""
@@ -163,8 +166,22 @@ class Learner:
             self.accelerator.backward(self._loss(update, keep, packed, totals))
         return bool(keep)
 
-    def step(self, learning_rate: float, optimizer: str = "main") -> float:
+    def gradient_norm(self, update: Update) -> float:
+        """Norm of the gradient of an update that is not taken, as `step` would return it."""
+        if not self.accumulate(update, Totals()):
+            return 0.0
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters
+                                              if p.grad is not None])
+        for parameter in self.parameters:
+            parameter.grad = None
+        scaler = self.accelerator.scaler
+        return float(norm) / (1.0 if scaler is None else scaler.get_scale())
+
+    def step(self, learning_rate: float, optimizer: str = "main",
+             largest_norm: float = math.inf) -> float:
         """Clips the gradient, moves the weights and clears it; returns its norm before clipping.
+
+        A gradient with a norm above `largest_norm` is cleared alone.
 
         Raises:
             UserError: the gradient was not finite several times in a row.
@@ -178,6 +195,8 @@ class Learner:
                                                       self.settings.training.gradient_clip))
         for group in chosen.param_groups:
             group["lr"] = learning_rate
+        if norm > largest_norm:  # AdamW leaves alone what has no gradient
+            chosen.zero_grad(set_to_none=True)
         finite = math.isfinite(norm)
         if finite or self.accelerator.mixed_precision == "fp16":  # its scaler skips by itself
             chosen.step()

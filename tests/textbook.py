@@ -74,3 +74,20 @@ def problems_of(trainer, groups):
     """The problems that groups were sampled for, by their prompts."""
     by_prompt = {tuple(trainer.policy.encode_prompt(p.question)): p for p in trainer.parts.train}
     return [by_prompt[tuple(group.prompt_ids)] for group in groups]
+
+
+def plain_sft(trainer, problems, normalisation="token_mean"):
+    """L_SFT on the demonstrations of problems."""
+    return plain_mean([-plain_scores(trainer.policy.model,
+                                     trainer.policy.encode_prompt(p.question),
+                                     trainer.policy.encode_completion(p.solution))[0]
+                       for p in problems], normalisation)
+
+
+def plain_rl(trainer, groups, rewards):
+    """L_GRPO by the policy that sampled; 0 without groups. `rewards`: G of 0 and 1 a group."""
+    if not groups:
+        return torch.zeros(())
+    old = all_scores(trainer, groups)
+    return plain_grpo(trainer.policy, groups, torch.tensor(rewards, dtype=torch.float32), old, old,
+                      trainer.settings)

@@ -14,6 +14,8 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "staged": "Staged",
     "combined": "Combined",
     "relift": "ReLIFT",
+    "superrl": "SuperRL",
+    "hpt": "HPT",
 }
 
 
