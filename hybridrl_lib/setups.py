@@ -83,6 +83,7 @@ SETUPS: dict[str, Setup] = {
         Setup("hpt", "HPT", ("rl",), True, method="hpt",
               settings=("rl.clip=false", "rl.advantage_scale=none", "rl.beta=0", "rl.gamma=0.001",
                         "rl.loss_normalisation=constant")),
+        Setup("sasr", "SASR", ("sft", "rl"), method="sasr", settings=("rl.kl_anchor=stage",)),
     )
 }
 

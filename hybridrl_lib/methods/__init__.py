@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "relift": "ReLIFT",
     "superrl": "SuperRL",
     "hpt": "HPT",
+    "sasr": "SASR",
 }
 
 
