@@ -84,6 +84,13 @@ SETUPS: dict[str, Setup] = {
               settings=("rl.clip=false", "rl.advantage_scale=none", "rl.beta=0", "rl.gamma=0.001",
                         "rl.loss_normalisation=constant")),
         Setup("sasr", "SASR", ("sft", "rl"), method="sasr", settings=("rl.kl_anchor=stage",)),
+        Setup("chord_mu", "CHORD-mu", ("rl",), method="chord",
+              settings=("rl.updates_per_rollout=1",)),
+        Setup("chord_phi", "CHORD-phi", ("rl",), method="chord",
+              settings=("chord.schedule=constant", "chord.peak=0.1", "chord.phi=uncertainty",
+                        "rl.updates_per_rollout=1")),
+        Setup("chord_adaptive", "CHORD, adaptive", ("rl",), method="chord",
+              settings=("chord.schedule=adaptive", "rl.updates_per_rollout=1")),
     )
 }
 

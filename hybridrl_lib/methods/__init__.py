@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "superrl": "SuperRL",
     "hpt": "HPT",
     "sasr": "SASR",
+    "chord": "CHORD",
 }
 
 
