@@ -91,6 +91,11 @@ SETUPS: dict[str, Setup] = {
                         "rl.updates_per_rollout=1")),
         Setup("chord_adaptive", "CHORD, adaptive", ("rl",), method="chord",
               settings=("chord.schedule=adaptive", "rl.updates_per_rollout=1")),
+        Setup("luffy", "LUFFY", ("rl",), method="luffy", settings=("rl.beta=0",)),
+        Setup("luffy_code", "LUFFY, released code", ("rl",), method="luffy",
+              settings=("rl.clip=false", "rl.advantage_scale=none", "rl.beta=0",
+                        "rl.loss_normalisation=constant")),
+        Setup("uft", "UFT", ("rl",), method="uft", settings=("rl.kl_anchor=reference",)),
     )
 }
 

@@ -213,8 +213,7 @@ class Trainer:
             seed=seed_of(self.seed, "rollouts", self.step),
             batch_size=self.settings.evaluation.batch_size)
         judged = groups if not hints else [
-            with_text_before(group, self.policy.decode(hint))
-            for group, hint in zip(groups, hints, strict=True)]
+            with_hint(self.policy, group, hint) for group, hint in zip(groups, hints, strict=True)]
         verdicts = verdicts_of(problems, judged, self.verifier)
         rewards = torch.tensor([float(v.strict) for v in verdicts]).view(-1, rl.group_size)
         advantages = group_advantages(rewards, rl.advantage_scale)
@@ -419,9 +418,13 @@ def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:
     }
 
 
-def with_text_before(group: Group, text: str) -> Group:
-    """The group with a text before each answer's own: the hint that they went on from."""
-    return replace(group, completions=[replace(c, text=text + c.text) for c in group.completions])
+def with_hint(policy: Policy, group: Group, hint: list[int]) -> Group:
+    """The group with texts that begin with the hint that the answers went on from.
+
+    Both are decoded as one: a character may begin in the hint and end in the answer.
+    """
+    return replace(group, completions=[replace(c, text=policy.decode([*hint, *c.token_ids]))
+                                       for c in group.completions])
 
 
 def measured(totals: Totals, updates: Sequence[Update], with_rollouts: bool) -> dict:

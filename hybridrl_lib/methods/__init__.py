@@ -18,6 +18,8 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "hpt": "HPT",
     "sasr": "SASR",
     "chord": "CHORD",
+    "luffy": "LUFFY",
+    "uft": "UFT",
 }
 
 
