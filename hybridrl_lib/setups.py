@@ -96,6 +96,9 @@ SETUPS: dict[str, Setup] = {
               settings=("rl.clip=false", "rl.advantage_scale=none", "rl.beta=0",
                         "rl.loss_normalisation=constant")),
         Setup("uft", "UFT", ("rl",), method="uft", settings=("rl.kl_anchor=reference",)),
+        Setup("mifo", "MIFO", ("rl",), method="mifo"),
+        Setup("mifo_last", "MIFO, alpha = 0", ("rl",), method="mifo",
+              settings=("mifo.decay=0",)),
     )
 }
 

@@ -20,7 +20,10 @@ OTHERS = [name for name, setup in SETUPS.items() if setup.method != "staged" or 
 SIX = (*SMALL, "training.epochs=12", "training.checkpoint_every=1000", "sft.learning_rate=0.003",
        "rl.learning_rate=0.003", "evaluation.samples=0", "evaluation.train_samples=0",
        "evaluation.train_limit=0")
-FEWER = {"relift": ("relift.batch_size=3",)}  # by method: so that its events fall into six steps
+FEWER = {  # by method: so that its events fall into six steps
+    "relift": ("relift.batch_size=3",),
+    "mifo": ("mifo.batch_size=3",),
+}
 FOLDER = Path(methods.__file__).parent
 
 

@@ -20,6 +20,7 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "chord": "CHORD",
     "luffy": "LUFFY",
     "uft": "UFT",
+    "mifo": "MIFO",
 }
 
 
