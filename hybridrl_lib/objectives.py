@@ -123,6 +123,23 @@ def group_advantages(rewards: Tensor, scale: str = "group_std", epsilon: float =
     return gains / (rewards.std(dim=1, keepdim=True) + epsilon)
 
 
+def overlong_punishment(lengths: Tensor, finished: Tensor, longest: int, share: float) -> Tensor:
+    """What a long completion loses of its reward: DAPO's soft overlong punishment.
+
+    0 up to (1 - share) * longest tokens, then linearly down to -1 at the cap; -1 for a completion
+    that was cut off there.
+
+    Args:
+        lengths: tokens; finished: bool, of the same shape.
+        longest: the cap on completion tokens.
+        share: of the cap, over which the punishment grows; 0 for none.
+    """
+    if not share:
+        return torch.zeros_like(lengths, dtype=torch.float32)
+    soft = ((1 - share) * longest - lengths) / (share * longest)
+    return torch.where(finished, soft.clamp(-1, 0), torch.full_like(soft, -1))
+
+
 # 4. KL divergence -------------------------------------------------------------------------------
 
 

@@ -200,6 +200,12 @@ class RLSettings(Section):
         "policy that the stage began with, frozen",
         "paper §1: old; GRPO as published: reference; DeepSeekMath's is the SFT model: stage",
         choices=("old", "reference", "stage"))
+    kl_estimator: str = setting(
+        "ratio_k3",
+        "of the KL to reference or stage, a token: ratio_k3 = ratio times k3, whose gradient is "
+        "that of the divergence; k3 = k3 alone",
+        "GRPO as published: k3, which assumes samples of the policy itself",
+        choices=("ratio_k3", "k3"))
     epsilon_low: float = setting(
         0.2, "the ratio is clipped below 1 - epsilon_low",
         "paper §1 has one epsilon, not its value", above=0, below=1)
@@ -224,6 +230,16 @@ class RLSettings(Section):
         1.0, "of sampling and of the trained log-probabilities alike",
         "paper §1: samples of the policy itself", above=0)
     max_new_tokens: int = setting(56, "cap of a completion (tokens)", at_least=1)
+    overlong_share: float = setting(
+        0.0,
+        "the last share of rl.max_new_tokens, over which the reward behind the advantage falls "
+        "linearly by 1; a completion that was cut off loses all of it; 0 = no punishment",
+        "DAPO: 4096 of 20480 tokens = 0.2", at_least=0, at_most=1)
+    dynamic_sampling_rounds: int = setting(
+        1,
+        "above 1: groups whose answers are all right or all wrong are dropped and further problems "
+        "are sampled until rl.prompts_per_step groups are left, in so many rounds at most",
+        "DAPO: at most 10 rounds of three times the batch", at_least=1)
     reference_every: int = setting(
         1, "kl/reference is logged every so many steps, and at every one where the loss needs it",
         at_least=1)
@@ -232,6 +248,9 @@ class RLSettings(Section):
         if self.prompts_per_step % self.updates_per_rollout:
             self.refuse("updates_per_rollout", "it must divide rl.prompts_per_step "
                         f"({self.prompts_per_step}) so that no group is cut")
+        if self.kl_estimator == "k3" and self.kl_anchor == "old":
+            self.refuse("kl_estimator", "with rl.kl_anchor=old its gradient is 0 at the first "
+                        "update; choose ratio_k3, or the anchor reference or stage")
 
 
 @dataclass(frozen=True)

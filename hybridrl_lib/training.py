@@ -10,6 +10,7 @@ updates of them (`methods/method.py`); everything else is the same for all metho
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoints, Snapshot
-from .config import Settings
+from .config import RLSettings, Settings
 from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, evaluate, verdicts_of
 from .health import Health, replay
 from .interrupt import Interrupt
 from .methods.method import Method, Progress, Stage
-from .objectives import group_advantages, k3
+from .objectives import group_advantages, k3, overlong_punishment
 from .packing import PromptCompletion
 from .policy import Policy
 from .problems import Problem, ProblemParts, in_turn
@@ -165,8 +166,8 @@ class Trainer:
                 self._batch(stage, progress.step, "prompts", size), progress, row)
         sampled_at = time.perf_counter()
 
-        if step.rollouts and self.step % settings.rl.reference_every == 0 or (
-                step.rollouts and self.learner.needs_anchor):
+        if step.rollouts and (self.step % settings.rl.reference_every == 0
+                              or self.learner.needs_anchor or self.method.needs_reference):
             self._score_reference(step)
         updates, totals = self.method.compose(step), Totals()
         self.tokens["demonstrations"] += sum(
@@ -202,7 +203,37 @@ class Trainer:
     # 3. Rollouts, rewards, advantages ----------------------------------------------------------
 
     def _roll_out(self, problems: list[Problem], progress: Progress, row: dict) -> list[Rollout]:
-        """Samples G answers a problem and judges them."""
+        """Samples G answers a problem and judges them.
+
+        With dynamic sampling (DAPO) groups without signal make way for those of further problems;
+        after the last round a step goes on with what there is.
+        """
+        rl, asked, reasons = self.settings.rl, {p.id for p in problems}, Counter()
+        rollouts = self._judge(problems, progress, 0, reasons)
+        sampled, kept = rollouts, rollouts
+        if rl.dynamic_sampling_rounds > 1:
+            others = [p for p in self.parts.train if p.id not in asked]
+            progress.random("dynamic sampling").shuffle(others)
+            kept = [rollout for rollout in sampled if 0 < rollout.solved < 1]
+            for number in range(1, rl.dynamic_sampling_rounds):
+                further, others = others[:len(problems)], others[len(problems):]
+                if not further or len(kept) >= len(problems):
+                    break
+                rollouts = self._judge(further, progress, number, reasons)
+                sampled = sampled + rollouts
+                kept = kept + [rollout for rollout in rollouts if 0 < rollout.solved < 1]
+            kept = kept[:len(problems)]
+            row |= {"groups/sampled": len(sampled), "groups/kept": len(kept)}
+        row |= reward_metrics([r.group for r in sampled], torch.stack([r.rewards for r in sampled]))
+        if rl.overlong_share:
+            row["reward/overlong"] = float(torch.stack(
+                [overlong_of(r.group, rl) for r in sampled]).mean())
+        row["verdicts"] = dict(sorted(reasons.items()))
+        return kept
+
+    def _judge(self, problems: list[Problem], progress: Progress, number: int,
+               reasons: Counter) -> list[Rollout]:
+        """One round of sampling; `reasons` counts the verdicts'."""
         rl, prompts = self.settings.rl, [self.policy.encode_prompt(p.question) for p in problems]
         hints = self.method.hints(problems, progress)
         if hints:
@@ -210,18 +241,19 @@ class Trainer:
         groups = sample(
             self.policy, prompts,
             samples=rl.group_size, max_new_tokens=rl.max_new_tokens, temperature=rl.temperature,
-            seed=seed_of(self.seed, "rollouts", self.step),
+            seed=seed_of(self.seed, "rollouts", self.step, *([number] if number else [])),
             batch_size=self.settings.evaluation.batch_size)
         judged = groups if not hints else [
             with_hint(self.policy, group, hint) for group, hint in zip(groups, hints, strict=True)]
         verdicts = verdicts_of(problems, judged, self.verifier)
+        reasons.update(v.reason for v in verdicts)
         rewards = torch.tensor([float(v.strict) for v in verdicts]).view(-1, rl.group_size)
-        advantages = group_advantages(rewards, rl.advantage_scale)
-        row |= reward_metrics(groups, rewards)
-        reasons = [v.reason for v in verdicts]
-        row["verdicts"] = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+        shaped = rewards
+        if rl.overlong_share:
+            shaped = rewards + torch.stack([overlong_of(group, rl) for group in groups])
+        advantages = group_advantages(shaped, rl.advantage_scale)
         self.tokens["rollouts"] += sum(len(c.token_ids) for g in groups for c in g.completions)
-        if self.step % self.settings.training.samples_every == 0:
+        if self.step % self.settings.training.samples_every == 0 and not number:
             self._log_samples(problems[0], judged[0], rewards[0])
         return [Rollout(*item) for item in zip(problems, groups, rewards, advantages, strict=True)]
 
@@ -425,6 +457,13 @@ def with_hint(policy: Policy, group: Group, hint: list[int]) -> Group:
     """
     return replace(group, completions=[replace(c, text=policy.decode([*hint, *c.token_ids]))
                                        for c in group.completions])
+
+
+def overlong_of(group: Group, rl: RLSettings) -> Tensor:
+    """(G,) the punishment of a group's long completions, 0 or less."""
+    return overlong_punishment(torch.tensor([len(c.token_ids) for c in group.completions]),
+                               torch.tensor([c.finished for c in group.completions]),
+                               rl.max_new_tokens, rl.overlong_share)
 
 
 def measured(totals: Totals, updates: Sequence[Update], with_rollouts: bool) -> dict:

@@ -13,6 +13,7 @@ from .errors import UserError
 from .objectives import (
     entropy_terms,
     is_clipped,
+    k3,
     kl_to_old,
     kl_to_reference,
     policy_token_losses,
@@ -278,8 +279,10 @@ class Learner:
             arguments = (old, advantages, *bounds)
             losses = policy_token_losses(scores, *arguments)
             if self.needs_anchor:
-                losses = losses + settings.rl.beta * kl_to_reference(
-                    scores, old, flat(update.anchor).to(device))
+                anchor = flat(update.anchor).to(device)
+                losses = losses + settings.rl.beta * (
+                    k3(scores, anchor) if settings.rl.kl_estimator == "k3"
+                    else kl_to_reference(scores, old, anchor))
             elif settings.rl.beta > 0:
                 losses = losses + settings.rl.beta * kl_to_old(scores, old)
             part = (rl * losses).sum()

@@ -39,7 +39,8 @@ def plain_grpo(policy, groups, rewards, old, reference, settings, gamma=0.0, ent
                 loss = loss + rl.beta * (rho * rho.log() - rho + 1)
             else:
                 away = reference[place] - now
-                loss = loss + rl.beta * rho * (away.exp() - away - 1)
+                weight = 1 if rl.kl_estimator == "k3" else rho
+                loss = loss + rl.beta * weight * (away.exp() - away - 1)
             losses.append(loss)
             entropies.append(all_words if entropy == "vocabulary" else -now.exp() * now)
             place += 1

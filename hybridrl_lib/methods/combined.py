@@ -35,6 +35,7 @@ class Combined(Method):
     """A weighted sum of the two losses, with a weight that may follow a schedule."""
 
     settings_section = CombinedSettings
+    dynamic_sampling = True
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)

@@ -84,6 +84,8 @@ class Method:
             method's. `self.own` holds them.
         adapters: the values of model.adapter that it works with.
         teaches_as_needed: whether what the answers are like decides on the demonstrations.
+        needs_reference: whether it reads `Rollout.reference`, which is then there at every step.
+        dynamic_sampling: whether groups without signal may be dropped before it sees them.
         stages: in order. A method may replace them while it runs; what is in the past stays.
 
     Raises, at construction:
@@ -93,6 +95,8 @@ class Method:
     settings_section: ClassVar[type[Section] | None] = None
     adapters: ClassVar[tuple[str, ...]] = ("none", "lora")
     teaches_as_needed: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    dynamic_sampling: ClassVar[bool] = False
     stages: tuple[Stage, ...] = ()
 
     def __init__(self, setup: Setup, settings: Settings):
@@ -100,6 +104,9 @@ class Method:
         if settings.model.adapter not in self.adapters:
             settings.model.refuse("adapter", f"the method {setup.method} works with "
                                   + " or ".join(self.adapters))
+        if settings.rl.dynamic_sampling_rounds > 1 and not self.dynamic_sampling:
+            settings.rl.refuse("dynamic_sampling_rounds", f"the method {setup.method} learns from "
+                               "groups without signal too, so none may be dropped; set it to 1")
 
     # What a step is made of ----------------------------------------------------------------------
 

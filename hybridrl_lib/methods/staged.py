@@ -13,6 +13,8 @@ from .method import Method, Progress, Stage, Weights
 class Staged(Method):
     """Stages of fixed length, one after the other."""
 
+    dynamic_sampling = True
+
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
         epochs, count = settings.training.epochs, max(1, len(setup.stages))
