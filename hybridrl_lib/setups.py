@@ -109,6 +109,11 @@ SETUPS: dict[str, Setup] = {
         Setup("mifo", "MIFO", ("rl",), method="mifo"),
         Setup("mifo_last", "MIFO, alpha = 0", ("rl",), method="mifo",
               settings=("mifo.decay=0",)),
+        Setup("frpo", "FRPO (PRL v2)", ("rl",), method="prl", settings=("rl.beta=0",)),
+        Setup("prl", "PRL, fixed steps", ("rl",), method="prl",
+              settings=("rl.beta=0", "prl.steps=fixed", "prl.suffix=exclusive")),
+        Setup("prl_newline", "PRL, a step a line", ("rl",), method="prl",
+              settings=("rl.beta=0", "prl.steps=newline", "prl.suffix=exclusive")),
     )
 }
 

@@ -23,6 +23,7 @@ SIX = (*SMALL, "training.epochs=12", "training.checkpoint_every=1000", "sft.lear
 FEWER = {  # by method: so that its events fall into six steps
     "relift": ("relift.batch_size=3",),
     "mifo": ("mifo.batch_size=3",),
+    "prl": ("prl.step_tokens=4",),
 }
 FOLDER = Path(methods.__file__).parent
 

@@ -21,6 +21,7 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "luffy": "LUFFY",
     "uft": "UFT",
     "mifo": "MIFO",
+    "prl": "PRL",
 }
 
 
