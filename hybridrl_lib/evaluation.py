@@ -6,7 +6,8 @@ from .config import EvaluationSettings
 from .policy import Policy
 from .problems import Problem
 from .records import seed_of
-from .rewards import Verifier
+from .rewards import Verifier, extract_lenient
+from .rewards.answers import MAX_ANSWER_CHARACTERS, canonical
 from .rollouts import Group, sample
 from .statistics import group_signal, pass_at_k
 
@@ -63,6 +64,20 @@ def evaluate(policy: Policy, problems: Sequence[Problem], settings: EvaluationSe
                               "lenient": [int(v.lenient) for v in mine],
                               "tokens": [len(c.token_ids) for c in group.completions]}
     return rows
+
+
+def distinct_answers(groups: Sequence[Group]) -> float:
+    """How different the answers to one problem are: distinct final answers over answers, a mean.
+
+    Read leniently; completions without any answer count as one. 1/G where all of a group agree.
+    """
+    shares = []
+    for group in groups:
+        found = [extract_lenient(completion.text) for completion in group.completions]
+        answers = {None if answer is None else canonical(answer[:MAX_ANSWER_CHARACTERS])
+                   for answer in found}
+        shares.append(len(answers) / len(found))
+    return sum(shares) / max(1, len(shares))
 
 
 def signal_lines(rows: Sequence[dict], group_size: int) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .checkpoints import Checkpoints, Snapshot
 from .config import RLSettings, Settings
 from .errors import Stopped, UserError, reason
-from .evaluation import accuracy, evaluate, verdicts_of
+from .evaluation import accuracy, distinct_answers, evaluate, verdicts_of
 from .health import Health, replay
 from .interrupt import Interrupt
 from .methods.method import Method, Progress, Stage
@@ -328,7 +328,8 @@ class Trainer:
         with self.policy.reference() as model:
             base = torch.cat(self.learner.scores(sequences, model))
         row = {"step": self.step, "stage": stage_name, "epoch": round(self._epoch(), 6),
-               **reward_metrics(groups, rewards), "kl/base": float(k3(mine, base).mean())}
+               **reward_metrics(groups, rewards), "kl/base": float(k3(mine, base).mean()),
+               "distinct_answers": distinct_answers(groups)}
         row["groups_with_signal"] = 1 - row["frac_reward_zero_std"]
         self.folder.append("probe.jsonl", row)
         if self.step:

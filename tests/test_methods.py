@@ -24,6 +24,8 @@ FEWER = {  # by method: so that its events fall into six steps
     "relift": ("relift.batch_size=3",),
     "mifo": ("mifo.batch_size=3",),
     "prl": ("prl.step_tokens=4",),
+    "switching": ("switching.loss_fall=1", "switching.least_epochs=2", "probe.every=1",
+                  "switching.kl_change=1"),
 }
 FOLDER = Path(methods.__file__).parent
 

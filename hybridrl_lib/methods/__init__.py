@@ -22,6 +22,8 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "uft": "UFT",
     "mifo": "MIFO",
     "prl": "PRL",
+    "switching": "Switching",
+    "raft": "RAFT",
 }
 
 
