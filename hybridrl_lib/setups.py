@@ -118,6 +118,11 @@ SETUPS: dict[str, Setup] = {
               settings=("rl.beta=0", "prl.steps=fixed", "prl.suffix=exclusive")),
         Setup("prl_newline", "PRL, a step a line", ("rl",), method="prl",
               settings=("rl.beta=0", "prl.steps=newline", "prl.suffix=exclusive")),
+        Setup("pear", "PEAR", ("sft", "rl"), method="pear"),
+        Setup("pear_centred", "PEAR, centred", ("sft", "rl"), method="pear",
+              settings=("pear.centred=true", "pear.normalisation=weights")),
+        Setup("sft_sampled_then_rl", "SFT on sampled answers + RL", ("sft", "rl"), method="pear",
+              settings=("pear.level=none",)),
     )
 }
 

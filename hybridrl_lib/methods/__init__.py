@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "prl": "PRL",
     "switching": "Switching",
     "raft": "RAFT",
+    "pear": "PEAR",
 }
 
 

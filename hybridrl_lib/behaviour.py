@@ -1,0 +1,108 @@
+"""Demonstrations that a model wrote: sampled from it, verified, and scored under it."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .config import Settings
+from .errors import UserError
+from .evaluation import verdicts_of
+from .methods.method import Progress, Stage, Weights
+from .packing import PromptCompletion
+from .policy import Policy, load_policy
+from .problems import Problem
+from .records import seed_of
+from .rewards import Verifier
+from .rollouts import sample
+from .steps import Step
+from .updates import Learner, Totals
+
+OF_THIS_RUN = "sft"  # in place of a model's path: the run's own model after SFT
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An answer and what the model that wrote it thought of every token of it.
+
+    Attributes:
+        sequence: T token ids after their prompt, EOS at the end.
+        behaviour: log pi_beta of every token at temperature 1, (T,) nats.
+    """
+
+    sequence: PromptCompletion
+    behaviour: Tensor
+
+
+def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
+                     settings: Settings, epochs: int, seed: int) -> Policy:
+    """The model that writes the demonstrations.
+
+    Args:
+        source: a model folder, GGUF file or hub name; `sft` for the run's base model after some
+            epochs of plain SFT on the reference solutions.
+        student: the policy that will learn from it.
+        problems: for `sft`, what it is trained on.
+        epochs: for `sft`, how long; AdamW's rate falls linearly from sft.learning_rate.
+        seed: for `sft`, of the order of the problems.
+
+    Raises:
+        UserError: it cannot be loaded, or has another tokenizer than the student.
+    """
+    if source == OF_THIS_RUN:
+        policy = load_policy(settings.model)
+        _fine_tune(policy, problems, settings, epochs, seed)
+        return policy
+    policy = load_policy(replace(settings.model, path=source, revision=None, adapter="none",
+                                 gradient_checkpointing=False))
+    if (policy.tokenizer.get_vocab() != student.tokenizer.get_vocab()
+            or any(policy.encode_completion(p.solution) != student.encode_completion(p.solution)
+                   for p in problems)):
+        raise UserError(f"The model {source} has another tokenizer than {student.name}, so neither "
+                        "can score the other's tokens; choose one of the same family.")
+    return policy
+
+
+def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, epochs: int,
+               seed: int) -> None:
+    """Plain SFT: every epoch in an order of its own."""
+    learner, size = Learner(policy, settings), settings.sft.batch_size
+    learner.new_optimizer()
+    step = Step(Progress(Stage("sft", epochs), 0, 1), settings, learner, Weights(1.0, 0.0), 0.0,
+                {}, {})
+    batches: list[list[Problem]] = []
+    for epoch in range(epochs):
+        order = list(problems)
+        random.Random(seed_of(seed, "behaviour order", epoch)).shuffle(order)
+        batches += [order[start:start + size] for start in range(0, len(order), size)]
+    for place, batch in enumerate(batches):
+        learner.apply(step.update(batch), settings.sft.learning_rate * (1 - place / len(batches)),
+                      Totals())
+
+
+def sample_demonstrations(policy: Policy, student: Policy, problems: Sequence[Problem],
+                          verifier: Verifier, settings: Settings, samples: int, seed: int,
+                          ) -> tuple[dict[str, Demonstration], int]:
+    """The first right answer of a model to each problem, among so many sampled at temperature 1.
+
+    Both models read the student's prompt, token for token.
+
+    Returns:
+        {id of the problem: its demonstration}, without those that no answer solved; and how many
+        tokens were sampled.
+    """
+    groups = sample(policy, [student.encode_prompt(p.question) for p in problems],
+                    samples=samples, max_new_tokens=settings.rl.max_new_tokens, temperature=1.0,
+                    seed=seed_of(seed, "behaviour"), batch_size=settings.evaluation.batch_size)
+    verdicts = iter(verdicts_of(problems, groups, verifier))
+    found: dict[str, PromptCompletion] = {}
+    for problem, group in zip(problems, groups, strict=True):
+        for completion, verdict in zip(group.completions, verdicts, strict=False):
+            if verdict.strict and completion.finished:
+                found.setdefault(problem.id, PromptCompletion(group.prompt_ids,
+                                                              completion.token_ids))
+    scores = Learner(policy, settings).scores(list(found.values()), temperature=1.0)
+    tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+    return {name: Demonstration(sequence, score.to(student.device))
+            for (name, sequence), score in zip(found.items(), scores, strict=True)}, tokens

@@ -1,0 +1,228 @@
+"""PEAR (arXiv 2602.01058, section numbers unknown): SFT weighted for the RL that follows, then RL.
+
+    pi_beta: the model that wrote the demonstration y_1..y_T;  delta_t, clipped, is
+             log pi_theta(y_t|x, y_<t) - log pi_beta(y_t|x, y_<t) at the update's own theta
+    L = sum_t G_t * -log pi_theta(y_t|x, y_<t),  no gradient through G, log G clipped
+    sequence   log G_t = delta_1 + ... + delta_T
+    token      log G_t = (T - t) log gamma + delta_t+1 + ... + delta_T     (t itself is not in it)
+    block      the same from the end of the block that t is in; blocks of one token are `token`
+    then the same GRPO as after plain SFT
+
+No official code. The formulas and clip bounds come second-hand, through a re-implementation with a
+mapping to the paper's sections. Unspecified there: what the weighted losses are divided by, so that
+is a setting; `weights` has the step size of SFT. T is the true length and EOS is in the product and
+the loss; the re-implementation took the padded length, and clamps G to [0.1, 10]. `pear_centred` is
+a replication's, which found that on long answers published PEAR trains their end alone: delta less
+its mean over the answer, weights of mean 1 (here over an update). Its clip is taken after that. The
+paper's negative examples are left out: their formula is not known.
+
+Human solutions have no pi_beta, so the demonstrations are sampled: the first right one of
+`pear.samples` answers of the behaviour model. A problem without one is left out of SFT. That they
+are right answers, not any, is in no log-probability. Unless a model is named, pi_beta is the run's
+base model after some plain SFT. `sft_sampled_then_rl` learns from the same demonstrations without
+weights: that is the arm to compare with.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..config import Settings
+from ..fields import Section, setting
+from ..setups import Setup
+from .method import Progress
+from .staged import Staged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..steps import Step
+
+
+@dataclass(frozen=True)
+class PEARSettings(Section):
+    """The weights, and who wrote the demonstrations."""
+
+    section: ClassVar[str] = "pear"
+    level: str = setting("token", "what shares a weight: a token, a block or the whole sequence; "
+                         "none = all weights are 1", "PEAR has the three",
+                         choices=("token", "block", "sequence", "none"))
+    block_size: int = setting(4, "tokens in a block, for pear.level=block", "second-hand: 4",
+                              at_least=1)
+    gamma: float = setting(0.999, "discount of a token's weight per token after it, at the levels "
+                           "token and block", "second-hand: 0.999", above=0, at_most=1)
+    delta_low: float = setting(-0.08, "lower clip bound of a token's log-ratio",
+                               "second-hand: -0.08", at_most=0)
+    delta_high: float = setting(0.3, "upper clip bound of the same", "second-hand: 0.3",
+                                at_least=0)
+    log_weight_low: float = setting(-10.0, "lower clip bound of a weight's logarithm",
+                                    "second-hand: -10", at_most=0)
+    log_weight_high: float = setting(5.0, "upper clip bound of the same", "second-hand: 5",
+                                     at_least=0)
+    normalisation: str = setting(
+        "tokens", "tokens = the weighted losses are normalised as those of SFT; weights = so that "
+        "the mean weight of an update is 1", "unspecified in the paper",
+        choices=("tokens", "weights"))
+    centred: bool = setting(False, "whether the log-ratios have their mean over the answer "
+                            "subtracted", "a replication's variant")
+    behaviour: str | None = setting(
+        "sft", "the model that writes the demonstrations: a folder, hub name or GGUF file with the "
+        "same tokenizer; sft = the base model after SFT on the reference solutions")
+    behaviour_epochs: int = setting(5, "epochs of that SFT", at_least=1)
+    samples: int = setting(8, "answers sampled a problem, at temperature 1, of which the first "
+                           "right one is the demonstration", at_least=1)
+
+    def check(self) -> None:
+        if self.behaviour is None:
+            self.refuse("behaviour", "human solutions have no log-probabilities under the model "
+                        "that wrote them, which PEAR divides by; name a model, or sft")
+
+
+class PEAR(Staged):
+    """SFT weighted by how likely the policy is to go on as the demonstration does, then RL."""
+
+    settings_section = PEARSettings
+
+    def __init__(self, setup: Setup, settings: Settings):
+        super().__init__(setup, settings)
+        self.demonstrations: dict | None = None  # by problem; sampled at the first step of SFT
+        self.after_sft: dict[str, Tensor] = {}
+
+    def begin(self, trainer) -> None:
+        from ..weight_changes import copy_of
+
+        self.trainer = trainer
+        self.at_first = copy_of(trainer.weights())
+
+    # SFT ------------------------------------------------------------------------------------------
+
+    def compose(self, step: "Step"):
+        if not step.demonstrations:
+            if step.progress.step == 0:
+                from ..weight_changes import copy_of
+
+                self.after_sft = copy_of(self.trainer.weights())
+            return super().compose(step)
+        if self.demonstrations is None:
+            self._sample(step)
+        known = [self.demonstrations[problem.id] for problem in step.demonstrations
+                 if problem.id in self.demonstrations]
+        update = step.update([demonstration.sequence for demonstration in known])
+        step.row["pear/demonstrations"] = len(known)
+        if known and self.own.level != "none":
+            scores = step.learner.scores(update.sequences, temperature=1.0)
+            deltas = [score - demonstration.behaviour
+                      for score, demonstration in zip(scores, known, strict=True)]
+            weights = [log_weights(delta, self.own).exp() for delta in deltas]
+            self._describe(step.row, deltas, weights)
+            if self.own.normalisation == "weights":
+                shares = list(zip(update.sft.tolist(), weights, strict=True))
+                scale = (sum(share * len(weight) for share, weight in shares)
+                         / sum(share * float(weight.sum()) for share, weight in shares))
+                weights = [scale * weight for weight in weights]
+            update.demonstration_loss = lambda i, scores, entropies: -weights[i] * scores
+        return [update]
+
+    def _sample(self, step: "Step") -> None:
+        """Has the behaviour model write the demonstrations; it is dropped afterwards."""
+        from ..behaviour import behaviour_policy, sample_demonstrations
+
+        trainer, own, problems = self.trainer, self.own, self.trainer.parts.train
+        policy = behaviour_policy(own.behaviour, trainer.policy, problems, self.settings,
+                                  own.behaviour_epochs, trainer.seed)
+        self.demonstrations, tokens = sample_demonstrations(
+            policy, trainer.policy, problems, trainer.verifier, self.settings, own.samples,
+            trainer.seed)
+        without = len(problems) - len(self.demonstrations)
+        step.row |= {"pear/problems_without": without, "pear/behaviour_tokens": tokens}
+        trainer.observer.note(f"the behaviour model solved {len(self.demonstrations)} of "
+                              f"{len(problems)} training problems; the others are left out of SFT")
+
+    def _describe(self, row: dict, deltas: "list[Tensor]", weights: "list[Tensor]") -> None:
+        """Mean log-ratio, share of tokens where it is clipped, mean weight, and the share of tokens
+        that, weighted alike, would average as noisily."""
+        own, count = self.own, sum(map(len, weights))
+        total = sum(float(weight.sum()) for weight in weights)
+        squares = sum(float(weight.pow(2).sum()) for weight in weights)
+        outside = sum(int(((d < own.delta_low) | (d > own.delta_high)).sum())
+                      for d in (centred(delta, own) for delta in deltas))
+        row |= {"pear/delta": sum(float(delta.sum()) for delta in deltas) / count,
+                "pear/clipped": outside / count, "pear/weight": total / count,
+                "pear/effective": total ** 2 / (count * squares)}
+
+    # RL -------------------------------------------------------------------------------------------
+
+    def after_step(self, row: dict, progress: Progress) -> None:
+        """Where the policy is validated, how far RL has moved the weights."""
+        every = self.trainer.steps_per_epoch(progress.stage) * self.settings.training.validate_every
+        step = progress.step + 1
+        if progress.stage.name == "rl" and (step == progress.steps or step % every == 0):
+            from ..weight_changes import copy_of, weight_changes
+
+            changes = weight_changes(self.at_first, self.after_sft, copy_of(self.trainer.weights()))
+            row |= {f"pear/{name}": value for name, value in changes.items()}
+
+    # The checkpoint -------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        if self.demonstrations is None:
+            return {}
+        return {"demonstrations": [
+            [name, len(d.sequence.prompt), len(d.sequence.completion)]
+            for name, d in self.demonstrations.items()]}
+
+    def tensors(self) -> "dict[str, Tensor]":
+        import torch
+
+        kept = {f"after_sft/{name}": weight for name, weight in self.after_sft.items()}
+        if self.demonstrations:
+            written = self.demonstrations.values()
+            kept["tokens"] = torch.tensor([token for d in written for token in
+                                           (*d.sequence.prompt, *d.sequence.completion)])
+            kept["behaviour"] = torch.cat([d.behaviour for d in written])
+        return kept
+
+    def load_state(self, state: dict) -> None:
+        self.lengths = state.get("demonstrations")
+
+    def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
+        from ..behaviour import Demonstration
+        from ..packing import PromptCompletion
+
+        self.after_sft = {name.removeprefix("after_sft/"): weight
+                          for name, weight in tensors.items() if name.startswith("after_sft/")}
+        if self.lengths is None:
+            return
+        self.demonstrations = {}
+        if self.lengths:
+            tokens = iter(tensors["tokens"].tolist())
+            behaviour = tensors["behaviour"].to(self.trainer.policy.device).split(
+                [length for _, _, length in self.lengths])
+            for (name, *sizes), scores in zip(self.lengths, behaviour, strict=True):
+                prompt, completion = ([next(tokens) for _ in range(size)] for size in sizes)
+                self.demonstrations[name] = Demonstration(PromptCompletion(prompt, completion),
+                                                          scores)
+
+
+def centred(delta: "Tensor", own: PEARSettings) -> "Tensor":
+    """The log-ratios (T,) of an answer, less their mean where that is asked for."""
+    return delta - delta.mean() if own.centred else delta
+
+
+def log_weights(delta: "Tensor", own: PEARSettings) -> "Tensor":
+    """log G (T,) of every token of an answer.
+
+    Args:
+        delta: (T,) log pi_theta - log pi_beta, not clipped.
+    """
+    import math
+
+    delta = centred(delta, own).clamp(own.delta_low, own.delta_high).double()
+    length, up_to = len(delta), delta.cumsum(0)
+    if own.level == "sequence":
+        result = up_to[-1].expand(length)
+    else:
+        size = own.block_size if own.level == "block" else 1
+        place = delta.new_ones(length).cumsum(0)  # 1..T
+        end = ((place / size).ceil() * size).clamp(max=length)
+        result = (length - end) * math.log(own.gamma) + up_to[-1] - up_to[end.long() - 1]
+    return result.clamp(own.log_weight_low, own.log_weight_high).float()

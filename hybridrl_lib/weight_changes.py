@@ -1,0 +1,46 @@
+"""How far and in which direction weights moved between two moments of a run.
+
+PEAR's three monitors. The paper's exact definitions were not to be had; these are the ones given
+here, over all weights that training moves, with an adapter those of the adapter.
+"""
+
+import torch
+from torch import Tensor
+
+UNMOVED = 1e-5  # a weight that moved by less counts as the same
+
+
+def copy_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as they are now, in main memory and fp32, in which training keeps them."""
+    return {name: weight.detach().to("cpu", torch.float32, copy=True)
+            for name, weight in weights.items()}
+
+
+def weight_changes(start: dict[str, Tensor], middle: dict[str, Tensor],
+                   end: dict[str, Tensor]) -> dict[str, float]:
+    """What RL did to the weights that SFT had left.
+
+    Args:
+        start, middle, end: theta_0, theta_SFT and theta_RL by name, as `copy_of` gives them.
+
+    Returns:
+        drift: ||theta_RL - theta_SFT|| / ||theta_SFT||.
+        sparsity: share of weights with |theta_RL - theta_SFT| < 1e-5.
+        alignment: cos(theta_SFT - theta_0, theta_RL - theta_SFT); absent where one of them is 0.
+    """
+    moved = size = first = inner = 0.0
+    same = count = 0
+    for name in sorted(middle):  # weights from a checkpoint come in another order
+        weight = middle[name]
+        before = (weight - start[name]).double()
+        after = (end[name] - weight).double()
+        moved += float(after.pow(2).sum())
+        first += float(before.pow(2).sum())
+        inner += float((before * after).sum())
+        size += float(weight.double().pow(2).sum())
+        same += int((after.abs() < UNMOVED).sum())
+        count += weight.numel()
+    changes = {"drift": (moved / size) ** 0.5, "sparsity": same / count}
+    if first and moved:
+        changes["alignment"] = inner / (first * moved) ** 0.5
+    return changes
