@@ -69,6 +69,8 @@ class Policy:
         precision: `fp32`, `bf16` or `fp16`.
         stop_ids: tokens that end a completion.
         pad_id: token at unused places.
+        adapter: `none` or `lora`.
+        trains_base: whether the base weights are trained beside the adapter.
     """
 
     model: PreTrainedModel
@@ -79,6 +81,7 @@ class Policy:
     stop_ids: tuple[int, ...]
     pad_id: int
     adapter: str = "none"
+    trains_base: bool = False
     _frozen: PreTrainedModel | None = None
 
     @property
@@ -144,6 +147,15 @@ class Policy:
         """The weights that training moves, by name: all of them, or the adapter's."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
+    def train_base(self) -> None:
+        """Trains the base weights beside the adapter; the reference is a frozen copy from now on.
+
+        It is the model as it is now, without the adapter.
+        """
+        self._frozen = copy.deepcopy(self.model).unload().eval().requires_grad_(False)
+        self.model.requires_grad_(True)
+        self.trains_base = True
+
     @contextmanager
     def with_weights(self, weights: dict[str, Tensor]) -> Iterator[PreTrainedModel]:
         """The model with other trained weights, inside the `with` block; nothing is copied."""
@@ -167,7 +179,7 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The reference model, for scoring inside the `with` block."""
-        if self.adapter != "none":
+        if self.adapter != "none" and not self.trains_base:
             with self.model.disable_adapter():
                 yield self.model
         elif self._frozen is None:
@@ -178,8 +190,12 @@ class Policy:
     # Disk --------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Writes an ordinary model folder (or adapter folder): config, safetensors, tokenizer."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+        """Writes an ordinary model folder (or adapter folder): config, safetensors, tokenizer.
+
+        An adapter whose base weights were trained too is added into a copy of them.
+        """
+        model = copy.deepcopy(self.model).merge_and_unload() if self.trains_base else self.model
+        model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
         for name in ("adapter_config.json", "README.md"):  # PEFT says where the base model lies
             hide_home(folder / name)

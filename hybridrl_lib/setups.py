@@ -123,6 +123,14 @@ SETUPS: dict[str, Setup] = {
               settings=("pear.centred=true", "pear.normalisation=weights")),
         Setup("sft_sampled_then_rl", "SFT on sampled answers + RL", ("sft", "rl"), method="pear",
               settings=("pear.level=none",)),
+        *(Setup(name, title, ("rl",), method="bridge",
+                settings=("model.adapter=lora", "rl.kl_anchor=reference", *settings))
+          for name, title, settings in (
+              ("bridge", "BRIDGE", ()),
+              ("bridge_one_step", "BRIDGE, one step ahead", ("bridge.auxiliary=one_step",)),
+              ("bridge_without_gain", "BRIDGE without gain", ("bridge.adapter=sft",)),
+              ("bridge_joint", "BRIDGE, joint adapter", ("bridge.adapter=both",)),
+              ("bridge_without_adapter", "BRIDGE without adapter", ("bridge.adapter=nothing",)))),
     )
 }
 

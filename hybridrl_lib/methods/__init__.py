@@ -25,6 +25,7 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "switching": "Switching",
     "raft": "RAFT",
     "pear": "PEAR",
+    "bridge": "Bridge",
 }
 
 

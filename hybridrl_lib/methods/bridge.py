@@ -1,0 +1,195 @@
+"""BRIDGE (arXiv 2509.06948 v1-v3): an adapter learns what makes SFT help RL.
+
+    theta: base weights; w: LoRA adapter; hat: a copy of theta that learns from RL alone
+    in every update, g being gradients of losses, all at the weights before it:
+        g_sft, g_rl at (theta, w);  g_hat = that of L_RL at (hat, w), on the same rollouts
+        theta <- theta - alpha [(1 - lambda) g_sft + lambda g_rl]        (its part for theta)
+        hat   <- hat   - alpha g_hat                                     (its part for hat)
+        w     <- w     - beta  [(1 - lambda) g_sft + lambda (g_rl - g_hat)]   (their parts for w)
+
+J_RL(theta, w) - J_RL(hat, w) is the cooperative gain: what joint training wins over RL alone.
+
+Second-hand: no official code; a note, reviews and abstracts. Not pinned down there: GRPO or PPO
+(here GRPO), LoRA's rank, beta (lr 5e-7 everywhere), whether lambda is annealed (0.5 in the
+appendix), and whether hat persists or is one step ahead of theta; that is a setting. A wrong answer
+has reward -1 there and 0 here, which GRPO's advantage makes the same. hat has not sampled the
+answers: its ratio, and its clip, are to the policy that did. Each of the three has an AdamW of its
+own and its gradient is clipped by itself. The KL anchor is the initial model without an adapter.
+Where hat persists, its gain has no gradient at the first update, since hat is theta. The second
+pass costs about as much again as an RL update; compare at equal compute.
+
+`bridge_without_gain` keeps the adapter and drops the gain from what it learns, `bridge_joint` lets
+it learn what theta learns, and `bridge_without_adapter` leaves theta alone: (1 - lambda) SFT +
+lambda RL, which is the method `combined` with the constant weight 1 - lambda.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..config import Settings
+from ..fields import Section, setting
+from ..setups import Setup
+from .method import Method, Progress, Weights, mixing_stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..steps import Step
+    from ..updates import Learner, Totals, Update
+
+Gradient = dict[str, "Tensor"]  # by the weight's name; without those that have none
+
+
+@dataclass(frozen=True)
+class BridgeSettings(Section):
+    """lambda, and what the adapter learns."""
+
+    section: ClassVar[str] = "bridge"
+    rl_weight: float = setting(0.5, "lambda, weight of L_RL and of the gain; L_SFT has the rest",
+                               "second-hand: 0.5, flat from 0.3 to 0.7", above=0, below=1)
+    adapter: str = setting(
+        "gain", "what the adapter learns from: gain = SFT and the cooperative gain; sft = SFT "
+        "alone; both = SFT and RL, as the base weights; nothing = it stays 0",
+        "BRIDGE: gain", choices=("gain", "sft", "both", "nothing"))
+    auxiliary: str = setting(
+        "persistent", "the weights that the gain compares with: persistent = a copy that RL alone "
+        "has trained since the start; one_step = the base weights after one RL update from where "
+        "they are", "sources disagree", choices=("persistent", "one_step"))
+    adapter_learning_rate: float | None = setting(
+        None, "beta, the adapter's learning rate; decays as the base weights'; none = "
+        "rl.learning_rate", "second-hand: the same everywhere", above=0)
+
+
+class Bridge(Method):
+    """SFT and RL on the base weights, and an adapter that is taught to make them cooperate."""
+
+    settings_section = BridgeSettings
+    adapters = ("lora",)
+
+    def __init__(self, setup: Setup, settings: Settings):
+        super().__init__(setup, settings)
+        if settings.model.precision == "fp16":
+            settings.model.refuse("precision", "three optimisers share a backward pass, which the "
+                                  "loss scale of fp16 does not allow; choose bf16 or fp32")
+        self.stages = (mixing_stage(settings),)
+        self.hat: dict[str, Tensor] = {}
+
+    def begin(self, trainer) -> None:
+        before = set(trainer.policy.trained_weights())
+        trainer.policy.train_base()
+        self.base = [name for name in trainer.policy.trained_weights() if name not in before]
+        self._follow(trainer.policy)
+
+    def weights(self, progress: Progress) -> Weights:
+        return Weights(sft=1 - self.own.rl_weight, rl=self.own.rl_weight)
+
+    def compose(self, step: "Step") -> "list[Update]":
+        """In turn an SFT update and an RL update, both with the weight 1; `learn` mixes them."""
+        updates, count = [], step.mini_batches
+        for i in range(count):
+            updates += [step.update(step.demonstrations[i::count], sft=1.0),
+                        step.update(rollouts=step.rollouts[i::count], rl=1.0)]
+        return updates
+
+    def learn(self, step: "Step", updates: "list[Update]", totals: "Totals") -> list[float]:
+        learner, own, lam = step.learner, self.own, self.own.rl_weight
+        for update in updates[1::2]:
+            update.old = learner.scores(update.sequences)
+        rate = step.learning_rate
+        adapter_rate = rate if own.adapter_learning_rate is None else (
+            rate * own.adapter_learning_rate / self.settings.rl.learning_rate)
+        norms: list[float] = []
+        gains: list[float] = []
+        for taught, sampled in zip(updates[::2], updates[1::2], strict=True):
+            g_sft = gradient(learner, taught, totals)
+            before = totals.sums.get("loss/rl", 0.0)
+            g_rl = gradient(learner, sampled, totals)
+            loss = totals.sums.get("loss/rl", 0.0) - before
+            mixed = add((1 - lam, g_sft), (lam, g_rl))
+            for_adapter = mixed if own.adapter == "both" else add((1 - lam, g_sft))
+            if own.adapter == "gain":
+                g_hat, loss_hat = self._auxiliary(learner, sampled, g_rl, rate)
+                for_adapter = add((1.0, mixed), (-lam, g_hat))
+                gains.append(loss_hat - loss)
+            norm = self._move(learner, mixed, True, rate, "main")
+            if norm is not None:
+                norms.append(norm)
+            if own.adapter != "nothing":
+                norm = self._move(learner, for_adapter, False, adapter_rate, "adapter")
+                if norm is not None:
+                    step.row["bridge/adapter_grad_norm"] = norm
+        if gains:
+            step.row["bridge/gain"] = sum(gains) / len(gains)
+            step.row["bridge/distance"] = self._distance(learner.policy)
+        return norms
+
+    # The auxiliary copy ---------------------------------------------------------------------------
+
+    def _auxiliary(self, learner: "Learner", sampled: "Update", g_rl: Gradient,
+                   rate: float) -> tuple[Gradient, float]:
+        """g_hat and L_RL at (hat, w); hat takes its step."""
+        from ..updates import Totals
+
+        totals = Totals()
+        if self.own.auxiliary == "one_step":
+            self._follow(learner.policy)
+        own = {name: weight.data for name, weight in learner.policy.trained_weights().items()}
+        with learner.policy.with_weights(own | self.hat):
+            if self.own.auxiliary == "one_step":
+                self._move(learner, add((1.0, g_rl)), True, rate, "hat")
+                g_hat = gradient(learner, sampled, totals)
+            else:
+                g_hat = gradient(learner, sampled, totals)
+                self._move(learner, add((1.0, g_hat)), True, rate, "hat")
+        return g_hat, totals.sums.get("loss/rl", 0.0)
+
+    def _follow(self, policy) -> None:
+        """Makes hat a copy of theta."""
+        if self.own.adapter == "gain":
+            weights = policy.trained_weights()
+            self.hat = {name: weights[name].detach().clone() for name in self.base}
+
+    def _distance(self, policy) -> float:
+        """||theta - hat||."""
+        weights = policy.trained_weights()
+        return sum(float((weights[name].detach() - hat).double().pow(2).sum())
+                   for name, hat in self.hat.items()) ** 0.5
+
+    def _move(self, learner: "Learner", wanted: Gradient, base: bool, rate: float,
+              optimizer: str) -> float | None:
+        """One step of the base weights, or of the adapter; None where there is no gradient."""
+        names = set(self.base)
+        mine = {name: g for name, g in wanted.items() if (name in names) == base}
+        if not mine:
+            return None
+        for name, weight in learner.policy.trained_weights().items():
+            weight.grad = mine.get(name)
+        return learner.step(rate, optimizer)
+
+    # The checkpoint -------------------------------------------------------------------------------
+
+    def tensors(self) -> "dict[str, Tensor]":
+        return dict(self.hat) if self.own.auxiliary == "persistent" else {}
+
+    def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
+        for name, tensor in tensors.items():
+            self.hat[name].copy_(tensor)
+
+
+def gradient(learner: "Learner", update: "Update", totals: "Totals") -> Gradient:
+    """The gradient of an update's loss, taken off the weights."""
+    learner.accumulate(update, totals)
+    taken = {}
+    for name, weight in learner.policy.trained_weights().items():
+        if weight.grad is not None:
+            taken[name], weight.grad = weight.grad, None
+    return taken
+
+
+def add(*terms: tuple[float, Gradient]) -> Gradient:
+    """A weighted sum of gradients, in new tensors: clipping changes what it is given."""
+    result: Gradient = {}
+    for factor, one in terms:
+        for name, g in one.items():
+            result[name] = factor * g if name not in result else result[name] + factor * g
+    return result
