@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .products import linear
+
 # Log-ratios are clamped before exp() so that one freak token cannot make the loss infinite.
 LARGEST_LOG_RATIO = 20.0
 
@@ -24,7 +26,7 @@ LARGEST_LOG_RATIO = 20.0
 def _score_chunk(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor,
                  temperature: float | Tensor, with_entropy: bool,
                  ) -> tuple[Tensor, Tensor]:
-    logits = torch.nn.functional.linear(hidden, head, bias).float() / temperature
+    logits = linear(hidden, head, bias).float() / temperature
     log_normaliser = logits.logsumexp(-1)
     log_probabilities = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
     if not with_entropy:

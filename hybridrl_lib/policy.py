@@ -25,6 +25,7 @@ from .model_files import refuse_redirections
 from .objectives import score_tokens
 from .packing import Packed
 from .problems.prompts import encode_prompt, pad_token_id, prompt_text, stop_token_ids
+from .products import use_fast_products
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -187,6 +188,7 @@ def load_policy(settings: ModelSettings) -> Policy:
         model = _load_model(source, arguments, settings.path)
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
         model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
+    use_fast_products(model)
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
     sha256 = _checksum(source, arguments, model)
     if settings.adapter == "lora":

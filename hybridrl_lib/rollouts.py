@@ -126,18 +126,11 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
     for row, prompt in enumerate(prompts):  # left-padded: the next token follows the last column
         ids[row, longest - len(prompt):] = torch.tensor(prompt)
         present[row, longest - len(prompt):] = True
-    positions = (present.cumsum(1) - 1).clamp(min=0)
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    mask = (present[:, None, None] & causal) | torch.eye(longest, dtype=torch.bool)
-    cache = decoder.new_cache(count, longest)
-    hidden = decoder.advance(ids.to(device), positions.to(device), cache, 0, mask.to(device))
+    hidden, cache = decoder.read(ids.to(device), present.to(device))
 
     rows = count * samples
     cache = decoder.share(cache, samples, most - 1)
     hidden = hidden.repeat_interleave(samples, dim=0)
-    mask = torch.cat([present.repeat_interleave(samples, 0),
-                      torch.ones(rows, most, dtype=torch.bool)], dim=1).to(device)
-    position = positions[:, -1].repeat_interleave(samples).to(device)
     uniform = uniform.reshape(rows, most).to(device)
     stops = torch.tensor(policy.stop_ids, device=device)
 
@@ -155,13 +148,9 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
             break
         if left < COMPACT_BELOW * len(done):
             keep = (~done).nonzero().squeeze(-1)
-            cache = decoder.keep(cache, keep, longest + step)
-            live, tokens, position, mask = live[keep], tokens[keep], position[keep], mask[keep]
-            done = done[keep]
-        position = position + 1
-        end = longest + step + 1
-        hidden = decoder.advance(tokens[:, None], position[:, None], cache, longest + step,
-                                 mask[:, None, None, :end])
+            cache = decoder.keep(cache, keep)
+            live, tokens, done = live[keep], tokens[keep], done[keep]
+        hidden = decoder.step(tokens, cache)
     return _collect(record, rows)
 
 
