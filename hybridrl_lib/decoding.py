@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from .policy import DTYPES, Policy
+from .policy import DTYPES, KNOWN, Policy
 from .products import linear
-
-SUPPORTED = ("qwen2", "llama")
 
 
 def effective(linear: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +102,7 @@ class Decoder:
         config = policy.model.config
         plain = not getattr(config, "mlp_bias", False) and config.hidden_act == "silu"
         full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
-        return config.model_type in SUPPORTED and plain and full
+        return config.model_type in KNOWN and plain and full
 
     # The cache ---------------------------------------------------------------------------------
 

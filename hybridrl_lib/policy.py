@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from . import attention
 from .config import ModelSettings
 from .errors import UserError, reason
 from .hub import cache_only_if_unreachable
@@ -27,6 +28,7 @@ from .packing import Packed
 from .problems.prompts import encode_prompt, pad_token_id, prompt_text, stop_token_ids
 from .products import use_fast_products
 
+KNOWN = ("qwen2", "llama")  # architectures that sampler and attention of this project know
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,10 +130,15 @@ class Policy:
         """
         model = model or self.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if packed.segments is not None and base.config._attn_implementation == attention.NAME:
+            # As an argument the mask is handed through to the attention; `transformers` makes none.
+            layout = {"segments": packed.segments, "attention_mask": packed.segments.mask}
+        else:
+            layout = {"attention_mask": packed.with_mask().attention_mask}
         with self.autocast():
             hidden = base.get_decoder()(
-                input_ids=packed.input_ids, attention_mask=packed.attention_mask,
-                position_ids=packed.position_ids, use_cache=False).last_hidden_state
+                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False,
+                **layout).last_hidden_state
             hidden = hidden.flatten(0, 1)[packed.before]
             head = base.get_output_embeddings()
             return score_tokens(hidden, head.weight, packed.targets, bias=head.bias,
@@ -189,6 +196,8 @@ def load_policy(settings: ModelSettings) -> Policy:
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
         model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
     use_fast_products(model)
+    if model.config.model_type in KNOWN:  # they hand arguments through to the attention
+        model.set_attn_implementation(attention.NAME)
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
     sha256 = _checksum(source, arguments, model)
     if settings.adapter == "lora":

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .decoding import Decoder, TransformersDecoder
 from .policy import Policy
 
+WORDS_A_BLOCK = 256  # of the vocabulary, when a word is drawn
 COMPACT_BELOW = 0.8  # share of live rows under which the batch is compacted
 
 
@@ -57,18 +59,37 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
         tokens (R,), log-probabilities (R,), entropies (R,). For temperature 0 the scores are those
         at temperature 1.
     """
-    log_p = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    p = log_p.exp()
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        cumulative = p.cumsum(-1)
-        # Scaled by the sum as it was rounded, so that no draw falls behind the last token.
-        threshold = uniform[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    chosen = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-    return tokens, chosen, -(p * log_p.clamp(min=-1e4)).sum(-1)
+    x = logits / temperature if temperature not in (0, 1) else logits
+    x = (x - x.amax(-1, keepdim=True)).clamp_(min=-1e4)  # exp(-1e4) is 0
+    weight = x.exp()
+    total = weight.sum(-1)
+    tokens = logits.argmax(-1) if temperature == 0 else _draw(weight, uniform)
+    normaliser = total.log()
+    chosen = x.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
+    return tokens, chosen, normaliser - torch.linalg.vecdot(weight, x) / total
+
+
+def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
+    """One word a row (R,), with probability in proportion to its weight (R, vocabulary).
+
+    A running sum over a whole vocabulary is slow: the first is over blocks of words, the second
+    over the words of the block that was hit.
+    """
+    rows, words = weight.shape
+    blocks = F.pad(weight, (0, -words % WORDS_A_BLOCK)).view(rows, -1, WORDS_A_BLOCK)
+    until = blocks.sum(-1).cumsum(-1)
+    block, rest = _hit(until, uniform * until[:, -1])
+    before = F.pad(until, (1, 0)).gather(-1, block[:, None]).squeeze(-1)
+    inside = blocks[torch.arange(rows, device=weight.device), block].cumsum(-1)
+    word, _ = _hit(inside, rest - before)
+    return block * WORDS_A_BLOCK + word
+
+
+def _hit(cumulative: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry above the threshold (R,) in each row; rounding moves none past the end."""
+    below_end = cumulative[:, -1].nextafter(torch.zeros_like(threshold))
+    threshold = torch.minimum(threshold, below_end)
+    return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1), threshold
 
 
 @torch.inference_mode()

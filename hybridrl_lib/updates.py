@@ -92,7 +92,7 @@ class Learner:
         self.accelerator._optimizers.clear()
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(
             self.parameters, lr=0.0, betas=tuple(training.betas),
-            weight_decay=training.weight_decay))
+            weight_decay=training.weight_decay, fused=self.policy.precision != "fp16"))
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[PromptCompletion], model=None,
@@ -126,8 +126,12 @@ class Learner:
         self._count_skipped(update, keep, totals)
         if not keep:
             return None
-        for packed in self._pack([update.sequences[i] for i in keep]):
-            self.accelerator.backward(self._loss(update, keep, packed, totals))
+        device = self.policy.device.type
+        with self.policy.autocast():  # around all micro-batches: weights are cast once for them
+            for packed in self._pack([update.sequences[i] for i in keep]):
+                loss = self._loss(update, keep, packed, totals)
+                with torch.autocast(device, enabled=False):
+                    self.accelerator.backward(loss)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters,
                                                       self.settings.training.gradient_clip))
         for group in self.optimizer.param_groups:
