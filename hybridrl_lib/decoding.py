@@ -16,6 +16,8 @@ from transformers import DynamicCache
 from .policy import DTYPES, KNOWN, Policy
 from .products import linear
 
+COLUMNS = 16  # by so many, at least, the cache of what has been written grows
+
 
 def effective(linear: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer, with its LoRA adapter (if any) added in."""
@@ -54,21 +56,24 @@ class _Cache:
 
     Attributes:
         prompts: per layer the two tensors (P, key-value heads, longest prompt, size).
-        own: per layer keys (R, key-value heads, size, room), which the product with the queries
-            reads faster this way, and values (R, key-value heads, room, size).
+        own: per layer keys (R, key-value heads, size, C), which the product with the queries reads
+            faster this way, and values (R, key-value heads, C, size). All C columns are read, so
+            that nothing is cut out of them and copied; `unwritten` hides those that hold nothing.
+        unwritten: (C,) added to the scores: 0 at written columns, -inf at others.
         hidden_by: (P, 1, 1, longest prompt) added to the scores, -inf at padding; None without.
         owner: (R,) the prompt of each row, in ascending order.
         positions: (R,) of the next token in its sequence.
-        filled: columns of `own` that hold something.
+        filled: columns of `own` that are written.
         slots: (R,) place of each row in a table of P prompts x their largest number of rows, where
             all rows of a prompt meet its keys in one product; None if the rows are that table.
         slots_each: rows a prompt has in that table.
     """
 
     def __init__(self, prompts: list, hidden_by: Tensor | None, owner: Tensor, positions: Tensor,
-                 own: list, filled: int = 0):
+                 own: list, unwritten: Tensor | None = None, filled: int = 0):
         self.prompts, self.hidden_by, self.owner = prompts, hidden_by, owner
-        self.positions, self.own, self.filled = positions, own, filled
+        self.positions, self.own = positions, own
+        self.unwritten, self.filled = unwritten, filled
         counts = owner.bincount(minlength=len(prompts[0][0]))
         self.slots_each, most = int(counts.max()), owner.numel()
         self.slots = None
@@ -141,31 +146,45 @@ class Decoder:
         return hidden, _Cache(prompts, hidden_by, torch.arange(count, device=ids.device),
                               positions[:, -1] + 1, [])
 
-    def share(self, cache: _Cache, samples: int, room: int) -> _Cache:
-        """The cache of every prompt handed to its `samples` rows, with room for more tokens."""
-        rows = len(cache.owner) * samples
-        shape = (rows, self.key_value_heads, self.head_size, room)
-        own = [(torch.empty(shape, dtype=self.dtype, device=self.device),
-                torch.empty(shape, dtype=self.dtype, device=self.device).transpose(2, 3)
-                .contiguous()) for _ in self.layers]
-        return _Cache(cache.prompts, cache.hidden_by, cache.owner.repeat_interleave(samples),
-                      cache.positions.repeat_interleave(samples), own)
+    def share(self, cache: _Cache, samples: int) -> _Cache:
+        """The cache of every prompt handed to its `samples` rows; it grows as they write."""
+        shared = _Cache(cache.prompts, cache.hidden_by, cache.owner.repeat_interleave(samples),
+                        cache.positions.repeat_interleave(samples), [])
+        self._make_room(shared, self._columns(0))
+        return shared
+
+    def _columns(self, filled: int) -> int:
+        """Columns to have when `filled` are written: a few more, in proportion."""
+        return (filled + max(COLUMNS, filled // 4)) // COLUMNS * COLUMNS
+
+    def _make_room(self, cache: _Cache, columns: int, rows: Tensor | None = None) -> None:
+        """Moves what is written, or these rows of it, to tensors of so many columns."""
+        count, end, own = len(cache.owner) if rows is None else len(rows), cache.filled, []
+        for index in range(len(self.layers)):
+            # Zeros: a column that is hidden has no weight, and 0 times nothing must not be NaN.
+            keys = torch.zeros(count, self.key_value_heads, self.head_size, columns,
+                               dtype=self.dtype, device=self.device)
+            values = torch.zeros(count, self.key_value_heads, columns, self.head_size,
+                                 dtype=self.dtype, device=self.device)
+            if end:
+                old = (cache.own[index][0][..., :end], cache.own[index][1][:, :, :end])
+                keys[..., :end], values[:, :, :end] = old if rows is None else (
+                    t.index_select(0, rows) for t in old)
+            own.append((keys, values))
+        cache.own = own
+        cache.unwritten = torch.full((columns,), float("-inf"), device=self.device)
+        cache.unwritten[:end] = 0
 
     def keep(self, cache: _Cache, rows: Tensor) -> _Cache:
         """The cache of the given rows alone, which are in ascending order."""
-        end, own = cache.filled, []
-        for keys, values in cache.own:
-            fewer = (keys.new_empty((len(rows), *keys.shape[1:])),
-                     values.new_empty((len(rows), *values.shape[1:])))
-            fewer[0][..., :end] = keys[..., :end].index_select(0, rows)
-            fewer[1][:, :, :end] = values[:, :, :end].index_select(0, rows)
-            own.append(fewer)
+        self._make_room(cache, self._columns(cache.filled), rows)
         left, owner = cache.owner[rows].unique_consecutive(return_inverse=True)
         prompts, hidden_by = cache.prompts, cache.hidden_by
         if len(left) < len(prompts[0][0]):
             prompts = [tuple(t.index_select(0, left) for t in pair) for pair in prompts]
             hidden_by = None if hidden_by is None else hidden_by.index_select(0, left)
-        return _Cache(prompts, hidden_by, owner, cache.positions[rows], own, end)
+        return _Cache(prompts, hidden_by, owner, cache.positions[rows], cache.own,
+                      cache.unwritten, cache.filled)
 
     # Computing ---------------------------------------------------------------------------------
 
@@ -175,20 +194,22 @@ class Decoder:
         Returns:
             (R, width) after the final norm.
         """
-        start, end = cache.filled, cache.filled + 1
+        if cache.filled == len(cache.unwritten):
+            self._make_room(cache, self._columns(cache.filled))
+        column = cache.filled
+        cache.unwritten[column] = 0
 
         def attend(q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
             keys, values = cache.own[index]
-            keys[..., start] = k
-            values[:, :, start] = v
-            return self._attend(q, cache, index, keys[..., :end], values[:, :, :end])
+            keys[..., column] = k
+            values[:, :, column] = v
+            return self._attend(q, cache, index)
 
         x = self._layers(ids, cache.positions, attend)
-        cache.positions, cache.filled = cache.positions + 1, end
+        cache.positions, cache.filled = cache.positions + 1, column + 1
         return self._rms(x, self.norm)
 
-    def _attend(self, q: Tensor, cache: _Cache, index: int, keys: Tensor, values: Tensor,
-                hidden_by: Tensor | None = None) -> Tensor:
+    def _attend(self, q: Tensor, cache: _Cache, index: int) -> Tensor:
         """Attention of one query a row to its prompt and to what the row has written.
 
         All rows of a prompt meet its keys in one product, so the prompt's keys are read once for
@@ -207,10 +228,8 @@ class Decoder:
             count * each, kv, groups, longest)
         if cache.slots is not None:
             scores = scores.index_select(0, cache.slots)
-        mine = (q @ keys).float()
-        if hidden_by is not None:
-            mine = mine + hidden_by
-        shares = torch.cat([scores, mine], dim=-1).softmax(-1).to(self.dtype)
+        keys, values = cache.own[index]
+        shares = torch.cat([scores, (q @ keys) + cache.unwritten], dim=-1).softmax(-1).to(self.dtype)
         to_prompt, to_own = shares[..., :longest], shares[..., longest:]
         if cache.slots is not None:
             to_prompt = to_prompt.new_zeros(count * each, kv, groups, longest).index_copy_(
@@ -247,8 +266,8 @@ class Decoder:
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(R, vocabulary) in fp32."""
-        return linear(hidden, self.head).float()
+        """(R, vocabulary)."""
+        return linear(hidden, self.head)
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon)
@@ -273,7 +292,7 @@ class TransformersDecoder:
         hidden = self._advance(ids, positions, mask, cache)
         return hidden, (cache, present, positions[:, -1] + 1)
 
-    def share(self, cache: tuple, samples: int, room: int) -> tuple:
+    def share(self, cache: tuple, samples: int) -> tuple:
         keys, *more = cache
         keys.batch_repeat_interleave(samples)
         return keys, *(t.repeat_interleave(samples, 0) for t in more)
@@ -299,4 +318,4 @@ class TransformersDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self.policy.autocast():
-            return self.base.get_output_embeddings()(hidden).float()
+            return self.base.get_output_embeddings()(hidden)

@@ -70,7 +70,7 @@ class _Scores(torch.autograd.Function):
         for part in ctx.chunks:
             warmth = ctx.temperature if temperatures is None else temperatures[part, None]
             logits, normaliser = ctx.kept or _shifted_logits(hidden[part], head, bias, warmth)
-            log_p = logits.sub(normaliser, out=None if ctx.kept else logits)
+            log_p = logits - normaliser if ctx.kept else logits.sub_(normaliser)
             p = log_p.exp()
             factor = for_scores[part, None]
             if ctx.with_entropy:

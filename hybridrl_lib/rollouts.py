@@ -16,6 +16,7 @@ from torch import Tensor
 from .decoding import Decoder, TransformersDecoder
 from .policy import Policy
 
+CPU_NUMBERS, GPU_NUMBERS = 2**19, 2**26  # logits of which tokens are chosen at once
 WORDS_A_BLOCK = 256  # of the vocabulary, when a word is drawn
 COMPACT_BELOW = 0.8  # share of live rows under which the batch is compacted
 
@@ -51,7 +52,7 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
     """Draws one token a row by inverting the cumulative distribution.
 
     Args:
-        logits: (R, vocabulary) fp32.
+        logits: (R, vocabulary); computed with in fp32.
         uniform: (R,) in [0, 1).
         temperature: 0 takes the most likely token.
 
@@ -59,7 +60,13 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
         tokens (R,), log-probabilities (R,), entropies (R,). For temperature 0 the scores are those
         at temperature 1.
     """
-    x = logits / temperature if temperature not in (0, 1) else logits
+    # A few rows at a time: what is computed from them stays in the processor's cache.
+    rows = max(1, (CPU_NUMBERS if logits.device.type == "cpu" else GPU_NUMBERS) // logits.shape[1])
+    if len(logits) > rows:
+        parts = [choose_tokens(*part, temperature) for part in zip(
+            logits.split(rows), uniform.split(rows), strict=True)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+    x = logits.float() / temperature if temperature not in (0, 1) else logits.float()
     x = (x - x.amax(-1, keepdim=True)).clamp_(min=-1e4)  # exp(-1e4) is 0
     weight = x.exp()
     total = weight.sum(-1)
@@ -150,7 +157,7 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
     hidden, cache = decoder.read(ids.to(device), present.to(device))
 
     rows = count * samples
-    cache = decoder.share(cache, samples, most - 1)
+    cache = decoder.share(cache, samples)
     hidden = hidden.repeat_interleave(samples, dim=0)
     uniform = uniform.reshape(rows, most).to(device)
     stops = torch.tensor(policy.stop_ids, device=device)
