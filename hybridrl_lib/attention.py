@@ -39,6 +39,11 @@ class Segments:
     mask: Tensor
     back: Tensor
 
+    def scores_mask(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """(S, 1, groups * T, P + T) to be added to the scores, once for all layers."""
+        hidden = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+        return hidden.masked_fill_(~self.mask, float("-inf")).repeat(1, 1, groups, 1)
+
     def to(self, device) -> "Segments":
         return Segments(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
@@ -51,6 +56,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
     Args:
         query: (R, heads, L, size).
         key, value: (R, key-value heads, L, size).
+        attention_mask: with segments their `scores_mask`.
         segments: without them this is scaled dot-product attention with `attention_mask`.
 
     Returns:
@@ -83,7 +89,7 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
         queries = take(q, segments.completions, heads).transpose(1, 2).reshape(
             count, kv, groups * longest, size)
         own = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=segments.mask.repeat(1, 1, groups, 1), scale=scaling)
+            queries, keys, values, attn_mask=attention_mask, scale=scaling)
         own = own.view(count, heads, longest, size).transpose(1, 2).reshape(-1, heads * size)
         y = torch.cat([y, own])
     return y.index_select(0, segments.back).view(rows, length, heads, size), None

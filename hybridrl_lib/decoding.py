@@ -16,8 +16,6 @@ from transformers import DynamicCache
 from .policy import DTYPES, KNOWN, Policy
 from .products import linear
 
-COLUMNS = 16  # by so many, at least, the cache of what has been written grows
-
 
 def effective(linear: torch.nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer, with its LoRA adapter (if any) added in."""
@@ -84,7 +82,15 @@ class _Cache:
 
 
 class Decoder:
-    """A snapshot of the policy's weights, ready to decode. Make a new one after every update."""
+    """A snapshot of the policy's weights, ready to decode. Make a new one after every update.
+
+    Attributes:
+        columns: by so many, at least, the cache of what has been written grows.
+        compact_below: share of unfinished rows under which the others are worth dropping.
+    """
+
+    columns = 16
+    compact_below = 0.8
 
     def __init__(self, policy: Policy):
         model = policy.model
@@ -155,7 +161,7 @@ class Decoder:
 
     def _columns(self, filled: int) -> int:
         """Columns to have when `filled` are written: a few more, in proportion."""
-        return (filled + max(COLUMNS, filled // 4)) // COLUMNS * COLUMNS
+        return (filled + max(self.columns, filled // 4)) // self.columns * self.columns
 
     def _make_room(self, cache: _Cache, columns: int, rows: Tensor | None = None) -> None:
         """Moves what is written, or these rows of it, to tensors of so many columns."""
@@ -199,15 +205,21 @@ class Decoder:
         column = cache.filled
         cache.unwritten[column] = 0
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
-            keys, values = cache.own[index]
+        def write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
             keys[..., column] = k
             values[:, :, column] = v
+
+        hidden = self._read_one(ids, cache, write)
+        cache.positions, cache.filled = cache.positions + 1, column + 1
+        return hidden
+
+    def _read_one(self, ids: Tensor, cache: _Cache, write) -> Tensor:
+        """`step` without its book-keeping; `write` puts a layer's keys and values in the cache."""
+        def attend(q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
+            write(*cache.own[index], k, v)
             return self._attend(q, cache, index)
 
-        x = self._layers(ids, cache.positions, attend)
-        cache.positions, cache.filled = cache.positions + 1, column + 1
-        return self._rms(x, self.norm)
+        return self._rms(self._layers(ids, cache.positions, attend), self.norm)
 
     def _attend(self, q: Tensor, cache: _Cache, index: int) -> Tensor:
         """Attention of one query a row to its prompt and to what the row has written.
@@ -276,6 +288,8 @@ class Decoder:
 
 class TransformersDecoder:
     """The same interface through `transformers` itself: any architecture, at its own speed."""
+
+    compact_below = 0.8
 
     def __init__(self, policy: Policy):
         self.policy = policy

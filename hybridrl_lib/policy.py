@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 
 from . import attention
 from .config import ModelSettings
-from .errors import UserError, reason
+from .errors import UsageError, UserError, reason
 from .hub import cache_only_if_unreachable
 from .model_files import refuse_redirections
 from .objectives import score_tokens
@@ -71,6 +72,8 @@ class Policy:
         precision: `fp32`, `bf16` or `fp16`.
         stop_ids: tokens that end a completion.
         pad_id: token at unused places.
+        adapter: `none` or `lora`.
+        sampler: `own` or `vllm`.
     """
 
     model: PreTrainedModel
@@ -81,6 +84,8 @@ class Policy:
     stop_ids: tuple[int, ...]
     pad_id: int
     adapter: str = "none"
+    sampler: str = "own"
+    engine: object = None  # of vllm, once it has sampled
     _frozen: PreTrainedModel | None = None
 
     @property
@@ -131,8 +136,9 @@ class Policy:
         model = model or self.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if packed.segments is not None and base.config._attn_implementation == attention.NAME:
-            # As an argument the mask is handed through to the attention; `transformers` makes none.
-            layout = {"segments": packed.segments, "attention_mask": packed.segments.mask}
+            groups = base.config.num_attention_heads // base.config.num_key_value_heads
+            layout = {"segments": packed.segments, "attention_mask": packed.segments.scores_mask(
+                groups, DTYPES[self.precision])}
         else:
             layout = {"attention_mask": packed.with_mask().attention_mask}
         with self.autocast():
@@ -186,6 +192,9 @@ def load_policy(settings: ModelSettings) -> Policy:
     Raises:
         UserError: the folder, file or hub name cannot be loaded; says why and what to do.
     """
+    if settings.sampler == "vllm" and not find_spec("vllm"):
+        raise UsageError("model.sampler=vllm needs the package vllm; install it with "
+                         "'pip install hybridrl_lib[vllm]' or set model.sampler=own.")
     source, arguments, name = _locate(settings)
     device = choose_device(settings.device)
     with cache_only_if_unreachable() if "revision" in arguments else nullcontext():
@@ -210,7 +219,7 @@ def load_policy(settings: ModelSettings) -> Policy:
         model=model.to(device), tokenizer=tokenizer, name=name, sha256=sha256,
         precision=choose_precision(settings.precision, device),
         stop_ids=stop_token_ids(tokenizer, model.generation_config.eos_token_id),
-        pad_id=pad_token_id(tokenizer), adapter=settings.adapter)
+        pad_id=pad_token_id(tokenizer), adapter=settings.adapter, sampler=settings.sampler)
 
 
 def _load_model(source: str, arguments: dict, path: str) -> PreTrainedModel:

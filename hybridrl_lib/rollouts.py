@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cuda_graphs import GraphedDecoder
 from .decoding import Decoder, TransformersDecoder
 from .policy import Policy
 
 CPU_NUMBERS, GPU_NUMBERS = 2**19, 2**26  # logits of which tokens are chosen at once
 WORDS_A_BLOCK = 256  # of the vocabulary, when a word is drawn
-COMPACT_BELOW = 0.8  # share of live rows under which the batch is compacted
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ def _hit(cumulative: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1), threshold
 
 
+def make_decoder(policy: Policy):
+    """The fastest decoder that computes this policy exactly on its device."""
+    if not Decoder.supports(policy):
+        return TransformersDecoder(policy)
+    return GraphedDecoder(policy) if policy.device.type == "cuda" else Decoder(policy)
+
+
 @torch.inference_mode()
 def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, max_new_tokens: int,
            temperature: float, seed: int = 0, batch_size: int = 512) -> list[Group]:
@@ -115,9 +122,14 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, ma
     Returns:
         One `Group` a prompt, in the order of the prompts.
     """
+    if policy.sampler == "vllm":
+        from .vllm_sampler import sample_with_vllm
+
+        return sample_with_vllm(policy, prompts, samples=samples, max_new_tokens=max_new_tokens,
+                                temperature=temperature, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), samples, max_new_tokens, generator=generator)
-    decoder = Decoder(policy) if Decoder.supports(policy) else TransformersDecoder(policy)
+    decoder = make_decoder(policy)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_once = max(1, batch_size // samples)
     groups: dict[int, Group] = {}
@@ -174,7 +186,7 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
         left = int((~done).sum())
         if left == 0 or step + 1 == most:
             break
-        if left < COMPACT_BELOW * len(done):
+        if left < decoder.compact_below * len(done):
             keep = (~done).nonzero().squeeze(-1)
             cache = decoder.keep(cache, keep)
             live, tokens, done = live[keep], tokens[keep], done[keep]
