@@ -29,8 +29,8 @@ class Segments:
         owner: (S,) the row of each.
         mask: (S, 1, T, P + T) bool, True where a completion's token may look: at its prompt, and
             at what came before it.
-        back: (R * L,) for every place of the rows its index in prompts and completions, both read
-            flat, one after the other.
+        back: (M,) for every place of the rows its index in prompts and completions, both read flat,
+            one after the other. M is R * L rounded up.
     """
 
     prompts: Tensor
@@ -54,13 +54,13 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
     """An attention function of `transformers`.
 
     Args:
-        query: (R, heads, L, size).
-        key, value: (R, key-value heads, L, size).
+        query: (R, heads, L, size), with segments (1, heads, M, size).
+        key, value: (R, key-value heads, L, size), with segments (1, key-value heads, M, size).
         attention_mask: with segments their `scores_mask`.
         segments: without them this is scaled dot-product attention with `attention_mask`.
 
     Returns:
-        (R, L, heads, size), None.
+        (R, L, heads, size), with segments (1, M, heads, size); None.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,

@@ -241,7 +241,8 @@ class Decoder:
         if cache.slots is not None:
             scores = scores.index_select(0, cache.slots)
         keys, values = cache.own[index]
-        shares = torch.cat([scores, (q @ keys) + cache.unwritten], dim=-1).softmax(-1).to(self.dtype)
+        scores = torch.cat([scores, (q @ keys) + cache.unwritten], dim=-1)
+        shares = scores.softmax(-1).to(self.dtype)
         to_prompt, to_own = shares[..., :longest], shares[..., longest:]
         if cache.slots is not None:
             to_prompt = to_prompt.new_zeros(count * each, kv, groups, longest).index_copy_(

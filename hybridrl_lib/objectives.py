@@ -11,9 +11,10 @@ micro-batches, the gradient is the same.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .products import linear
+from .products import TOKENS, linear, rounded_up
 
 # Log-ratios are clamped before exp() so that one freak token cannot make the loss infinite.
 LARGEST_LOG_RATIO = 20.0
@@ -118,7 +119,14 @@ def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor 
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), head.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _Scores.apply(hidden, head, bias, targets, temperature, chunk_tokens, with_entropy)
+    tokens = len(targets)
+    more = (0, rounded_up(tokens, TOKENS) - tokens)  # these tokens' scores are cut off again
+    hidden, targets = F.pad(hidden, (0, 0, *more)), F.pad(targets, more)
+    if isinstance(temperature, Tensor):
+        temperature = F.pad(temperature, more, value=1.0)
+    scores, entropies = _Scores.apply(hidden, head, bias, targets, temperature, chunk_tokens,
+                                      with_entropy)
+    return scores[:tokens], entropies[:tokens]
 
 
 # 2. Normalisation -------------------------------------------------------------------------------

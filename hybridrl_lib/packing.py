@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .attention import Segments
+from .products import TOKENS, rounded_up
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,10 @@ def _fill(sequences: Sequence[PromptCompletion], rows: list[list[int]], pad_id: 
                 completions.append(places + r * length)
                 rows_of.append(r)
             end += inner
+    segments = _segments(prompts, completions, rows_of,
+                         rounded_up(len(rows) * length, TOKENS))
     return Packed(input_ids, position_ids, None, torch.cat(before), torch.cat(targets),
-                  torch.cat(owner), _segments(prompts, completions, rows_of, len(rows) * length))
+                  torch.cat(owner), segments)
 
 
 def _segments(prompts: list[Tensor], completions: list[Tensor], rows: list[int],

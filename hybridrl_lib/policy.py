@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -137,14 +138,16 @@ class Policy:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if packed.segments is not None and base.config._attn_implementation == attention.NAME:
             groups = base.config.num_attention_heads // base.config.num_key_value_heads
-            layout = {"segments": packed.segments, "attention_mask": packed.segments.scores_mask(
+            more = (0, len(packed.segments.back) - packed.input_ids.numel())
+            layout = {name: F.pad(getattr(packed, name).flatten(), more)[None]
+                      for name in ("input_ids", "position_ids")}
+            layout |= {"segments": packed.segments, "attention_mask": packed.segments.scores_mask(
                 groups, DTYPES[self.precision])}
         else:
-            layout = {"attention_mask": packed.with_mask().attention_mask}
+            layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids,
+                      "attention_mask": packed.with_mask().attention_mask}
         with self.autocast():
-            hidden = base.get_decoder()(
-                input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False,
-                **layout).last_hidden_state
+            hidden = base.get_decoder()(use_cache=False, **layout).last_hidden_state
             hidden = hidden.flatten(0, 1)[packed.before]
             head = base.get_output_embeddings()
             return score_tokens(hidden, head.weight, packed.targets, bias=head.bias,

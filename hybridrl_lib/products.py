@@ -9,6 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# oneDNN makes machine code for every new shape, in about a millisecond. What varies from batch to
+# batch is therefore rounded up: rows of a decoding batch, and tokens of a micro-batch.
+ROWS, TOKENS = 16, 128
+
+
+def rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
 
 def _one_dnn_works() -> bool:
     """Whether this build of torch has the operation that its own compiler uses for products."""

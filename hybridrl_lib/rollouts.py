@@ -16,6 +16,7 @@ from torch import Tensor
 from .cuda_graphs import GraphedDecoder
 from .decoding import Decoder, TransformersDecoder
 from .policy import Policy
+from .products import ROWS, rounded_up
 
 CPU_NUMBERS, GPU_NUMBERS = 2**19, 2**26  # logits of which tokens are chosen at once
 WORDS_A_BLOCK = 256  # of the vocabulary, when a word is drawn
@@ -160,7 +161,7 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
             temperature: float) -> list[tuple[list[int], list[float], list[float], bool]]:
     """Decodes a batch: every prompt is read once, then its cache is shared out to G rows."""
     device, (count, samples, most) = policy.device, uniform.shape
-    longest = max(map(len, prompts))
+    longest = rounded_up(max(map(len, prompts)), 8)
     ids = torch.full((count, longest), policy.pad_id)
     present = torch.zeros(count, longest, dtype=torch.bool)
     for row, prompt in enumerate(prompts):  # left-padded: the next token follows the last column
@@ -186,8 +187,10 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
         left = int((~done).sum())
         if left == 0 or step + 1 == most:
             break
-        if left < decoder.compact_below * len(done):
-            keep = (~done).nonzero().squeeze(-1)
+        fewer = min(rounded_up(left, ROWS), len(done))
+        if left < decoder.compact_below * len(done) and fewer < len(done):
+            # The unfinished rows, and as many others as make their number round.
+            keep = done.byte().argsort(stable=True)[:fewer].sort().values
             cache = decoder.keep(cache, keep)
             live, tokens, done = live[keep], tokens[keep], done[keep]
         hidden = decoder.step(tokens, cache)

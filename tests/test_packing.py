@@ -123,7 +123,7 @@ def largest_tensors(policy, packed) -> tuple[int, int]:
 
 
 def test_memory_of_an_update_does_not_grow_with_the_length_of_completions(policy):
-    """At 152,000 words and a fixed number of tokens a micro-batch neither attention nor logits do."""
+    """152,000 words and the same number of tokens, in short completions and in long ones."""
     policy.model.resize_token_embeddings(152_000)
     found = {}
     for length in (8, 64):
@@ -138,7 +138,7 @@ def test_memory_of_an_update_does_not_grow_with_the_length_of_completions(policy
 
 def test_logits_exist_for_a_chunk_of_tokens_only():
     """At 20,000 words no tensor is larger than the chunk's logits, in either pass."""
-    words, tokens, chunk, width = 20_000, 64, 8, 4
+    words, tokens, chunk, width = 20_000, 128, 8, 4
     hidden = torch.randn(tokens, width, requires_grad=True)
     head = torch.randn(words, width, requires_grad=True)
     sizes = []

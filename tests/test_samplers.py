@@ -156,7 +156,7 @@ def test_vllm_gets_the_weights_and_its_scores_are_not_used(make_policy, vllm, ar
     policy = make_policy(architecture, adapter=adapter, sampler="vllm")
     first = sample(policy, prompts_of(policy), **ARGUMENTS)
     with torch.no_grad():
-        for name, weight in policy.model.named_parameters():
+        for weight in policy.model.parameters():
             if weight.requires_grad:
                 weight.add_(0.05 * torch.randn(weight.shape,
                                                generator=torch.Generator().manual_seed(1)))
