@@ -11,8 +11,10 @@ micro-batches, the gradient is the same.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from .products import TOKENS, linear, rounded_up
 
 # Log-ratios are clamped before exp() so that one freak token cannot make the loss infinite.
 LARGEST_LOG_RATIO = 20.0
@@ -21,17 +23,73 @@ LARGEST_LOG_RATIO = 20.0
 # 1. Log-probabilities and entropy ---------------------------------------------------------------
 
 
-def _score_chunk(hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor,
-                 temperature: float | Tensor, with_entropy: bool,
-                 ) -> tuple[Tensor, Tensor]:
-    logits = torch.nn.functional.linear(hidden, head, bias).float() / temperature
-    log_normaliser = logits.logsumexp(-1)
-    log_probabilities = logits.gather(-1, targets[:, None]).squeeze(-1) - log_normaliser
-    if not with_entropy:
-        return log_probabilities, torch.zeros_like(log_probabilities)
-    # H = -sum_v p_v log p_v = log Z - sum_v p_v logit_v
-    probabilities = torch.softmax(logits, -1)
-    return log_probabilities, log_normaliser - (probabilities * logits).sum(-1)
+def _shifted_logits(hidden: Tensor, head: Tensor, bias: Tensor | None,
+                    warmth: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(chunk, vocabulary) logits at a temperature less their largest; their log normaliser."""
+    logits = linear(hidden, head, bias).float()
+    if isinstance(warmth, Tensor) or warmth != 1:
+        logits = logits.div_(warmth)
+    logits = logits.sub_(logits.amax(-1, keepdim=True))
+    return logits, logits.logsumexp(-1, keepdim=True)
+
+
+class _Scores(torch.autograd.Function):
+    """Log-probabilities and entropies a chunk at a time.
+
+    The backward pass computes the logits again, unless there is one chunk: to keep that one costs
+    no more memory than to compute it then.
+    With p = softmax(z): d log p_y / dz = 1_y - p, dH / dz = -p (log p + H).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, bias, targets, temperature, chunk_tokens, with_entropy):
+        scores = hidden.new_empty(len(targets), dtype=torch.float32)
+        entropies = torch.zeros_like(scores)
+        ctx.chunks = [slice(i, i + chunk_tokens) for i in range(0, len(targets), chunk_tokens)]
+        ctx.kept = None
+        for part in ctx.chunks:
+            warmth = temperature[part, None] if isinstance(temperature, Tensor) else temperature
+            logits, normaliser = _shifted_logits(hidden[part], head, bias, warmth)
+            scores[part] = (logits.gather(-1, targets[part, None]) - normaliser).squeeze(-1)
+            if with_entropy:  # H = log Z - sum_v p_v logit_v
+                shares = (logits - normaliser).exp_()
+                # A word without any probability has no share in it, whatever its logit is.
+                entropies[part] = normaliser.squeeze(-1) - torch.linalg.vecdot(
+                    shares, logits.clamp_(min=-1e30))
+            if len(ctx.chunks) == 1 and any(ctx.needs_input_grad):
+                ctx.kept = logits, normaliser
+        ctx.save_for_backward(hidden, head, bias, targets, entropies,
+                              temperature if isinstance(temperature, Tensor) else None)
+        ctx.temperature, ctx.with_entropy = temperature, with_entropy
+        return scores, entropies
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, for_scores, for_entropies):
+        hidden, head, bias, targets, entropies, temperatures = ctx.saved_tensors
+        for_hidden, for_head, for_bias = torch.empty_like(hidden), None, None
+        for part in ctx.chunks:
+            warmth = ctx.temperature if temperatures is None else temperatures[part, None]
+            logits, normaliser = ctx.kept or _shifted_logits(hidden[part], head, bias, warmth)
+            log_p = logits - normaliser if ctx.kept else logits.sub_(normaliser)
+            p = log_p.exp()
+            factor = for_scores[part, None]
+            if ctx.with_entropy:
+                factor = log_p.clamp_(min=-1e30).add_(entropies[part, None]).mul_(
+                    for_entropies[part, None]).add_(factor)
+            gradient = p.mul_(factor).neg_()
+            gradient.scatter_add_(-1, targets[part, None], for_scores[part, None])
+            if not isinstance(warmth, float) or warmth != 1:
+                gradient = gradient.div_(warmth)
+            gradient = gradient.to(head.dtype)
+            for_hidden[part] = linear(gradient, head.t())
+            if ctx.needs_input_grad[1]:
+                more = linear(gradient.t(), hidden[part].t())
+                for_head = more if for_head is None else for_head.add_(more)
+            if bias is not None and ctx.needs_input_grad[2]:
+                more = gradient.sum(0)
+                for_bias = more if for_bias is None else for_bias.add_(more)
+        return for_hidden, for_head, for_bias, None, None, None, None
 
 
 def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor | None = None,
@@ -40,7 +98,8 @@ def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor 
     """Log-probability of each target token and entropy of the distribution it was drawn from.
 
     The (tokens x vocabulary) logits are the memory of a small model. They exist here for
-    `chunk_tokens` tokens at a time and are computed again in the backward pass.
+    `chunk_tokens` tokens at a time and are computed again in the backward pass, in three buffers of
+    that size at most.
 
     Args:
         hidden: (N, width) last hidden states, at the positions *before* the targets.
@@ -55,17 +114,19 @@ def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor 
         log_probabilities (N,) and entropies (N,), in nats, fp32. The entropy is over the whole
         vocabulary.
     """
-    pieces = []
-    for start in range(0, len(targets), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        warmth = temperature[part, None] if isinstance(temperature, Tensor) else temperature
-        arguments = (hidden[part], head, bias, targets[part], warmth, with_entropy)
-        if torch.is_grad_enabled() and len(targets) > chunk_tokens:
-            pieces.append(checkpoint(_score_chunk, *arguments, use_reentrant=False))
-        else:
-            pieces.append(_score_chunk(*arguments))
-    log_probabilities, entropies = zip(*pieces, strict=True)
-    return torch.cat(log_probabilities), torch.cat(entropies)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # which does not reach into the function below
+        dtype = torch.get_autocast_dtype(device)
+        hidden, head = hidden.to(dtype), head.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    tokens = len(targets)
+    more = (0, rounded_up(tokens, TOKENS) - tokens)  # these tokens' scores are cut off again
+    hidden, targets = F.pad(hidden, (0, 0, *more)), F.pad(targets, more)
+    if isinstance(temperature, Tensor):
+        temperature = F.pad(temperature, more, value=1.0)
+    scores, entropies = _Scores.apply(hidden, head, bias, targets, temperature, chunk_tokens,
+                                      with_entropy)
+    return scores[:tokens], entropies[:tokens]
 
 
 # 2. Normalisation -------------------------------------------------------------------------------

@@ -10,10 +10,13 @@ is a group of one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from .attention import Segments
+from .products import TOKENS, rounded_up
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,42 @@ class Packed:
         before: (N,) flat index (row * L + column) of the position that predicts each token.
         targets: (N,) the completion tokens.
         sequence: (N,) which completion (index into the list that was packed) each belongs to.
+        segments: the same as the mask for an attention that leaves out what the mask hides; the
+            mask is None then, see `with_mask`.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     before: Tensor
     targets: Tensor
     sequence: Tensor
+    segments: Segments | None = None
 
     def to(self, device) -> "Packed":
-        return Packed(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Packed(*(None if value is None else value.to(device) for value in (
+            getattr(self, name) for name in self.__dataclass_fields__)))
+
+    def with_mask(self) -> "Packed":
+        """With the mask in place of the segments, for any model that takes one."""
+        if self.attention_mask is not None:
+            return self
+        rows, length = self.input_ids.shape
+        pieces = self.segments
+        # Per place of the rows: -1 in a prompt, the completion's number, or -2 at padding.
+        segment = torch.full((rows * length,), -2, device=self.input_ids.device)
+        for index, numbers in ((pieces.prompts, torch.full_like(pieces.prompts[:, :1], -1)),
+                               (pieces.completions, torch.arange(
+                                   len(pieces.completions), device=segment.device)[:, None])):
+            segment[index] = numbers.expand_as(index)
+        segment[0] = -1  # what fills the ends of the index tables
+        segment = segment.view(rows, length)
+        query, key = segment[:, :, None], segment[:, None, :]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+        allowed = ((key == -1) | (key == query)) & earlier
+        # A padded query looks at itself: a row of the softmax without any key would be NaN.
+        allowed |= torch.eye(length, dtype=torch.bool, device=segment.device)
+        return replace(self, attention_mask=allowed[:, None], segments=None)
 
 
 def _rows(sequences: Sequence[PromptCompletion], row_tokens: int) -> list[list[int]]:
@@ -95,32 +123,58 @@ def pack(sequences: Sequence[PromptCompletion], budget_tokens: int,
 
 def _fill(sequences: Sequence[PromptCompletion], rows: list[list[int]], pad_id: int) -> Packed:
     length = max(_row_length(sequences, row) for row in rows)
+    alone = all(len(row) == 1 for row in rows)  # then a completion goes on with its prompt's row
     shape = (len(rows), length)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     position_ids = torch.zeros(shape, dtype=torch.long)
-    segment = torch.full(shape, -1, dtype=torch.long)  # 0 prompt, 1.. completions, -1 padding
     before, targets, owner = [], [], []
+    prompts, completions, rows_of = [], [], []  # flat index of their tokens
     for r, row in enumerate(rows):
         prompt = sequences[row[0]].prompt
         end = len(prompt)
         input_ids[r, :end] = torch.tensor(prompt)
         position_ids[r, :end] = torch.arange(end)
-        segment[r, :end] = 0
-        for number, index in enumerate(row, start=1):
+        prompts.append(torch.arange(end) + r * length)
+        for index in row:
             completion = sequences[index].completion
             inner = len(completion) - 1  # the last token is predicted and never read
+            places = torch.arange(end, end + inner)
             input_ids[r, end:end + inner] = torch.tensor(completion[:-1], dtype=torch.long)
             position_ids[r, end:end + inner] = len(prompt) + torch.arange(inner)
-            segment[r, end:end + inner] = number
-            before.append(torch.cat([torch.tensor([len(prompt) - 1]),
-                                     torch.arange(end, end + inner)]) + r * length)
+            before.append(torch.cat([torch.tensor([len(prompt) - 1]), places]) + r * length)
             targets.append(torch.tensor(completion, dtype=torch.long))
             owner.append(torch.full((len(completion),), index))
+            if alone:
+                prompts[r] = torch.arange(end + inner) + r * length
+            elif inner:
+                completions.append(places + r * length)
+                rows_of.append(r)
             end += inner
-    query, key = segment[:, :, None], segment[:, None, :]
-    earlier = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = ((key == 0) | (key == query)) & earlier
-    # A padded query looks at itself: a row of the softmax without any key would be NaN.
-    allowed = torch.where(query == -1, torch.eye(length, dtype=torch.bool), allowed)
-    return Packed(input_ids, position_ids, allowed[:, None], torch.cat(before), torch.cat(targets),
-                  torch.cat(owner))
+    segments = _segments(prompts, completions, rows_of,
+                         rounded_up(len(rows) * length, TOKENS))
+    return Packed(input_ids, position_ids, None, torch.cat(before), torch.cat(targets),
+                  torch.cat(owner), segments)
+
+
+def _segments(prompts: list[Tensor], completions: list[Tensor], rows: list[int],
+              places: int) -> Segments:
+    """The segments of a micro-batch from the flat index of the tokens of each."""
+    def table(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:  # index and lengths
+        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.long)
+        index = torch.zeros(len(pieces), max(map(len, pieces), default=0), dtype=torch.long)
+        for line, piece in zip(index, pieces, strict=True):
+            line[:len(piece)] = piece
+        return index, lengths
+
+    (before, prompt_lengths), (after, lengths) = table(prompts), table(completions)
+    owner = torch.tensor(rows, dtype=torch.long)
+    columns, tokens = torch.arange(before.shape[1]), torch.arange(after.shape[1])
+    seen = columns < prompt_lengths[owner, None]  # (S, P)
+    causal = tokens[:, None] >= tokens  # (T, T)
+    mask = torch.cat([seen[:, None].expand(-1, len(tokens), -1),
+                      causal.expand(len(owner), -1, -1)], dim=2)
+    back = torch.zeros(places, dtype=torch.long)  # padding reads place 0, and no loss reads padding
+    for index, length, start in ((before, prompt_lengths, 0), (after, lengths, before.numel())):
+        real = torch.arange(index.shape[1]) < length[:, None]
+        back[index[real]] = start + torch.arange(index.numel()).view(index.shape)[real]
+    return Segments(before, after, owner, mask[:, None], back)

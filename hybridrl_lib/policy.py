@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,15 +20,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from . import attention
 from .config import ModelSettings
-from .errors import UserError, reason
+from .errors import UsageError, UserError, reason
 from .home import hide_home
 from .hub import cache_only_if_unreachable
 from .model_files import refuse_redirections
 from .objectives import score_tokens
 from .packing import Packed
 from .problems.prompts import encode_prompt, pad_token_id, prompt_text, stop_token_ids
+from .products import use_fast_products
 
+KNOWN = ("qwen2", "llama")  # architectures that sampler and attention of this project know
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,6 +76,7 @@ class Policy:
         pad_id: token at unused places.
         adapter: `none` or `lora`.
         trains_base: whether the base weights are trained beside the adapter.
+        sampler: `own` or `vllm`.
     """
 
     model: PreTrainedModel
@@ -82,6 +88,8 @@ class Policy:
     pad_id: int
     adapter: str = "none"
     trains_base: bool = False
+    sampler: str = "own"
+    engine: object = None  # of vllm, once it has sampled
     _frozen: PreTrainedModel | None = None
 
     @property
@@ -131,10 +139,18 @@ class Policy:
         """
         model = model or self.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if packed.segments is not None and base.config._attn_implementation == attention.NAME:
+            groups = base.config.num_attention_heads // base.config.num_key_value_heads
+            more = (0, len(packed.segments.back) - packed.input_ids.numel())
+            layout = {name: F.pad(getattr(packed, name).flatten(), more)[None]
+                      for name in ("input_ids", "position_ids")}
+            layout |= {"segments": packed.segments, "attention_mask": packed.segments.scores_mask(
+                groups, DTYPES[self.precision])}
+        else:
+            layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids,
+                      "attention_mask": packed.with_mask().attention_mask}
         with self.autocast():
-            hidden = base.get_decoder()(
-                input_ids=packed.input_ids, attention_mask=packed.attention_mask,
-                position_ids=packed.position_ids, use_cache=False).last_hidden_state
+            hidden = base.get_decoder()(use_cache=False, **layout).last_hidden_state
             hidden = hidden.flatten(0, 1)[packed.before]
             head = base.get_output_embeddings()
             return score_tokens(hidden, head.weight, packed.targets, bias=head.bias,
@@ -213,6 +229,9 @@ def load_policy(settings: ModelSettings) -> Policy:
     Raises:
         UserError: the folder, file or hub name cannot be loaded; says why and what to do.
     """
+    if settings.sampler == "vllm" and not find_spec("vllm"):
+        raise UsageError("model.sampler=vllm needs the package vllm; install it with "
+                         "'pip install hybridrl_lib[vllm]' or set model.sampler=own.")
     source, arguments, name = _locate(settings)
     device = choose_device(settings.device)
     with cache_only_if_unreachable() if "revision" in arguments else nullcontext():
@@ -222,6 +241,9 @@ def load_policy(settings: ModelSettings) -> Policy:
         model = _load_model(source, arguments, settings.path)
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
         model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
+    use_fast_products(model)
+    if model.config.model_type in KNOWN:  # they hand arguments through to the attention
+        model.set_attn_implementation(attention.NAME)
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
     sha256 = _checksum(source, arguments, model)
     if settings.adapter == "lora":
@@ -234,7 +256,7 @@ def load_policy(settings: ModelSettings) -> Policy:
         model=model.to(device), tokenizer=tokenizer, name=name, sha256=sha256,
         precision=choose_precision(settings.precision, device),
         stop_ids=stop_token_ids(tokenizer, model.generation_config.eos_token_id),
-        pad_id=pad_token_id(tokenizer), adapter=settings.adapter)
+        pad_id=pad_token_id(tokenizer), adapter=settings.adapter, sampler=settings.sampler)
 
 
 def _load_model(source: str, arguments: dict, path: str) -> PreTrainedModel:

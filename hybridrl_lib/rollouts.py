@@ -10,12 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .cuda_graphs import GraphedDecoder
 from .decoding import Decoder, TransformersDecoder
 from .policy import Policy
+from .products import ROWS, rounded_up
 
-COMPACT_BELOW = 0.8  # share of live rows under which the batch is compacted
+CPU_NUMBERS, GPU_NUMBERS = 2**19, 2**26  # logits of which tokens are chosen at once
+WORDS_A_BLOCK = 256  # of the vocabulary, when a word is drawn
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
     """Draws one token a row by inverting the cumulative distribution.
 
     Args:
-        logits: (R, vocabulary) fp32.
+        logits: (R, vocabulary); computed with in fp32.
         uniform: (R,) in [0, 1).
         temperature: 0 takes the most likely token.
 
@@ -57,18 +61,50 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
         tokens (R,), log-probabilities (R,), entropies (R,). For temperature 0 the scores are those
         at temperature 1.
     """
-    log_p = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    p = log_p.exp()
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        cumulative = p.cumsum(-1)
-        # Scaled by the sum as it was rounded, so that no draw falls behind the last token.
-        threshold = uniform[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    chosen = log_p.gather(-1, tokens[:, None]).squeeze(-1)
-    return tokens, chosen, -(p * log_p.clamp(min=-1e4)).sum(-1)
+    # A few rows at a time: what is computed from them stays in the processor's cache.
+    rows = max(1, (CPU_NUMBERS if logits.device.type == "cpu" else GPU_NUMBERS) // logits.shape[1])
+    if len(logits) > rows:
+        parts = [choose_tokens(*part, temperature) for part in zip(
+            logits.split(rows), uniform.split(rows), strict=True)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+    x = logits.float() / temperature if temperature not in (0, 1) else logits.float()
+    x = (x - x.amax(-1, keepdim=True)).clamp_(min=-1e4)  # exp(-1e4) is 0
+    weight = x.exp()
+    total = weight.sum(-1)
+    tokens = logits.argmax(-1) if temperature == 0 else _draw(weight, uniform)
+    normaliser = total.log()
+    chosen = x.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
+    return tokens, chosen, normaliser - torch.linalg.vecdot(weight, x) / total
+
+
+def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
+    """One word a row (R,), with probability in proportion to its weight (R, vocabulary).
+
+    A running sum over a whole vocabulary is slow: the first is over blocks of words, the second
+    over the words of the block that was hit.
+    """
+    rows, words = weight.shape
+    blocks = F.pad(weight, (0, -words % WORDS_A_BLOCK)).view(rows, -1, WORDS_A_BLOCK)
+    until = blocks.sum(-1).cumsum(-1)
+    block, rest = _hit(until, uniform * until[:, -1])
+    before = F.pad(until, (1, 0)).gather(-1, block[:, None]).squeeze(-1)
+    inside = blocks[torch.arange(rows, device=weight.device), block].cumsum(-1)
+    word, _ = _hit(inside, rest - before)
+    return block * WORDS_A_BLOCK + word
+
+
+def _hit(cumulative: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry above the threshold (R,) in each row; rounding moves none past the end."""
+    below_end = cumulative[:, -1].nextafter(torch.zeros_like(threshold))
+    threshold = torch.minimum(threshold, below_end)
+    return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1), threshold
+
+
+def make_decoder(policy: Policy):
+    """The fastest decoder that computes this policy exactly on its device."""
+    if not Decoder.supports(policy):
+        return TransformersDecoder(policy)
+    return GraphedDecoder(policy) if policy.device.type == "cuda" else Decoder(policy)
 
 
 @torch.inference_mode()
@@ -87,9 +123,14 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, ma
     Returns:
         One `Group` a prompt, in the order of the prompts.
     """
+    if policy.sampler == "vllm":
+        from .vllm_sampler import sample_with_vllm
+
+        return sample_with_vllm(policy, prompts, samples=samples, max_new_tokens=max_new_tokens,
+                                temperature=temperature, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), samples, max_new_tokens, generator=generator)
-    decoder = Decoder(policy) if Decoder.supports(policy) else TransformersDecoder(policy)
+    decoder = make_decoder(policy)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     at_once = max(1, batch_size // samples)
     groups: dict[int, Group] = {}
@@ -120,24 +161,17 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
             temperature: float) -> list[tuple[list[int], list[float], list[float], bool]]:
     """Decodes a batch: every prompt is read once, then its cache is shared out to G rows."""
     device, (count, samples, most) = policy.device, uniform.shape
-    longest = max(map(len, prompts))
+    longest = rounded_up(max(map(len, prompts)), 8)
     ids = torch.full((count, longest), policy.pad_id)
     present = torch.zeros(count, longest, dtype=torch.bool)
     for row, prompt in enumerate(prompts):  # left-padded: the next token follows the last column
         ids[row, longest - len(prompt):] = torch.tensor(prompt)
         present[row, longest - len(prompt):] = True
-    positions = (present.cumsum(1) - 1).clamp(min=0)
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    mask = (present[:, None, None] & causal) | torch.eye(longest, dtype=torch.bool)
-    cache = decoder.new_cache(count, longest)
-    hidden = decoder.advance(ids.to(device), positions.to(device), cache, 0, mask.to(device))
+    hidden, cache = decoder.read(ids.to(device), present.to(device))
 
     rows = count * samples
-    cache = decoder.share(cache, samples, most - 1)
+    cache = decoder.share(cache, samples)
     hidden = hidden.repeat_interleave(samples, dim=0)
-    mask = torch.cat([present.repeat_interleave(samples, 0),
-                      torch.ones(rows, most, dtype=torch.bool)], dim=1).to(device)
-    position = positions[:, -1].repeat_interleave(samples).to(device)
     uniform = uniform.reshape(rows, most).to(device)
     stops = torch.tensor(policy.stop_ids, device=device)
 
@@ -153,15 +187,13 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
         left = int((~done).sum())
         if left == 0 or step + 1 == most:
             break
-        if left < COMPACT_BELOW * len(done):
-            keep = (~done).nonzero().squeeze(-1)
-            cache = decoder.keep(cache, keep, longest + step)
-            live, tokens, position, mask = live[keep], tokens[keep], position[keep], mask[keep]
-            done = done[keep]
-        position = position + 1
-        end = longest + step + 1
-        hidden = decoder.advance(tokens[:, None], position[:, None], cache, longest + step,
-                                 mask[:, None, None, :end])
+        fewer = min(rounded_up(left, ROWS), len(done))
+        if left < decoder.compact_below * len(done) and fewer < len(done):
+            # The unfinished rows, and as many others as make their number round.
+            keep = done.byte().argsort(stable=True)[:fewer].sort().values
+            cache = decoder.keep(cache, keep)
+            live, tokens, done = live[keep], tokens[keep], done[keep]
+        hidden = decoder.step(tokens, cache)
     return _collect(record, rows)
 
 

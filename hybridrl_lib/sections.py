@@ -40,6 +40,10 @@ class ModelSettings(Section):
         "number format of the forward pass; auto = bf16 from CUDA capability 8.0 on, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"))
     device: str = setting("auto", "auto = the GPU if there is one", choices=("auto", "cpu", "cuda"))
+    sampler: str = setting(
+        "own",
+        "own = the sampler of this project; vllm = the package vllm, on a GPU with room for a "
+        "second copy of the model", choices=("own", "vllm"))
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third more time")
 

@@ -114,7 +114,7 @@ class Learner:
             self.optimizers.clear()
         self.optimizers[name] = self.accelerator.prepare(torch.optim.AdamW(
             self.parameters, lr=0.0, betas=tuple(training.betas),
-            weight_decay=training.weight_decay))
+            weight_decay=training.weight_decay, fused=self.policy.precision != "fp16"))
 
     def optimizer_states(self) -> dict[str, dict]:
         """The state of every optimiser, by its name."""
@@ -163,8 +163,12 @@ class Learner:
         """Adds the gradient of an update's loss to the parameters'; False if there is none."""
         keep = self.has_gradient(update).nonzero().squeeze(-1).tolist()
         self._count_skipped(update, keep, totals)
-        for packed in self._pack([update.sequences[i] for i in keep]):
-            self.accelerator.backward(self._loss(update, keep, packed, totals))
+        device = self.policy.device.type
+        with self.policy.autocast():  # around all micro-batches: weights are cast once for them
+            for packed in self._pack([update.sequences[i] for i in keep]):
+                loss = self._loss(update, keep, packed, totals)
+                with torch.autocast(device, enabled=False):
+                    self.accelerator.backward(loss)
         return bool(keep)
 
     def gradient_norm(self, update: Update) -> float:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from hybridrl_lib import rollouts
-from hybridrl_lib.decoding import Decoder
+from hybridrl_lib import training
+from hybridrl_lib.decoding import Decoder, TransformersDecoder
 from hybridrl_lib.packing import PromptCompletion, pack
 from hybridrl_lib.rollouts import choose_tokens, sample
 
 TOLERANCE = 1e-5  # between a log-probability as sampled and as trained, in nats, fp32
+HALF = 0.2  # the same in bf16, for these random models
 QUESTIONS = ("How many?", "Ann has 3 apples. Ann gets 4 more. How many apples does Ann have now?",
              "Find 17 mod 5.")
 KINDS = ("qwen2", "llama", "transformers", "lora", "lora on llama", "lora through transformers")
@@ -79,6 +80,41 @@ def test_sampled_log_probabilities_are_the_trained_ones(any_policy, temperature)
     torch.testing.assert_close(sampled_scores(groups),
                                trained_scores(any_policy, groups, temperature),
                                atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", TOLERANCE), ("bf16", HALF)])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_how_far_sampled_and_trained_log_probabilities_are_apart(make_policy, architecture,
+                                                                 precision, tolerance):
+    """In fp32 nothing but rounding; in bf16 far more, though both round at the same places."""
+    policy = replace(make_policy(architecture), precision=precision)
+    groups = sample(policy, prompts_of(policy), samples=6, max_new_tokens=12, temperature=1.0,
+                    seed=1)
+    apart = (sampled_scores(groups) - trained_scores(policy, groups, 1.0)).abs().max()
+    assert apart <= tolerance
+    if precision != "fp32":
+        assert apart > 10 * TOLERANCE, "the numbers of the sampler could serve here, too"
+
+
+def test_in_half_precision_the_sampler_s_log_probabilities_are_not_used(make_policy, make_trainer,
+                                                                        monkeypatch):
+    """The record's KL to the reference: wrong numbers from the sampler show in fp32 alone."""
+    found = {}
+    honest = training.sample
+    for precision in ("fp32", "bf16"):
+        for shift in (0.0, 1.0):
+            def shifted(*arguments, shift=shift, **more):
+                return [replace(group, completions=[
+                    replace(c, log_probabilities=[x + shift for x in c.log_probabilities])
+                    for c in group.completions]) for group in honest(*arguments, **more)]
+
+            monkeypatch.setattr(training, "sample", shifted)
+            trainer = make_trainer("rl", policy=replace(make_policy(), precision=precision),
+                                   folder=f"{precision}-{shift}")
+            trainer.train()
+            found[precision, shift] = trainer.folder.lines("metrics.jsonl")[0]["kl/reference"]
+    assert found["fp32", 1.0] > found["fp32", 0.0] + 0.1
+    assert found["bf16", 1.0] == found["bf16", 0.0]
 
 
 def test_greedy_answers_are_those_of_transformers(any_policy):
@@ -198,7 +234,8 @@ def test_compaction_does_not_change_the_completions(any_policy, monkeypatch):
     arguments = {"samples": 8, "max_new_tokens": 12, "temperature": 1.0, "seed": 5}
     taken = []
     for share in (0.0, 0.5, 1.1):
-        monkeypatch.setattr(rollouts, "COMPACT_BELOW", share)
+        for decoder in (Decoder, TransformersDecoder):
+            monkeypatch.setattr(decoder, "compact_below", share)
         taken.append(sample(any_policy, prompts_of(any_policy), **arguments))
     assert texts(taken[0]) == texts(taken[1]) == texts(taken[2])
     lengths = {len(c.token_ids) for group in taken[0] for c in group.completions}

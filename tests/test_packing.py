@@ -6,7 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_training import distance
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hybridrl_lib import attention
+from hybridrl_lib.objectives import score_tokens
 from hybridrl_lib.packing import PromptCompletion, pack
 
 PROMPTS = ([5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17])
@@ -69,6 +73,87 @@ def test_packed_gradient_equals_one_by_one_gradient(make_policy, adapter, budget
     packed = gradient(scores_of(policy, sequences, budget))
     plain = gradient([plain_scores(policy, item) for item in sequences])
     assert distance(packed, plain) < 1e-5
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("budget", [12, 40, 10_000])
+def test_segments_and_mask_are_the_same_attention(make_policy, adapter, budget):
+    """Leaving out what the mask hides changes no score and no gradient; any model takes the mask.
+
+    Among the micro-batches are rows of one completion and completions of one token.
+    """
+    policy = make_policy(adapter=adapter)
+    moved = [p for p in policy.model.parameters() if p.requires_grad]
+    found = []
+    for known in (True, False):
+        policy.model.set_attn_implementation(attention.NAME if known else "sdpa")
+        policy.model.zero_grad()
+        scores = torch.cat([torch.cat(pair) for pair in scores_of(
+            policy, groups(policy.eos_id), budget)])
+        (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
+        found.append((scores.detach(), torch.cat([p.grad.flatten() for p in moved])))
+    (mine, my_gradient), (masked, gradient) = found
+    torch.testing.assert_close(mine, masked, atol=1e-5, rtol=1e-5)
+    assert distance(my_gradient, gradient) < 1e-5
+
+
+def largest_tensors(policy, packed) -> tuple[int, int]:
+    """(numbers in the largest tensor, numbers kept for the backward pass) of an update."""
+    kept = []
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), more=None):
+            result = function(*arguments, **(more or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest[0] = max(largest[0], tensor.untyped_storage().nbytes() // 4)
+            return result
+
+    def keep(tensor):
+        kept.append(tensor.untyped_storage())
+        return tensor
+
+    with Watch(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        scores, entropies = policy.score(packed, chunk_tokens=16)
+        (scores + entropies).sum().backward()
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    storages = {s.data_ptr(): s.nbytes() // 4 for s in kept}
+    return largest[0], sum(size for place, size in storages.items() if place not in weights)
+
+
+def test_memory_of_an_update_does_not_grow_with_the_length_of_completions(policy):
+    """152,000 words and the same number of tokens, in short completions and in long ones."""
+    policy.model.resize_token_embeddings(152_000)
+    found = {}
+    for length in (8, 60):
+        count = 120 // length
+        items = [PromptCompletion(PROMPTS[0], [20 + i] * length) for i in range(count)]
+        packed, = pack(items, 1000, policy.pad_id)
+        found[length] = largest_tensors(policy, packed)
+    (short_largest, short_kept), (long_largest, long_kept) = found[8], found[60]
+    assert long_largest <= 1.1 * short_largest
+    assert long_kept <= 1.3 * short_kept
+
+
+def test_logits_exist_for_a_chunk_of_tokens_only():
+    """At 20,000 words no tensor is larger than the chunk's logits, in either pass."""
+    words, tokens, chunk, width = 20_000, 128, 8, 4
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    head = torch.randn(words, width, requires_grad=True)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), more=None):
+            result = function(*arguments, **(more or {}))
+            if isinstance(result, torch.Tensor):
+                sizes.append(result.numel())
+            return result
+
+    with Watch():
+        scores, entropies = score_tokens(hidden, head, torch.arange(tokens), chunk_tokens=chunk)
+        (scores + entropies).sum().backward()
+    assert max(sizes) == chunk * words
 
 
 def test_completions_do_not_see_each_other(policy):

@@ -1,0 +1,99 @@
+"""Attention in packed rows: every completion against its prompt and itself, and nothing else.
+
+Of the scores of a packed row most belong to pairs of completions that must not see each other.
+Here they are not computed: prompts attend to themselves, and every completion, as a row of its
+own, to the prompt's keys followed by its own. `transformers` calls `attend` in each layer in place
+of its own attention; where it is given no segments it is that attention.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "packed"  # of this attention among those of `transformers`
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where prompts and completions lie in a micro-batch of rows that are read flat.
+
+    Attributes:
+        prompts: (R, P) flat index (row * L + column) of the tokens of each row's prompt, or of all
+            its tokens if it has one completion; index 0 fills the end.
+        completions: (S, T) flat index of the tokens of each completion that has any to read.
+        owner: (S,) the row of each.
+        mask: (S, 1, T, P + T) bool, True where a completion's token may look: at its prompt, and
+            at what came before it.
+        back: (M,) for every place of the rows its index in prompts and completions, both read flat,
+            one after the other. M is R * L rounded up.
+    """
+
+    prompts: Tensor
+    completions: Tensor
+    owner: Tensor
+    mask: Tensor
+    back: Tensor
+
+    def scores_mask(self, groups: int, dtype: torch.dtype) -> Tensor:
+        """(S, 1, groups * T, P + T) to be added to the scores, once for all layers."""
+        hidden = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+        return hidden.masked_fill_(~self.mask, float("-inf")).repeat(1, 1, groups, 1)
+
+    def to(self, device) -> "Segments":
+        return Segments(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
+           attention_mask: Tensor | None, *, segments: Segments | None = None, scaling=None,
+           **arguments) -> tuple[Tensor, None]:
+    """An attention function of `transformers`.
+
+    Args:
+        query: (R, heads, L, size), with segments (1, heads, M, size).
+        key, value: (R, key-value heads, L, size), with segments (1, key-value heads, M, size).
+        attention_mask: with segments their `scores_mask`.
+        segments: without them this is scaled dot-product attention with `attention_mask`.
+
+    Returns:
+        (R, L, heads, size), with segments (1, M, heads, size); None.
+    """
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling,
+                                      **arguments)
+    rows, heads, length, size = query.shape
+    kv = key.shape[1]
+    q, k, v = (t.transpose(1, 2).reshape(rows * length, -1) for t in (query, key, value))
+
+    def take(tokens: Tensor, index: Tensor, count: int) -> Tensor:  # (.., tokens, count, size)
+        return tokens.index_select(0, index.flatten()).view(*index.shape, count, size)
+
+    groups = heads // kv
+    prompt_keys, prompt_values = take(k, segments.prompts, kv), take(v, segments.prompts, kv)
+    repeated = (t.transpose(1, 2).repeat_interleave(groups, dim=1)
+                for t in (prompt_keys, prompt_values))
+    y = F.scaled_dot_product_attention(take(q, segments.prompts, heads).transpose(1, 2), *repeated,
+                                       is_causal=True, scale=scaling)
+    y = y.transpose(1, 2).reshape(-1, heads * size)
+    if len(segments.completions):
+        count, longest = segments.completions.shape
+        keys, values = (
+            torch.cat([shared.index_select(0, segments.owner),
+                       take(own, segments.completions, kv)], dim=1).transpose(1, 2)
+            for shared, own in ((prompt_keys, k), (prompt_values, v)))
+        # The queries that share a key head become its rows, so that no key is repeated.
+        queries = take(q, segments.completions, heads).transpose(1, 2).reshape(
+            count, kv, groups * longest, size)
+        own = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=attention_mask, scale=scaling)
+        own = own.view(count, heads, longest, size).transpose(1, 2).reshape(-1, heads * size)
+        y = torch.cat([y, own])
+    return y.index_select(0, segments.back).view(rows, length, heads, size), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
