@@ -4,7 +4,6 @@ Same weights, prompts, number of samples and cap; both sample at temperature 1 w
 top-p, in one batch, and stop at the same tokens. See README.md beside this file.
 """
 
-import copy
 import sys
 from collections.abc import Sequence
 
@@ -32,15 +31,14 @@ from hybridrl_lib.rollouts import Group, sample
 class Generate:
     """`transformers`' generate, set up to draw from the same distribution as our sampler.
 
-    Where the policy computes in half precision it gets a copy of the model in that dtype: that is
-    faster than autocast, which would cast the weights again for every token.
+    It gets a copy of the model without this project's kernels. Where the policy computes in half
+    precision the copy is in that dtype: that is faster than autocast, which would cast the weights
+    again for every token.
     """
 
     def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], samples: int,
                  max_new_tokens: int):
-        half = policy.precision != "fp32"
-        self.model = copy.deepcopy(policy.model) if half else policy.model
-        self.model = self.model.to(DTYPES[policy.precision]).eval()
+        self.model = policy.plain_model().to(DTYPES[policy.precision]).eval()
         # In place of the model's own, which may hold a repetition penalty or a top-k.
         self.model.generation_config = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,

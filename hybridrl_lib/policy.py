@@ -29,7 +29,7 @@ from .model_files import refuse_redirections
 from .objectives import score_tokens
 from .packing import Packed
 from .problems.prompts import encode_prompt, pad_token_id, prompt_text, stop_token_ids
-from .products import use_fast_products
+from .products import use_fast_products, use_plain_products
 
 KNOWN = ("qwen2", "llama")  # architectures that sampler and attention of this project know
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,6 +183,19 @@ class Policy:
         finally:
             for name, parameter in self.trained_weights().items():
                 parameter.data = own[name]
+
+    def plain_model(self) -> PreTrainedModel:
+        """A copy of the model with the products and the attention of `transformers` and torch.
+
+        It is what to compare speed with: the model itself has this project's.
+        """
+        model = use_plain_products(copy.deepcopy(self.model))
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if base.config._attn_implementation == attention.NAME:
+            base.set_attn_implementation("sdpa")
+        return model
+
+    # The reference -----------------------------------------------------------------------------
 
     def keep_reference(self) -> None:
         """Remembers the weights as they are now as the KL anchor.

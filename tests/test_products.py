@@ -52,8 +52,22 @@ def test_a_torch_without_the_operation_goes_on_as_before(monkeypatch):
     assert torch.equal(linear(x, weight), F.linear(x, weight))
 
 
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_plain_model_computes_the_same(make_policy, adapter):
+    """What benchmarks compare with has the same weights, and nothing of this project's speed."""
+    policy = make_policy(adapter=adapter)
+    plain, ids = policy.plain_model(), torch.tensor([[5, 6, 7, 8]])
+    base = plain.get_base_model() if adapter == "lora" else plain
+    assert base.config._attn_implementation == "sdpa"
+    assert policy.model.config._attn_implementation == "packed"
+    assert not any(isinstance(m, products.Linear) for m in plain.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, policy.model(input_ids=ids).logits,
+                                   atol=1e-4, rtol=1e-4)
+
+
 def test_a_model_can_be_made_plain_again(policy):
-    """What benchmarks compare with is the model as `transformers` makes it."""
+    """Layer by layer, and back."""
     model = copy.deepcopy(policy.model)
     kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     assert kinds == {products.Linear}
