@@ -230,6 +230,13 @@ class RLSettings(Section):
         "sft.loss_normalisation",
         "paper §1: 1/G sum 1/T_i",
         choices=("sequence_mean", "token_mean", "constant", "sequence_sum"))
+    reward: str = setting(
+        "answer",
+        "answer = 1 for an answer right by the strict rule, else 0; answer_and_steps = the "
+        "solution's written equations must hold as well, and there must be some where the "
+        "reference solution has them",
+        "paper §1 promises rewards sensitive to errors of inference and has none",
+        choices=("answer", "answer_and_steps"))
     temperature: float = setting(
         1.0, "of sampling and of the trained log-probabilities alike",
         "paper §1: samples of the policy itself", above=0)

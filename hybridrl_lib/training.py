@@ -30,7 +30,7 @@ from .policy import Policy
 from .problems import Problem, ProblemParts, in_turn
 from .progress import Observer, Stopwatch
 from .records import RunFolder, seed_of
-from .rewards import Verifier
+from .rewards import Verifier, steps_hold
 from .rollouts import Group, sample
 from .steps import Rollout, Step
 from .updates import Learner, Totals, Update
@@ -47,7 +47,8 @@ class Trainer:
         with_entropy: whether gamma of the stage is in the loss.
         seed: order of the problems and all sampling.
         folder: where logs and checkpoints go.
-        verifier: gives the verdicts; the reward is 1 for a strictly right answer, else 0.
+        verifier: gives the verdicts; the reward is 1 for a strictly right answer (whose steps
+            hold, if `rl.reward` says so), else 0.
         observer: told what happens.
         clock: runs since the run began; a new one unless given.
     """
@@ -229,6 +230,8 @@ class Trainer:
             row["reward/overlong"] = float(torch.stack(
                 [overlong_of(r.group, rl) for r in sampled]).mean())
         row["verdicts"] = dict(sorted(reasons.items()))
+        if rl.reward != "answer":
+            row["reward/answer"] = reasons["right"] / sum(reasons.values())
         return kept
 
     def _judge(self, problems: list[Problem], progress: Progress, number: int,
@@ -248,6 +251,11 @@ class Trainer:
         verdicts = verdicts_of(problems, judged, self.verifier)
         reasons.update(v.reason for v in verdicts)
         rewards = torch.tensor([float(v.strict) for v in verdicts]).view(-1, rl.group_size)
+        if rl.reward == "answer_and_steps":
+            rewards *= torch.tensor([
+                [right > 0 and steps_hold(completion.text, problem.solution, problem.answer)
+                 for completion, right in zip(group.completions, mine, strict=True)]
+                for problem, group, mine in zip(problems, judged, rewards.tolist(), strict=True)])
         shaped = rewards
         if rl.overlong_share:
             shaped = rewards + torch.stack([overlong_of(group, rl) for group in groups])

@@ -41,6 +41,9 @@ FIXED = (
      "`training.warmup_steps` (1 for 0) and f = `training.final_learning_rate_fraction`; the same "
      "in all updates of a step"),
 )
+STEPS = (("reward where `rl.reward=answer_and_steps`",
+          "1 if, besides, no written equation is false and, where the reference solution reaches "
+          "its answer by an equation, so does the completion"),)
 
 
 def hyperparameters_markdown(experiment: Experiment) -> str:
@@ -57,7 +60,8 @@ def hyperparameters_markdown(experiment: Experiment) -> str:
         parts.append(f"Preset: {', '.join(presets)}. Every value as the runs recorded it.\n")
     parts += ["## Weights of the losses by setup\n", _lambda_table(experiment, values),
               "## The paper's symbols\n", _symbol_table(values),
-              "## Fixed in code\n", markdown_table(["what", "value"], FIXED),
+              "## Fixed in code\n", markdown_table(["what", "value"], [
+                  *FIXED, *(STEPS if "answer_and_steps" in values.get("rl.reward", "") else ())]),
               "## All settings\n",
               markdown_table(["setting", "value", "meaning"], _setting_rows(configs[0], values))]
     mixed = [key for key in keys if len({_show(entry.get(key)) for entry in flat}) > 1]

@@ -2,6 +2,7 @@
 
 from hybridrl_lib.rewards.answers import extract_boxes, extract_lenient
 from hybridrl_lib.rewards.numeric import numbers_equal
+from hybridrl_lib.rewards.steps import equations, steps_hold
 from hybridrl_lib.rewards.verifier import REASONS, Verdict, Verifier, check_gold
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "Verdict",
     "Verifier",
     "check_gold",
+    "equations",
     "extract_boxes",
     "extract_lenient",
     "numbers_equal",
+    "steps_hold",
 ]

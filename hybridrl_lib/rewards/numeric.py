@@ -27,9 +27,9 @@ class Number:
     is_percent: bool = False
 
 
-_MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9,
                 "trillion": 10**12, "dozen": 12}  # fmt: skip
-_FUNCTIONS = frozenset(
+FUNCTIONS = frozenset(
     ("sin", "cos", "tan", "cot", "sec", "csc", "log", "exp", "sqrt", "abs", "max", "min", "gcd",
      "lcm", "mod", "inf", "infinity", "infty", "theta", "alpha", "beta", "gamma", "lambda", "pi",
      "choose", "squared", "cubed", "factorial")
@@ -93,9 +93,9 @@ def _split_unit(text: str) -> tuple[str, int] | None:
         return text, 1
     unit = re.findall("[a-z]+", (match["text"] or match["bare"] or "").lower())
     multiplier = 1
-    while unit and unit[0] in _MULTIPLIERS:
-        multiplier *= _MULTIPLIERS[unit.pop(0)]
-    if not _FUNCTIONS.isdisjoint(unit) or not _ALTERNATIVES.isdisjoint(unit):
+    while unit and unit[0] in MULTIPLIERS:
+        multiplier *= MULTIPLIERS[unit.pop(0)]
+    if not FUNCTIONS.isdisjoint(unit) or not _ALTERNATIVES.isdisjoint(unit):
         return None
     return match["number"] + ("%" if "percent" in unit else ""), multiplier
 
@@ -146,15 +146,15 @@ _MEASURES = {
 """Units that are told apart; any other unit is taken for decoration."""
 
 
-def _measures(answer: str) -> set[int]:
+def measures(answer: str) -> set[int]:
     text = answer.lower().replace(r"\$", " dollar ").replace("°", " degree ")
     return {_MEASURES[word] for word in re.findall("[a-z]+", text) if word in _MEASURES}
 
 
 def _other_measure(gold: str, answer: str) -> bool:
     """Whether both name a unit and not the same one: 5.4 dollars for 5.4 cents."""
-    measures = _measures(gold)
-    return bool(measures) and bool(_measures(answer)) and measures.isdisjoint(_measures(answer))
+    one, other = measures(gold), measures(answer)
+    return bool(one) and bool(other) and one.isdisjoint(other)
 
 
 def _same(gold: Number, answer: Number) -> bool:
