@@ -20,6 +20,7 @@ from .fields import Section, field_types, parse_text, show
 from .methods import METHODS, section_class
 from .sections import (
     DataSettings,
+    EntropyControlSettings,
     EvaluationSettings,
     ModelSettings,
     ProbeSettings,
@@ -32,10 +33,11 @@ from .sections import (
 from .setups import Setup
 
 __all__ = [
-    "DataSettings", "EvaluationSettings", "ModelSettings", "ProbeSettings", "RLSettings",
-    "SFTSettings", "Settings", "TrainingSettings", "VerifierSettings", "default_experiment",
-    "describe", "difference", "load_settings", "preset_names", "resolve_preset",
-    "settings_from_dict", "settings_to_dict", "smoke_from_environment",
+    "DataSettings", "EntropyControlSettings", "EvaluationSettings", "ModelSettings",
+    "ProbeSettings", "RLSettings", "SFTSettings", "Settings", "TrainingSettings",
+    "VerifierSettings", "default_experiment", "describe", "difference",
+    "load_settings", "preset_names", "resolve_preset", "settings_from_dict", "settings_to_dict",
+    "smoke_from_environment",
 ]
 
 PRESET_FOLDER = Path(__file__).parent / "presets"

@@ -265,6 +265,39 @@ class RLSettings(Section):
 
 
 @dataclass(frozen=True)
+class EntropyControlSettings(Section):
+    """What keeps the entropy from collapsing in steps of RL, with every method."""
+
+    section: ClassVar[str] = "entropy_control"
+    kind: str = setting(
+        "none", "bonus = a constant entropy bonus; adaptive = one that seeks a target; clip_cov, "
+        "kl_cov = by the covariance of log-probability and advantage",
+        "2505.22617 (clip_cov, kl_cov); Skywork-OR1 (adaptive)",
+        choices=("none", "bonus", "adaptive", "clip_cov", "kl_cov"))
+    coefficient: float = setting(0.001, "bonus: weight of the entropy", "HPT, SimpleRL-Zoo",
+                                 above=0)
+    target: float = setting(
+        0.2, "adaptive: the entropy below which the bonus acts and grows (nats a token)",
+        "Skywork-OR1, for 7B to 32B: measure the base model's first", above=0)
+    change: float = setting(1e-4, "adaptive: what a step adds to the weight or takes from it",
+                            "Skywork-OR1", above=0)
+    largest: float = setting(0.005, "adaptive: the weight's largest value", "Skywork-OR1", above=0)
+    clip_share: float = setting(2e-4, "clip_cov: share of an update's tokens without a gradient",
+                                "2505.22617", above=0, at_most=1)
+    clip_low: float = setting(1.0, "clip_cov: tokens from this covariance on", "2505.22617")
+    clip_high: float = setting(5.0, "clip_cov: up to this one", "2505.22617")
+    kl_share: float = setting(2e-3, "kl_cov: share of an update's tokens that pay the divergence",
+                              "2505.22617: 2e-3 for 7B, 2e-4 for 32B", above=0, at_most=1)
+    kl_weight: float = setting(1.0, "kl_cov: weight of |log pi - log pi_old|", "2505.22617",
+                               above=0)
+
+    def check(self) -> None:
+        if self.clip_low >= self.clip_high:
+            self.refuse("clip_low", "no covariance could lie between; choose less than "
+                        f"entropy_control.clip_high = {self.clip_high:g}")
+
+
+@dataclass(frozen=True)
 class EvaluationSettings(Section):
     """How a trained model is scored."""
 
@@ -324,7 +357,14 @@ class Settings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     sft: SFTSettings = field(default_factory=SFTSettings)
     rl: RLSettings = field(default_factory=RLSettings)
+    entropy_control: EntropyControlSettings = field(default_factory=EntropyControlSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     probe: ProbeSettings = field(default_factory=ProbeSettings)
     verifier: VerifierSettings = field(default_factory=VerifierSettings)
     method: Section | None = None
+
+    def __post_init__(self):
+        if self.entropy_control.kind == "kl_cov" and self.rl.updates_per_rollout == 1:
+            self.entropy_control.refuse("kind", "in the first update after sampling |log pi - log "
+                                        "pi_old| has no gradient, and with "
+                                        "rl.updates_per_rollout=1 there is no other; set 2 or more")

@@ -72,6 +72,11 @@ SETUPS: dict[str, Setup] = {
         Setup("dapo", "DAPO", ("rl",),
               settings=("rl.epsilon_high=0.28", "rl.loss_normalisation=token_mean", "rl.beta=0",
                         "rl.overlong_share=0.2", "rl.dynamic_sampling_rounds=10")),
+        # RL with other ways to keep the entropy up than the paper's constant weight.
+        Setup("rl_adaptive_entropy", "RL + adaptive entropy", ("rl",),
+              settings=("entropy_control.kind=adaptive",)),
+        Setup("rl_clip_cov", "RL + Clip-Cov", ("rl",), settings=("entropy_control.kind=clip_cov",)),
+        Setup("rl_kl_cov", "RL + KL-Cov", ("rl",), settings=("entropy_control.kind=kl_cov",)),
         # Other ways to combine the two, one method a paper.
         Setup("combined", "combined loss", ("rl",), method="combined"),
         Setup("combined_cosine", "combined loss, cosine", ("rl",), method="combined",

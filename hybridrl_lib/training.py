@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints, Snapshot
 from .config import RLSettings, Settings
+from .entropy_control import EntropyControl
 from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, distinct_answers, evaluate, verdicts_of
 from .health import Health, replay
@@ -63,6 +64,7 @@ class Trainer:
         policy.keep_reference()
         method.begin(self)  # before the learner, which trains what the method lets it train
         self.learner, self.checkpoints = Learner(policy, settings), Checkpoints(folder)
+        self.entropy_control = self.learner.entropy_control = EntropyControl(settings, seed)
         self.anchor_weights: dict[str, Tensor] | None = None
         self.step = self.stage_index = self.stage_step = 0
         self.tokens = {"demonstrations": 0, "rollouts": 0}
@@ -165,6 +167,8 @@ class Trainer:
         if weights.rl > 0:
             step.rollouts = self._roll_out(
                 self._batch(stage, progress.step, "prompts", size), progress, row)
+            step.gamma += self.entropy_control.begin_step(self.step, row["entropy"])
+            row["gamma"] = step.gamma
         sampled_at = time.perf_counter()
 
         if step.rollouts and (self.step % settings.rl.reference_every == 0
@@ -177,7 +181,7 @@ class Trainer:
         self.step += 1
         self.stage_step += 1
         row |= measured(totals, updates, with_rollouts=bool(step.rollouts))
-        row |= gradient_metrics(norms)
+        row |= gradient_metrics(norms) | (self.entropy_control.columns if weights.rl > 0 else {})
         row["tokens"] = sum(self.tokens.values())
         now = time.perf_counter()
         row["seconds/sampling"] = round(sampled_at - began, 4)
@@ -387,7 +391,7 @@ class Trainer:
         state = {"step": self.step, "stage_index": self.stage_index, "stage_step": self.stage_step,
                  "tokens": self.tokens, "best": self.best, "resumed_from": self.resumed_from,
                  "verdicts": dict(self.verifier.counts), "seconds": self.clock.read(),
-                 "method": self.method.state(),
+                 "method": self.method.state(), "entropy_control": self.entropy_control.state(),
                  "stages": [asdict(stage) for stage in self.method.stages]}
         scaler = self.learner.accelerator.scaler
         more = {f"method/{name}": tensor for name, tensor in self.method.tensors().items()}
@@ -432,6 +436,7 @@ class Trainer:
                                    for name, tensor in more["anchor"].items()}
         self.method.stages = tuple(Stage(**stage) for stage in state["stages"])
         self.method.load_state(state["method"])
+        self.entropy_control.load_state(state["entropy_control"])
         self.method.load_tensors(more["method"])
         if self.learner.accelerator.scaler is not None and snapshot.scaler is not None:
             self.learner.accelerator.scaler.load_state_dict(snapshot.scaler)

@@ -41,6 +41,7 @@ class Update:
         token_advantages: (T_i,) a completion, on top of its advantage; None for none.
         demonstration_loss: what the tokens of completion i cost in L_SFT, (T_i,) with gradient, of
             i, their log-probabilities (T_i,) and entropies (T_i,); None for -log pi.
+        marked: (T_i,) bool a completion, the tokens that the entropy control treats apart.
         demonstrations: how many of the first sequences are demonstrations, for the record.
         lambda_sft, lambda_rl: for the record, which shows L_SFT and L_RL without them.
         optimizer: which of the run's optimisers takes the update; each has its own moments.
@@ -58,6 +59,7 @@ class Update:
     anchor: list[Tensor] | None = None
     token_advantages: list[Tensor] | None = None
     demonstration_loss: Callable[[int, Tensor, Tensor], Tensor] | None = None
+    marked: list[Tensor] | None = None
     demonstrations: int = 0
     lambda_sft: float = 1.0
     lambda_rl: float = 1.0
@@ -101,6 +103,7 @@ class Learner:
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.non_finite_in_a_row = 0
+        self.entropy_control = None  # an `EntropyControl`, which the trainer sets
 
     @property
     def optimizer(self):
@@ -162,6 +165,8 @@ class Learner:
     def accumulate(self, update: Update, totals: Totals) -> bool:
         """Adds the gradient of an update's loss to the parameters'; False if there is none."""
         keep = self.has_gradient(update).nonzero().squeeze(-1).tolist()
+        if keep and self.entropy_control is not None:
+            self.entropy_control.mark(update, self)
         self._count_skipped(update, keep, totals)
         device = self.policy.device.type
         with self.policy.autocast():  # around all micro-batches: weights are cast once for them
@@ -282,6 +287,9 @@ class Learner:
                       else (math.inf, math.inf))
             arguments = (old, advantages, *bounds)
             losses = policy_token_losses(scores, *arguments)
+            if update.marked is not None:
+                losses = self.entropy_control.losses(losses, flat(update.marked).to(device),
+                                                     scores, old)
             if self.needs_anchor:
                 anchor = flat(update.anchor).to(device)
                 losses = losses + settings.rl.beta * (

@@ -139,7 +139,7 @@ def test_the_reward_of_a_run(make_trainer, monkeypatch):
     trainer.train()
     row = trainer.folder.lines("metrics.jsonl")[0]
     assert (row["reward/answer"], row["verdicts"]) == (0.75, {"right": 24, "wrong": 8})
-    assert len(texts) == 24  # a wrong answer's steps are not looked at
+    assert len(texts) == 48  # of two steps; a wrong answer's steps are not looked at
     assert row["reward"] == 6 / 32
     assert {pair[1:] for pair in texts} == {(p.solution, p.answer) for p in trainer.parts.train}
     plain = make_trainer("rl", folder="plain")

@@ -104,6 +104,9 @@ class Method:
         if settings.model.adapter not in self.adapters:
             settings.model.refuse("adapter", f"the method {setup.method} works with "
                                   + " or ".join(self.adapters))
+        if setup.entropy and settings.entropy_control.kind in ("bonus", "adaptive"):
+            settings.entropy_control.refuse("kind", f"the setup {setup.name} has an entropy term "
+                                            "of its own; choose a setup without one")
         if settings.rl.dynamic_sampling_rounds > 1 and not self.dynamic_sampling:
             settings.rl.refuse("dynamic_sampling_rounds", f"the method {setup.method} learns from "
                                "groups without signal too, so none may be dropped; set it to 1")
