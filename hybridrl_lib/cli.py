@@ -211,6 +211,44 @@ def reproduce_command(arguments: argparse.Namespace) -> None:
               arguments.settings)
 
 
+# compare ----------------------------------------------------------------------------------------
+
+
+def factor_list(text: str) -> tuple[float, ...]:
+    """`0.5,1,2` as numbers."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of factors such as "
+                                         "0.5,1,2") from None
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    add_preset(parser)
+    parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
+                        help="how many seeds, from 0 on; or a list such as 0,3,5; 1 unless given")
+    parser.add_argument("--methods", nargs="+", action="extend", default=[], metavar="NAME",
+                        help="setups, or methods for all their setups; unless given the paper's "
+                             "setups and one of each method")
+    parser.add_argument("--grid", type=factor_list, default=(0.5, 1.0, 2.0), metavar="FACTORS",
+                        help="the preset's learning rates times these are tried on validation "
+                             "problems, for every arm; 0.5,1,2 unless given, and 1 tunes nothing")
+    parser.add_argument("--transfer", action="store_true",
+                        help="also train on each benchmark alone and test on all")
+    parser.add_argument("--jobs", type=positive_number, metavar="J",
+                        help="runs at a time; unless given one a GPU, or one a core")
+    add_place(parser)
+    add_settings(parser)
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    from .compare import compare
+
+    names = [name for text in arguments.methods for name in text.split(",") if name]
+    compare(arguments.preset, arguments.seeds, names, arguments.grid, arguments.transfer,
+            arguments.jobs, arguments.experiment, arguments.settings)
+
+
 # report -----------------------------------------------------------------------------------------
 
 
@@ -336,6 +374,9 @@ COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
     "reproduce": (reproduce_command, add_reproduce,
                   "run the notebooks of all setups and seeds through papermill, then the report",
                   "hybridrl reproduce --preset tiny --seeds 3 --jobs 2"),
+    "compare": (compare_command, add_compare,
+                "tune, train and test methods alike, and compare them with SFT -> RL",
+                "hybridrl compare --preset tiny --seeds 3 --methods relift,combined"),
     "report": (report_command, add_report, "make Table 2 and the figures from records",
                "hybridrl report tiny"),
     "rerun": (rerun_command, add_rerun, "run a recorded run again and compare the answers",

@@ -1,4 +1,4 @@
-"""Notebooks as processes: some at a time, the longest first, told of in plain lines."""
+"""Notebooks and runs as processes: some at a time, the longest first, told of in plain lines."""
 
 import json
 import os
@@ -26,13 +26,13 @@ SENTENCE_LENGTH = 400
 
 @dataclass(frozen=True)
 class Job:
-    """A notebook to execute.
+    """A notebook or a run to execute.
 
     Attributes:
         name: for people.
         command: the process.
         folder: it runs in there.
-        output: the executed notebook.
+        output: the executed notebook; a run has none, and no such file.
         log: what the process prints.
         weight: about how long it takes, in any unit; longer ones start first.
         seed: the seed it gets.
@@ -121,7 +121,7 @@ class Queue:
             except KeyboardInterrupt:
                 stop(self.running, self.say)
                 raise Stopped(
-                    f"Stopped by you after {self.ended} of {self.total} notebooks; the same "
+                    f"Stopped by you after {self.ended} of {self.total}; the same "
                     "command reads what is finished and goes on from the checkpoints of the "
                     "others.") from None
             except BaseException:
@@ -225,7 +225,7 @@ def why_failed(ended: Running) -> str:
     code, job = ended.process.returncode, ended.job
     if code == 0:
         if job.record is not None and not job.record.is_complete:
-            return "the notebook ran to its end and left no finished run"
+            return "it ran to its end and left no finished run"
         return ""
     return (error_in_notebook(job.output) or last_line_of(job.log)
             or f"the process ended with code {code} and said nothing")
@@ -282,7 +282,7 @@ def stop(running: Sequence[Running], say: Callable[[str], None]) -> None:
     running = [r for r in running if r.process.poll() is None]
     if not running:
         return
-    say("stopping: each running notebook finishes its step and writes a checkpoint; Ctrl-C again "
+    say("stopping: each that is running finishes its step and writes a checkpoint; Ctrl-C again "
         "ends them at once")
     try:
         for one in running:

@@ -18,6 +18,8 @@ class Setup:
         title: the row's name in tables and figures.
         stages: the stages in order; the epochs of the run are shared among them, unless the
             method says otherwise.
+        shares: of the run's epochs for each stage, where they are not shared equally; they may add
+            up to more than 1.
         entropy: whether the entropy term -gamma * H is in the loss (paper, setup iv).
         paper: exact match in percent as the paper prints it, by benchmark; empty for a setup that
             is not the paper's.
@@ -34,6 +36,7 @@ class Setup:
     notebook: str = ""
     method: str = "staged"
     settings: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self):
         # The name becomes a folder and part of pages, the title a cell of Markdown, HTML and LaTeX.
@@ -77,6 +80,8 @@ SETUPS: dict[str, Setup] = {
               settings=("entropy_control.kind=adaptive",)),
         Setup("rl_clip_cov", "RL + Clip-Cov", ("rl",), settings=("entropy_control.kind=clip_cov",)),
         Setup("rl_kl_cov", "RL + KL-Cov", ("rl",), settings=("entropy_control.kind=kl_cov",)),
+        # With RL's whole budget after SFT: what a claim for RL alone has to be held against.
+        Setup("sft_then_full_rl", "SFT + all of RL", ("sft", "rl"), shares=(0.5, 1.0)),
         # Other ways to combine the two, one method a paper.
         Setup("combined", "combined loss", ("rl",), method="combined"),
         Setup("combined_cosine", "combined loss, cosine", ("rl",), method="combined",

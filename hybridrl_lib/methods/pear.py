@@ -133,6 +133,7 @@ class PEAR(Staged):
             policy, trainer.policy, problems, trainer.verifier, self.settings, own.samples,
             trainer.seed)
         without = len(problems) - len(self.demonstrations)
+        trainer.tokens["behaviour"] = tokens
         step.row |= {"pear/problems_without": without, "pear/behaviour_tokens": tokens}
         trainer.observer.note(f"the behaviour model solved {len(self.demonstrations)} of "
                               f"{len(problems)} training problems; the others are left out of SFT")

@@ -5,6 +5,8 @@ for each x, sample, reward, compute L_RL and update. A setup with both stages gi
 the epochs (5 + 5), the odd one to SFT.
 """
 
+import math
+
 from ..config import Settings
 from ..setups import Setup
 from .method import Method, Progress, Stage, Weights
@@ -19,6 +21,8 @@ class Staged(Method):
         super().__init__(setup, settings)
         epochs, count = settings.training.epochs, max(1, len(setup.stages))
         shares = [epochs // count + (i < epochs % count) for i in range(count)]
+        if setup.shares:
+            shares = [math.ceil(share * epochs) for share in setup.shares]
         self.stages = tuple(Stage(name, share)
                             for name, share in zip(setup.stages, shares, strict=False))
 

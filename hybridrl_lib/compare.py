@@ -1,0 +1,326 @@
+"""Every arm tuned alike, then trained and tested with the same seeds: `hybridrl compare`.
+
+An arm is a setup. Its learning rates are the preset's times one factor of a small grid, the same
+for all arms; the factor is chosen on validation problems with two seeds that are used for nothing
+else. What each arm then used (rollouts, optimiser updates, demonstration tokens) is in the table.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .config import (
+    default_experiment,
+    difference,
+    load_settings,
+    resolve_preset,
+    settings_from_dict,
+    show,
+)
+from .errors import Stopped, UsageError, UserError, unknown
+from .jobs import Job, Queue
+from .locks import only_writer
+from .methods import METHODS, make_method
+from .records import RunFolder, experiment_folder, run_folder
+from .reproduce import default_jobs, joined, relative_cost, threads_for
+from .setups import SETUPS, Setup, paper_setups
+
+BASELINE = "sft_then_rl"
+WITH_ALL_OF_RL = "sft_then_full_rl"
+GRID = (0.5, 1.0, 2.0)
+DEVELOPMENT_SEEDS = (1000, 1001)
+# A tuning run is judged on validation problems: it is hardly tested, and probed at its ends alone.
+TUNING = ("evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=0",
+          "data.test_limits=1", "probe.every=1000000")
+ALL = 1_000_000_000  # problems: no benchmark has more
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What one tuning run of an arm scored, as a share of the validation problems."""
+
+    setup: str
+    factor: float
+    seed: int
+    validation: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared, and where.
+
+    Attributes:
+        arms: setups, the base model and the baseline among them.
+        seeds: of every arm but the base model, which is scored once.
+        grid: factors of the learning rates.
+        experiment: the folder's name; those of tuning and transfer begin with it.
+        benchmarks: those that the settings train on; with transfer each is trained on alone, too.
+        jobs: processes at a time.
+    """
+
+    preset: str
+    settings: tuple[str, ...]
+    arms: tuple[Setup, ...]
+    seeds: tuple[int, ...]
+    grid: tuple[float, ...]
+    experiment: str
+    benchmarks: tuple[str, ...]
+    jobs: int
+
+
+def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence[str] = (),
+            grid: Sequence[float] = GRID, transfer: bool = False, jobs: int | None = None,
+            experiment: str | None = None, settings: Sequence[str] = (), say=None) -> list[Path]:
+    """Tunes, trains and tests all arms, then writes the comparison.
+
+    Args:
+        preset: a preset's name, or `auto`.
+        seeds: of every arm.
+        methods: setups, or methods for all setups of theirs; unless given the paper's setups, RL's
+            whole budget after SFT, and the setup that each method gives its name.
+        grid: factors that the preset's learning rates are multiplied with.
+        transfer: whether every arm is also trained on each benchmark alone and tested on all.
+        jobs, experiment, settings, say: as for `reproduce`; the experiment is the preset's name
+            with `-compare` unless given.
+
+    Returns:
+        The files of the comparison.
+
+    Raises:
+        UserError: a run failed (after all others were run), or nothing can be tuned.
+        Stopped: by Ctrl-C; the same command goes on.
+    """
+    say = say or (lambda line: print(line, flush=True))
+    plan = make_plan(preset, seeds, methods, grid, jobs, experiment, settings)
+    folder = experiment_folder(plan.experiment)
+    with only_writer(folder, f"The experiment {plan.experiment}"):
+        factors, tuned = tune(plan, say)
+        runs = [run_job(plan, arm, seed, plan.experiment,
+                        (*plan.settings, *rates(plan, arm, factors[arm.name])))
+                for arm in plan.arms for seed in seeds_of(plan, arm)]
+        alone = [run_job(plan, arm, seed, only(plan, benchmark),
+                         (*plan.settings, *rates(plan, arm, factors[arm.name]),
+                          *trained_on(plan, benchmark)))
+                 for benchmark in (plan.benchmarks if transfer and len(plan.benchmarks) > 1 else ())
+                 for arm in plan.arms if arm.stages for seed in plan.seeds]
+        say(f"{len(runs) + len(alone)} runs of {len(plan.arms)} arms, "
+            f"{plan.jobs} at a time, into {folder}; Ctrl-C stops, and the same command goes on")
+        failure = None
+        try:
+            work(plan, runs + alone, say)
+        except Stopped:
+            raise
+        except UserError as error:  # the arms that are finished are compared all the same
+            failure = error
+        files = write_comparison(plan, factors, tuned, say)
+        if failure:
+            raise failure
+        return files
+
+
+def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: Sequence[float],
+              jobs: int | None, experiment: str | None, settings: Sequence[str]) -> Plan:
+    """The plan, or the error for what cannot be compared."""
+    import torch  # the only way to know how many GPUs there are
+
+    preset, arms = resolve_preset(preset), choose_arms(methods)
+    for arm in arms:  # refuses impossible settings here, once, rather than in every run
+        make_method(arm, load_settings(preset, own_settings(arm, settings), setup=arm))
+    seeds, grid = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(grid))
+    if not grid or not all(math.isfinite(factor) and factor > 0 for factor in grid):
+        raise UsageError("The grid of learning rates is one or more factors above 0, such as "
+                         "0.5,1,2.")
+    reserved = sorted(set(seeds) & set(DEVELOPMENT_SEEDS))
+    if reserved and len(grid) > 1:
+        raise UsageError(f"The seed {reserved[0]} is one that learning rates are chosen with; take "
+                         "another, so that no arm is tested with what it was tuned on.")
+    count = (len(arms) - 1) * len(seeds) + 1
+    gpus = torch.cuda.device_count()
+    return Plan(preset, tuple(settings), arms, seeds, grid,
+                experiment or f"{default_experiment(preset)}-compare",
+                load_settings(preset, settings).data.benchmarks,
+                jobs or default_jobs(preset, count, gpus))
+
+
+def choose_arms(names: Sequence[str]) -> tuple[Setup, ...]:
+    """The arms that names stand for, with the base model and the baseline, in the tables' order.
+
+    Raises:
+        UsageError: a name is neither a setup's nor a method's.
+    """
+    wanted = {"base", BASELINE}
+    if not names:
+        wanted |= {*paper_setups(), WITH_ALL_OF_RL, *(m for m in METHODS if m in SETUPS)}
+    for name in names:
+        found = {name} if name in SETUPS else {
+            setup.name for setup in SETUPS.values() if setup.method == name}
+        if not found:
+            raise unknown("setup or method", name, [*SETUPS, *METHODS])
+        wanted |= found
+    return tuple(setup for name, setup in SETUPS.items() if name in wanted)
+
+
+def own_settings(arm: Setup, settings: Sequence[str]) -> tuple[str, ...]:
+    """The settings without those of other methods, which an arm would refuse."""
+    return tuple(text for text in settings
+                 if text.partition(".")[0].strip() not in set(METHODS) - {arm.method})
+
+
+def seeds_of(plan: Plan, arm: Setup) -> tuple[int, ...]:
+    """An arm's seeds; the base model is not trained, and one is enough."""
+    return plan.seeds if arm.stages else plan.seeds[:1]
+
+
+# Learning rates -----------------------------------------------------------------------------------
+
+
+def rates(plan: Plan, arm: Setup, factor: float) -> tuple[str, ...]:
+    """The settings that multiply an arm's two learning rates."""
+    if factor == 1 or not arm.stages:
+        return ()
+    chosen = load_settings(plan.preset, own_settings(arm, plan.settings), setup=arm)
+    return tuple(f"{stage}.learning_rate={show(getattr(chosen, stage).learning_rate * factor)}"
+                 for stage in ("sft", "rl"))
+
+
+def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list[Tuned]]:
+    """({arm: its factor}, every tuning run's score); with one factor there is nothing to choose."""
+    if len(plan.grid) == 1:
+        return {arm.name: plan.grid[0] for arm in plan.arms}, []
+    trained = [arm for arm in plan.arms if arm.stages]
+    jobs = {(arm.name, factor, seed): run_job(
+                plan, arm, seed, f"{plan.experiment}-tuning-{factor:g}",
+                (*plan.settings, *rates(plan, arm, factor), *TUNING))
+            for arm in trained for factor in plan.grid for seed in DEVELOPMENT_SEEDS}
+    say(f"{len(jobs)} tuning runs: {len(trained)} arms, learning rates times "
+        f"{', '.join(f'{factor:g}' for factor in plan.grid)}, seeds "
+        f"{' and '.join(map(str, DEVELOPMENT_SEEDS))}, judged on validation problems")
+    work(plan, list(jobs.values()), say)
+    tuned = [Tuned(*key, last_validation(job.record)) for key, job in jobs.items()]
+    return {arm.name: choose(tuned, arm.name) if arm.stages else 1.0 for arm in plan.arms}, tuned
+
+
+def last_validation(record: RunFolder) -> float:
+    """Exact match of the last weights on the validation problems."""
+    lines = record.lines("validation.jsonl")
+    if not lines:
+        raise UserError("There are no validation problems to choose learning rates with; set "
+                        "data.validation_fraction and data.validation_limits so that there are, or "
+                        "take a grid of one factor.")
+    return float(lines[-1]["strict"])
+
+
+def choose(tuned: Sequence[Tuned], setup: str) -> float:
+    """The factor with the best mean; among equals the one nearest to 1, then the smaller."""
+    def merit(factor: float) -> tuple[float, float, float]:
+        scores = [t.validation for t in tuned if (t.setup, t.factor) == (setup, factor)]
+        return round(sum(scores) / len(scores), 9), -abs(math.log(factor)), -factor
+
+    return max({t.factor for t in tuned if t.setup == setup}, key=merit)
+
+
+# Transfer -----------------------------------------------------------------------------------------
+
+
+def only(plan: Plan, benchmark: str) -> str:
+    """The experiment of arms that were trained on one benchmark."""
+    return f"{plan.experiment}-only-{benchmark}"
+
+
+def trained_on(plan: Plan, benchmark: str) -> tuple[str]:
+    """The setting that leaves one benchmark's training problems; all are tested."""
+    limits = load_settings(plan.preset, plan.settings).data.train_limits or (
+        (ALL,) * len(plan.benchmarks))
+    return ("data.train_limits=" + ",".join(
+        str(limit if name == benchmark else 0)
+        for name, limit in zip(plan.benchmarks, limits, strict=True)),)
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+def run_job(plan: Plan, arm: Setup, seed: int, experiment: str, settings: Sequence[str]) -> Job:
+    """One run as a process of `hybridrl run`.
+
+    Raises:
+        UserError: it is finished, and was made with other settings.
+    """
+    folder = experiment_folder(experiment)
+    record = run_folder(folder, arm.name, seed)
+    settings = own_settings(arm, settings)
+    if record.is_complete:
+        before = settings_from_dict((record.read("config.json") or {}).get("settings", {}))
+        changes = difference(before, load_settings(plan.preset, settings, setup=arm))
+        if changes:
+            raise UserError(f"The run {arm.name}/seed-{seed} of experiment {experiment} was made "
+                            f"with other settings ({'; '.join(changes)}); choose another "
+                            "--experiment or delete its folder.")
+    log = (folder / "logs" / f"{arm.name}-seed-{seed}.log").absolute()
+    command = (sys.executable, "-m", "hybridrl_lib.cli", "run", arm.name, "--preset", plan.preset,
+               "--seed", str(seed), "--experiment", experiment,
+               *(("--set", *settings) if settings else ()))
+    return Job(name=f"{experiment.removeprefix(plan.experiment).strip('-')} {arm.name} seed "
+                    f"{seed}".strip(), command=command, folder=Path.cwd(),
+               output=log.with_suffix(".ipynb"), log=log, weight=relative_cost(arm), seed=seed,
+               record=record)
+
+
+def work(plan: Plan, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
+    """Runs what is not finished.
+
+    Raises:
+        UserError: some failed, after all others were run.
+    """
+    import torch
+
+    left = [job for job in jobs if not job.record.is_complete]
+    if len(left) < len(jobs):
+        say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
+    failures = Queue(left, plan.jobs, environment(plan), say, torch.cuda.device_count()).run()
+    if failures:
+        for job, why in failures.items():
+            say(f"* {job.name}: {why} (log: {job.log})")
+        raise UserError(f"{len(failures)} of {len(left)} runs failed "
+                        f"({', '.join(job.name for job in failures)}); mend what is said above and "
+                        "run the same command again: what is finished is not run again.")
+
+
+def environment(plan: Plan) -> dict[str, str]:
+    """Environment variables of every run: this package, this results folder, its share of cores."""
+    return {"OMP_NUM_THREADS": str(threads_for(plan.preset, plan.jobs)), **os.environ,
+            "HYBRIDRL_RESULTS_DIR": str(experiment_folder(plan.experiment).parent.absolute()),
+            "PYTHONPATH": joined(Path(__file__).parent.parent, os.environ.get("PYTHONPATH")),
+            "PYTHONUNBUFFERED": "1"}
+
+
+# The comparison -----------------------------------------------------------------------------------
+
+
+def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tuned],
+                     say: Callable[[str], None]) -> list[Path]:
+    """Writes tables and figures from the records and prints the main table."""
+    from .report.arms import make_arms, report_arms
+
+    folder = experiment_folder(plan.experiment)
+    experiment = finished(plan, folder)
+    arms = make_arms(experiment, BASELINE, factors)
+    alone = {benchmark: finished(plan, experiment_folder(only(plan, benchmark)))
+             for benchmark in plan.benchmarks
+             if any(experiment_folder(only(plan, benchmark)).glob("*/seed-*/manifest.json"))}
+    files, table = report_arms(folder, experiment, arms, BASELINE, tuned, alone)
+    say("\n" + table)
+    say(f"\n{len(files)} files in {folder}; start with {folder / 'comparison.md'}.")
+    return files
+
+
+def finished(plan: Plan, folder: Path):
+    """The plan's arms and seeds in a folder, which may hold others from an earlier command."""
+    from .report import load_experiment
+
+    experiment = load_experiment(folder)
+    wanted = {(arm.name, seed) for arm in plan.arms for seed in seeds_of(plan, arm)}
+    return replace(experiment, runs=tuple(run for run in experiment.runs
+                                          if (run.setup, run.seed) in wanted))

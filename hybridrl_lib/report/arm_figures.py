@@ -1,0 +1,130 @@
+"""Pictures of a comparison: forest plot, Pass@k against k, and each method's own diagnostics."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from ..setups import SETUPS
+from .loading import Experiment, benchmark_title, series, setup_title
+from .scores import EXACT_MATCH, score
+from .style import legend_below, line_style, new_figure
+
+if TYPE_CHECKING:
+    from .arms import Arm
+
+GREY = "#777777"
+PANELS = 3  # in a row
+
+
+def draw_forest(experiment: Experiment, arms: "Sequence[Arm]") -> Figure | None:
+    """Each arm's difference to the baseline in exact match, with its interval."""
+    shown = [arm for arm in arms
+             if any(metric == EXACT_MATCH for _, metric in arm.differences)]
+    if not shown:
+        return None
+    benchmarks = experiment.benchmarks
+    figure, panels = new_figure(1.2 + 0.27 * len(shown), 1, len(benchmarks), sharey=True,
+                                squeeze=False)
+    for panel, benchmark in zip(panels[0], benchmarks, strict=True):
+        for row, arm in enumerate(shown):
+            difference, p = arm.differences.get((benchmark, EXACT_MATCH), (None, 1.0))
+            if difference is None:
+                continue
+            look = line_style(arm.setup)
+            panel.plot([100 * difference.low, 100 * difference.high], [row, row],
+                       color=look["color"], linewidth=1.8, solid_capstyle="butt")
+            panel.plot(100 * difference.mean, row, marker="o", markersize=5.5,
+                       color=look["color"], markerfacecolor=look["color"] if p < 0.05 else "white")
+        panel.axvline(0.0, color=GREY, linewidth=0.9)
+        panel.set_title(benchmark_title(benchmark).title, loc="left")
+        panel.set(xlabel="difference (percentage points)", ylim=(len(shown) - 0.4, -0.6))
+        panel.set_yticks(range(len(shown)), [setup_title(arm.setup) for arm in shown])
+        panel.tick_params(axis="y", length=0)
+        panel.grid(True, axis="x")
+        panel.grid(False, axis="y")
+        panel.spines["left"].set_visible(False)
+    marks = [Line2D([], [], color="#333333", marker="o", markersize=5.5, linewidth=1.8,
+                    markerfacecolor=fill, label=label)
+             for fill, label in (("#333333", "p < 0.05 after Holm"), ("white", "not"))]
+    legend_below(figure, marks, 2)
+    return figure
+
+
+def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
+    """Pass@k against k, a panel an arm, the baseline in grey."""
+    def curve(setup: str, benchmark: str) -> tuple[list[int], list[float]]:
+        ks = [2 ** power for power in range(8)]
+        found = [(k, score(experiment, setup, benchmark, f"pass@{k}")) for k in ks]
+        pairs = [(k, 100 * float(s.values.mean())) for k, s in found if s is not None]
+        return [k for k, _ in pairs], [value for _, value in pairs]
+
+    shown = [setup for setup in experiment.setups
+             if any(curve(setup, benchmark)[0] for benchmark in experiment.benchmarks)]
+    if not shown:
+        return None
+    rows = -(-len(shown) // PANELS)
+    figure, panels = new_figure(0.8 + 1.7 * rows, rows, PANELS, sharex=True, sharey=True,
+                                squeeze=False)
+    dashes = dict(zip(experiment.benchmarks, ((), (4.0, 1.6), (1.0, 1.2)), strict=False))
+    for panel, setup in zip(panels.flat, shown, strict=False):
+        for benchmark in experiment.benchmarks:
+            style = {"dashes": dashes.get(benchmark, ())}
+            if setup != baseline:
+                panel.plot(*curve(baseline, benchmark), color="#BBBBBB", **style)
+            panel.plot(*curve(setup, benchmark), color=line_style(setup)["color"], marker="o",
+                       markersize=2.5, **style)
+        panel.set_title(setup_title(setup), loc="left")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(curve(setup, experiment.benchmarks[0])[0])
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.minorticks_off()
+    for panel in panels.flat[len(shown):]:
+        panel.set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("Pass@k (%)")
+    for panel in panels[-1]:
+        panel.set_xlabel("k")
+    marks = [Line2D([], [], color="#333333", label=benchmark_title(name).title,
+                    dashes=dashes.get(name, ())) for name in experiment.benchmarks]
+    marks.append(Line2D([], [], color="#BBBBBB", label=setup_title(baseline)))
+    legend_below(figure, marks, len(marks))
+    return figure
+
+
+def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
+    """A panel each of a method's own columns in metrics.jsonl, a line each of its setups."""
+    setups = [name for name in experiment.setups if SETUPS[name].method == method]
+    runs = {name: experiment.of(name) for name in setups}
+    keys = sorted({key for found in runs.values() for run in found for line in run.metrics
+                   for key, value in line.items()
+                   if key.startswith(f"{method}/") and isinstance(value, int | float)})
+    keys = [key for key in keys if any(len(series(run, "metrics", key)[0]) > 1
+                                       for found in runs.values() for run in found)]
+    if not keys:
+        return None
+    columns = min(PANELS, len(keys))
+    rows = -(-len(keys) // columns)
+    figure, panels = new_figure(0.8 + 1.6 * rows, rows, columns, squeeze=False)
+    looks = {name: {"color": f"C{index}"} for index, name in enumerate(setups)}
+    for panel, key in zip(panels.flat, keys, strict=False):
+        for name, found in runs.items():
+            for run in found:
+                epochs, values = series(run, "metrics", key)
+                panel.plot(epochs, values, linewidth=0.8, alpha=0.8,
+                           marker="o" if len(values) < 30 else None, markersize=2.0, **looks[name])
+        panel.set_title(key.partition("/")[2].replace("_", " "), loc="left")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        low, high = panel.get_ylim()
+        if np.isfinite([low, high]).all() and low == high:
+            panel.set_ylim(low - 1, high + 1)
+    for panel in panels.flat[len(keys):]:
+        panel.set_visible(False)
+    for panel in panels[-1]:
+        panel.set_xlabel("epoch")
+    legend_below(figure, [Line2D([], [], label=setup_title(name), **looks[name])
+                          for name in setups], min(4, len(setups)))
+    return figure

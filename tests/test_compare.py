@@ -1,0 +1,276 @@
+"""`hybridrl compare`: equal tuning, what is run, the tables, and what each arm used."""
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic_records
+from synthetic_records import build_experiment
+
+from hybridrl_lib import compare as module
+from hybridrl_lib.cli import main
+from hybridrl_lib.compare import BASELINE, Tuned, choose, choose_arms, compare, make_plan, rates
+from hybridrl_lib.config import load_settings
+from hybridrl_lib.errors import UsageError, UserError
+from hybridrl_lib.methods import METHODS, make_method
+from hybridrl_lib.report import load_experiment
+from hybridrl_lib.report.arms import make_arms, report_arms, used
+from hybridrl_lib.setups import SETUPS, get_setup, paper_setups
+from hybridrl_lib.statistics import holm, paired_difference
+
+# In place of `hybridrl run`: leaves a made-up record. Arguments as of `hybridrl run`.
+RUN = f"""
+import json, sys
+sys.path.append({str(Path(__file__).parent)!r})
+import synthetic_records
+from hybridrl_lib.config import load_settings, settings_to_dict
+from hybridrl_lib.records import RunFolder, experiment_folder
+from hybridrl_lib.setups import get_setup
+arguments = sys.argv[1:]
+setup, seed = arguments[1], int(arguments[arguments.index("--seed") + 1])
+experiment = arguments[arguments.index("--experiment") + 1]
+chosen = arguments[arguments.index("--set") + 1:] if "--set" in arguments else []
+settings = settings_to_dict(load_settings("tiny", chosen, setup=get_setup(setup)))
+synthetic_records.GAIN.setdefault(setup, 2.5)
+folder = experiment_folder(experiment)
+synthetic_records.build_experiment(folder, [setup], [seed], {{"tiny_word": 8, "tiny_symbolic": 6}},
+                                   {{"tiny_word": 4}}, epochs=2)
+run = RunFolder(folder / setup / ("seed-0" if setup == "base" else f"seed-{{seed}}"))
+rate = settings["rl"]["learning_rate"]
+run.write("config.json", {{"setup": setup, "seed": seed, "preset": "tiny", "settings": settings}})
+run.append("validation.jsonl", {{"step": 1, "strict": 0.9}})
+run.append("validation.jsonl", {{"step": 2, "strict": 0.3 + (rate > 1.5e-4) * (setup == "rl") / 3}})
+"""
+
+
+@pytest.fixture()
+def started(monkeypatch):
+    """The commands that are started; each leaves a made-up record instead of training."""
+    commands, begin = [], module.run_job
+
+    def noted(*arguments):
+        job = begin(*arguments)
+        place = job.command.index("hybridrl_lib.cli")
+        commands.append(job.command[place + 1:])
+        made = (sys.executable, "-c", RUN, *job.command[place + 1:])
+        return replace(job, command=made)
+
+    monkeypatch.setattr(module, "run_job", noted)
+    return commands
+
+
+def go(**more):
+    lines = []
+    files = compare("tiny", methods=["rl"], jobs=2, experiment="cmp", say=lines.append,
+                    **({"seeds": (0, 1)} | more))
+    return files, "\n".join(map(str, lines))
+
+
+def test_every_arm_is_tuned_on_the_same_grid(started, results):
+    """Same factors, same seeds, judged on validation; the test runs take the best and no other.
+
+    The made-up `rl` gains from a higher rate, SFT -> RL does not: it keeps the preset's.
+    """
+    files, said = go(grid=(0.5, 1.0, 2.0))
+    tuning = [c for c in started if "tuning" in " ".join(c)]
+    asked = {(c[1], c[c.index("--experiment") + 1], c[c.index("--seed") + 1]) for c in tuning}
+    assert asked == {(arm, f"cmp-tuning-{factor}", str(seed)) for arm in ("rl", BASELINE)
+                     for factor in ("0.5", "1", "2") for seed in (1000, 1001)}
+    final = [c for c in started if c not in tuning]
+    assert sorted((c[1], c[4], c[5]) for c in final) == sorted(
+        [("base", "--seed", "0"), *((arm, "--seed", str(seed)) for arm in ("rl", BASELINE)
+                                    for seed in (0, 1))])
+    assert all(("rl.learning_rate=0.0003" in c) == (c[1] == "rl") for c in final)
+    rows = list(csv.DictReader((results / "cmp" / "tuning.csv").open()))
+    assert len(rows) == 12
+    assert {(r["setup"], r["rate_factor"]) for r in rows if r["chosen"] == "1"} == {
+        ("rl", "2"), (BASELINE, "1")}
+    names = {path.name for path in files}
+    assert {"comparison.csv", "comparison.md", "comparison.tex", "forest.svg",
+            "pass_at_k.png"} <= names
+    assert "seeds 1000 and 1001" in (results / "cmp" / "comparison.md").read_text()
+    assert "rl" in said.lower()
+
+
+def test_what_is_finished_is_not_run_again(started, results):
+    """The same command goes on; with other settings it says so instead of mixing."""
+    go(grid=(1.0,))
+    before = {path: path.stat().st_mtime_ns for path in results.glob("cmp/*/seed-*/manifest.json")}
+    assert len(before) == 5
+    _, said = go(grid=(1.0,))
+    assert "5 of 5 runs are finished already" in said
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    with pytest.raises(UserError, match="made with other settings .rl.beta: 0.02 -> 0.1"):
+        go(grid=(1.0,), settings=("rl.beta=0.1",))
+
+
+def test_transfer_trains_on_one_and_tests_on_all(started, results):
+    """Each arm once more for each benchmark, with the other's training problems left out."""
+    go(grid=(1.0,), seeds=(0,), transfer=True)
+    limits = {c[c.index("--experiment") + 1]: c[-1] for c in started if "only" in " ".join(c)}
+    assert limits == {"cmp-only-tiny_word": "data.train_limits=1000000000,0",
+                      "cmp-only-tiny_symbolic": "data.train_limits=0,1000000000"}
+    rows = list(csv.DictReader((results / "cmp" / "transfer.csv").open()))
+    assert {(r["setup"], r["trained_on"], r["tested_on"]) for r in rows} == {
+        (setup, one, other) for setup in ("rl", BASELINE)
+        for one in ("tiny_word", "tiny_symbolic") for other in ("tiny_word", "tiny_symbolic")}
+    assert load_settings("tiny", [limits["cmp-only-tiny_word"]])  # a setting that there is
+
+
+def test_a_run_that_fails_is_named_and_keeps_no_other_from_running(monkeypatch, results):
+    monkeypatch.setattr(module, "environment", lambda plan: {})
+    job = module.run_job(plan_of(), get_setup("rl"), 0, "cmp", ())
+    bad = replace(job, command=(sys.executable, "-c", "raise SystemExit('it broke')"))
+    lines = []
+    with pytest.raises(UserError, match="1 of 1 runs failed .rl seed 0."):
+        module.work(plan_of(), [bad], lines.append)
+    assert any("it broke" in line for line in lines)
+
+
+def test_one_failure_leaves_the_comparison_of_the_others(started, monkeypatch, results):
+    """The arms that are finished are in the tables, and the command still fails."""
+    work = module.work
+
+    def broken(plan, jobs, say):
+        work(plan, [replace(job, command=(sys.executable, "-c", "raise SystemExit('no')"))
+                    if job.name == "rl seed 1" else job for job in jobs], say)
+
+    monkeypatch.setattr(module, "work", broken)
+    with pytest.raises(UserError, match="1 of 5 runs failed .rl seed 1."):
+        go(grid=(1.0,))
+    assert "rl,tiny_word" in (results / "cmp" / "comparison.csv").read_text()
+
+
+def plan_of(**more):
+    arguments = {"preset": "tiny", "seeds": (0,), "methods": ["rl"], "grid": (1.0,), "jobs": 1,
+                 "experiment": "cmp", "settings": ()} | more
+    return make_plan(**arguments)
+
+
+# Choices ------------------------------------------------------------------------------------------
+
+
+def test_the_arms():
+    """Unless told otherwise: the paper's, RL's whole budget after SFT, one of each method."""
+    names = [setup.name for setup in choose_arms(())]
+    assert names[0] == "base" and set(paper_setups()) <= set(names)
+    assert set(METHODS) - {"staged"} <= set(names) and "sft_then_full_rl" in names
+    assert {s.name for s in choose_arms(["pear", "staged"])} >= {"pear", "sft", "base"}
+    assert "pear_centred" not in names
+    assert {s.name for s in choose_arms(["relift"])} == {"base", BASELINE, "relift"}
+    with pytest.raises(UsageError, match="did you mean .relift"):
+        choose_arms(["relft"])
+
+
+def test_the_full_rl_arm_takes_as_many_rl_steps_as_rl_alone():
+    settings = load_settings("tiny", smoke=False)
+    stages = {name: make_method(get_setup(name), settings).stages
+              for name in ("rl", "sft_then_rl", "sft_then_full_rl")}
+    assert stages["sft_then_full_rl"] == (stages["sft_then_rl"][0], stages["rl"][0])
+
+
+def test_the_best_mean_is_chosen_and_the_nearer_of_equals():
+    scores = {0.5: (0.2, 0.6), 1.0: (0.5, 0.1), 2.0: (0.4, 0.4)}
+    tuned = [Tuned("rl", factor, seed, value) for factor, values in scores.items()
+             for seed, value in enumerate(values)]
+    assert choose(tuned, "rl") == 0.5, "0.4 twice: as far from 1, and the smaller"
+    assert choose([*tuned, Tuned("rl", 1.0, 2, 0.7)], "rl") == 1.0
+
+
+@pytest.mark.parametrize("setup", ["rl", "bridge"])
+def test_a_factor_is_of_the_presets_own_rates(setup):
+    arm = get_setup(setup)
+    assert rates(plan_of(), arm, 2.0) == ("sft.learning_rate=0.0004", "rl.learning_rate=0.0003")
+    assert rates(plan_of(), arm, 1.0) == ()
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    ({"seeds": (0, 1000), "grid": (1.0, 2.0)}, "The seed 1000 is one that learning rates"),
+    ({"grid": ()}, "one or more factors"), ({"grid": (0.0, 1.0)}, "one or more factors"),
+    ({"settings": ("rl.bta=1",)}, "rl.beta")])
+def test_what_cannot_be_compared_is_one_sentence(more, words):
+    with pytest.raises(UsageError, match=words):
+        plan_of(**more)
+
+
+def test_a_method_with_impossible_settings_is_refused_before_any_run():
+    with pytest.raises(UsageError, match="works with lora"):
+        plan_of(methods=["bridge"], settings=("model.adapter=none",))
+
+
+def test_the_command_line(monkeypatch, capsys):
+    """Options reach `compare` as they are meant."""
+    seen = []
+    monkeypatch.setattr(module, "compare", lambda *arguments: seen.append(arguments))
+    assert main(["compare", "--seeds", "2", "--methods", "relift,pear", "rl", "--grid", "1,3",
+                 "--transfer", "--set", "rl.beta=0.1"]) == 0
+    assert seen == [("tiny", (0, 1), ["relift", "pear", "rl"], (1.0, 3.0), True, None, None,
+                     ["rl.beta=0.1"])]
+    assert main(["compare", "--grid", "half"]) == 2
+    assert "no list of factors" in capsys.readouterr().err
+
+
+# The report ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.setitem(synthetic_records.GAIN, "relift", 2.6)
+    build_experiment(tmp_path / "made", ["base", "rl", BASELINE, "relift"], range(3),
+                     {"tiny_word": 60, "tiny_symbolic": 40}, {"tiny_word": 5}, epochs=2)
+    for path in (tmp_path / "made").glob("relift/*/metrics.jsonl"):
+        lines = [json.loads(line) | {"relift/taught": 3, "groups/correct_counts": [1, 2, 1]}
+                 for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return load_experiment(tmp_path / "made")
+
+
+def test_differences_and_holm_are_those_of_the_formulas(experiment):
+    """Paired over problems, against SFT -> RL, one family a metric over arms and benchmarks."""
+    arms = {arm.setup: arm for arm in make_arms(experiment, BASELINE, {"rl": 2.0})}
+    assert not arms[BASELINE].differences and not arms["base"].differences
+    p_values = []
+    for benchmark in ("tiny_word", "tiny_symbolic"):
+        for setup in ("rl", "relift"):
+            tables = [np.stack([run.answers["last", "test", benchmark].strict
+                                for run in experiment.of(name)]).astype(float)
+                      for name in (setup, BASELINE)]
+            wanted = paired_difference(*tables)
+            found, p = arms[setup].differences[benchmark, "exact_match"]
+            assert found == wanted
+            p_values.append((wanted.p_value, p))
+    assert [p for _, p in p_values] == pytest.approx(holm(p for p, _ in p_values))
+    assert arms["rl"].rate_factor == 2.0
+
+
+def test_what_an_arm_used_is_counted_from_its_records(experiment):
+    """Rollouts are groups times their size; tokens and minutes are the manifest's."""
+    runs = experiment.of("relift")
+    found = used(runs)
+    assert found.rollouts == np.mean([sum(4 * 2 for _ in run.metrics) for run in runs])
+    assert found.updates == np.mean([sum(line["updates"] for line in run.metrics) for run in runs])
+    assert found.minutes == pytest.approx(np.mean([run.manifest["seconds/wall"] / 60
+                                                   for run in runs]))
+
+
+def test_the_files_hold_every_arm(experiment, tmp_path):
+    """Tables and pictures, a diagnostic picture for a method with columns of its own."""
+    arms = make_arms(experiment, BASELINE, {})
+    files, table = report_arms(tmp_path / "out", experiment, arms, BASELINE, [], {})
+    names = {path.name for path in files}
+    assert {"forest.svg", "forest.png", "pass_at_k.svg", "diagnostics_relift.svg"} <= names
+    assert "diagnostics_staged.svg" not in names and "tuning.csv" not in names
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert {(r["setup"], r["benchmark"], r["metric"]) for r in rows} == {
+        (setup, benchmark, metric) for setup in ("base", "rl", BASELINE, "relift")
+        for benchmark in ("tiny_word", "tiny_symbolic")
+        for metric in ("exact_match", "pass@1", "pass@8")}
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert all(SETUPS[arm.setup].title in text and SETUPS[arm.setup].title in table
+               for arm in arms)
+    assert "nothing was tuned" in text
+    assert (tmp_path / "out" / "comparison.tex").read_text().count(r"\begin{tabular}") == 2
