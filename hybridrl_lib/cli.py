@@ -249,6 +249,36 @@ def compare_command(arguments: argparse.Namespace) -> None:
             arguments.jobs, arguments.experiment, arguments.settings)
 
 
+# sweep ------------------------------------------------------------------------------------------
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    from .sweep import SWEEPS
+
+    parser.add_argument("--parameter", required=True, metavar="NAME",
+                        help="one of " + ", ".join(SWEEPS))
+    parser.add_argument("--values", type=lambda text: tuple(
+                            part.strip() for part in text.split(",") if part.strip()),
+                        default=(), metavar="LIST",
+                        help="such as 0,0.02,0.1; the parameter's own list unless given")
+    parser.add_argument("--setup", metavar="SETUP",
+                        help="swept instead of the parameter's own, such as sft_then_rl")
+    add_preset(parser)
+    parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
+                        help="how many seeds, from 0 on; or a list such as 0,3,5; 1 unless given")
+    parser.add_argument("--jobs", type=positive_number, metavar="J",
+                        help="runs at a time; unless given one a GPU, or one a core")
+    add_place(parser)
+    add_settings(parser)
+
+
+def sweep_command(arguments: argparse.Namespace) -> None:
+    from .sweep import sweep
+
+    sweep(arguments.parameter, arguments.values, arguments.preset, arguments.seeds,
+          arguments.setup, arguments.jobs, arguments.experiment, arguments.settings)
+
+
 # report -----------------------------------------------------------------------------------------
 
 
@@ -377,6 +407,8 @@ COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
     "compare": (compare_command, add_compare,
                 "tune, train and test methods alike, and compare them with SFT -> RL",
                 "hybridrl compare --preset tiny --seeds 3 --methods relift,combined"),
+    "sweep": (sweep_command, add_sweep, "train one setup with several values of a setting",
+              "hybridrl sweep --parameter beta --values 0,0.02,0.1 --seeds 3"),
     "report": (report_command, add_report, "make Table 2 and the figures from records",
                "hybridrl report tiny"),
     "rerun": (rerun_command, add_rerun, "run a recorded run again and compare the answers",

@@ -305,9 +305,9 @@ def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tune
     from .report.arms import make_arms, report_arms
 
     folder = experiment_folder(plan.experiment)
-    experiment = finished(plan, folder)
+    experiment = only_runs(plan, folder)
     arms = make_arms(experiment, BASELINE, factors)
-    alone = {benchmark: finished(plan, experiment_folder(only(plan, benchmark)))
+    alone = {benchmark: only_runs(plan, experiment_folder(only(plan, benchmark)))
              for benchmark in plan.benchmarks
              if any(experiment_folder(only(plan, benchmark)).glob("*/seed-*/manifest.json"))}
     files, table = report_arms(folder, experiment, arms, BASELINE, tuned, alone)
@@ -316,7 +316,7 @@ def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tune
     return files
 
 
-def finished(plan: Plan, folder: Path):
+def only_runs(plan: Plan, folder: Path):
     """The plan's arms and seeds in a folder, which may hold others from an earlier command."""
     from .report import load_experiment
 

@@ -4,11 +4,11 @@ import csv
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import synthetic_records
+from made_up_runs import make_up_runs
 from synthetic_records import build_experiment
 
 from hybridrl_lib import compare as module
@@ -22,45 +22,11 @@ from hybridrl_lib.report.arms import make_arms, report_arms, used
 from hybridrl_lib.setups import SETUPS, get_setup, paper_setups
 from hybridrl_lib.statistics import holm, paired_difference
 
-# In place of `hybridrl run`: leaves a made-up record. Arguments as of `hybridrl run`.
-RUN = f"""
-import json, sys
-sys.path.append({str(Path(__file__).parent)!r})
-import synthetic_records
-from hybridrl_lib.config import load_settings, settings_to_dict
-from hybridrl_lib.records import RunFolder, experiment_folder
-from hybridrl_lib.setups import get_setup
-arguments = sys.argv[1:]
-setup, seed = arguments[1], int(arguments[arguments.index("--seed") + 1])
-experiment = arguments[arguments.index("--experiment") + 1]
-chosen = arguments[arguments.index("--set") + 1:] if "--set" in arguments else []
-settings = settings_to_dict(load_settings("tiny", chosen, setup=get_setup(setup)))
-synthetic_records.GAIN.setdefault(setup, 2.5)
-folder = experiment_folder(experiment)
-synthetic_records.build_experiment(folder, [setup], [seed], {{"tiny_word": 8, "tiny_symbolic": 6}},
-                                   {{"tiny_word": 4}}, epochs=2)
-run = RunFolder(folder / setup / ("seed-0" if setup == "base" else f"seed-{{seed}}"))
-rate = settings["rl"]["learning_rate"]
-run.write("config.json", {{"setup": setup, "seed": seed, "preset": "tiny", "settings": settings}})
-run.append("validation.jsonl", {{"step": 1, "strict": 0.9}})
-run.append("validation.jsonl", {{"step": 2, "strict": 0.3 + (rate > 1.5e-4) * (setup == "rl") / 3}})
-"""
-
 
 @pytest.fixture()
 def started(monkeypatch):
     """The commands that are started; each leaves a made-up record instead of training."""
-    commands, begin = [], module.run_job
-
-    def noted(*arguments):
-        job = begin(*arguments)
-        place = job.command.index("hybridrl_lib.cli")
-        commands.append(job.command[place + 1:])
-        made = (sys.executable, "-c", RUN, *job.command[place + 1:])
-        return replace(job, command=made)
-
-    monkeypatch.setattr(module, "run_job", noted)
-    return commands
+    return make_up_runs(monkeypatch, module)
 
 
 def go(**more):

@@ -1,0 +1,97 @@
+"""One setting over its values: a table, and a figure of scores with intervals."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ..statistics import Interval, mean_interval
+from .arms import used
+from .loading import Experiment, benchmark_title, setup_title
+from .scores import EXACT_MATCH, score
+from .style import as_bytes, legend_below, new_figure, style
+from .text import NOTHING, bracket, bullets, csv_text, markdown_table, percent, plain_table, write
+
+METRICS = {EXACT_MATCH: "exact match", "pass@1": "Pass@1"}
+COLUMNS = ("value", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds", "problems")
+
+
+def report_sweep(folder: Path, title: str, setup: str, experiments: Mapping[str, Experiment]
+                 ) -> tuple[list[Path], str]:
+    """Writes sweep.csv, sweep.md and the figure.
+
+    Args:
+        title: of the parameter.
+        setup: that was run with every value.
+        experiments: by value, in the order to be shown.
+
+    Returns:
+        The files, and the table as text for a terminal.
+    """
+    cells = {(value, benchmark, metric): mean_interval(found.values)
+             for value, experiment in experiments.items() for benchmark in experiment.benchmarks
+             for metric in METRICS
+             if (found := score(experiment, setup, benchmark, metric)) is not None}
+    head, rows = _table(setup, experiments, cells)
+    seeds = sorted({cell.seeds for cell in cells.values()})
+    text = "\n".join([
+        f"# {title}, {setup_title(setup)}\n",
+        "Test problems, last checkpoint, strict; percent, mean [95 % interval].\n",
+        markdown_table(head, rows, range(1, len(head))), bullets((
+            "Nothing but this was changed: no other setting was tuned anew for a value.",
+            "One seed only: the intervals are over the test problems alone." if seeds == [1] else
+            "Intervals cross seeds and problems; they are of each value by itself, and values that "
+            "share problems differ by less than two intervals suggest.",
+            "Choose a value on validation problems, not by this table."))])
+    files = [write(folder / "sweep.csv", csv_text(COLUMNS, [
+                 (*key, percent(i.mean), percent(i.low), percent(i.high), i.seeds, i.problems)
+                 for key, i in cells.items()])),
+             write(folder / "sweep.md", text)]
+    with style():
+        figure = draw_sweep(title, experiments, cells)
+        files += [write(folder / "figures" / f"sweep.{kind}", as_bytes(figure, kind))
+                  for kind in ("svg", "png")]
+    return files, plain_table(head, rows)
+
+
+def _table(setup: str, experiments: Mapping[str, Experiment],
+           cells: Mapping[tuple[str, str, str], Interval]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a row a value, with the answers that its runs sampled to learn from."""
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
+    columns = [(benchmark, metric) for benchmark in benchmarks for metric in METRICS]
+    head = ["value", *(f"{benchmark_title(benchmark).title}: {METRICS[metric]}"
+                       for benchmark, metric in columns), "rollouts", "minutes"]
+    rows = []
+    for value, experiment in experiments.items():
+        spent = used(experiment.of(setup))
+        rows.append([value, *(bracket(i.mean, i.low, i.high) if (i := cells.get((value, *key)))
+                              else NOTHING for key in columns),
+                     f"{spent.rollouts:,.0f}", f"{spent.minutes:.1f}"])
+    return head, rows
+
+
+def draw_sweep(title: str, experiments: Mapping[str, Experiment],
+               cells: Mapping[tuple[str, str, str], Interval]) -> Figure:
+    """Scores by value, a panel a benchmark; values stand at equal distances."""
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
+    values = list(experiments)
+    figure, panels = new_figure(3.0, 1, max(1, len(benchmarks)), sharey=True, squeeze=False)
+    marks = []
+    for place, (metric, label) in enumerate(METRICS.items()):
+        look = {"color": f"C{place}", "marker": "os"[place]}
+        marks.append(Line2D([], [], label=label, **look))
+        for panel, benchmark in zip(panels[0], benchmarks, strict=False):
+            found = [(x, cells[value, benchmark, metric]) for x, value in enumerate(values)
+                     if (value, benchmark, metric) in cells]
+            at = [x + 0.08 * (2 * place - 1) for x, _ in found]
+            panel.plot(at, [100 * i.mean for _, i in found], **look)
+            panel.vlines(at, [100 * i.low for _, i in found], [100 * i.high for _, i in found],
+                         color=look["color"], linewidth=1.0)
+    for panel, benchmark in zip(panels[0], benchmarks, strict=False):
+        panel.set_title(benchmark_title(benchmark).title, loc="left")
+        panel.set_xticks(range(len(values)), values)
+        panel.set_xlabel(title)
+    panels[0][0].set_ylabel("score (%)")
+    legend_below(figure, marks, len(marks))
+    return figure

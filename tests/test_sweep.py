@@ -1,0 +1,85 @@
+"""`hybridrl sweep`: which runs a parameter means, its table and its figure."""
+
+import csv
+
+import pytest
+from made_up_runs import make_up_runs
+
+from hybridrl_lib import sweep as module
+from hybridrl_lib.cli import main
+from hybridrl_lib.compare import Plan
+from hybridrl_lib.config import describe, load_settings, preset_names
+from hybridrl_lib.errors import UsageError
+from hybridrl_lib.methods import make_method
+from hybridrl_lib.setups import get_setup
+from hybridrl_lib.sweep import SWEEPS, as_settings, place, sweep
+
+
+@pytest.fixture()
+def started(monkeypatch):
+    """The commands that are started; each leaves a made-up record instead of training."""
+    return make_up_runs(monkeypatch, module)
+
+
+def plan_of(parameter, preset="tiny"):
+    return Plan(preset, (), (get_setup(SWEEPS[parameter].setup),), (0,), (1.0,), "sw", (), 1)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("parameter", [name for name in SWEEPS if name != "base"])
+def test_every_parameter_can_be_swept_in_every_preset(parameter, preset):
+    """Each of its values changes its settings and nothing else, and the method takes them."""
+    chosen, plan = SWEEPS[parameter], plan_of(parameter, preset)
+    arm, seen = plan.arms[0], set()
+    for value in chosen.values:
+        texts = as_settings(plan, chosen, value)
+        settings = load_settings(preset, texts, smoke=False, setup=arm)
+        assert make_method(arm, settings).stages
+        assert {text.partition("=")[0] for text in texts} == set(chosen.keys)
+        flat = {key: shown for key, shown, _ in describe(settings)}
+        seen.add(tuple(flat[key] for key in chosen.keys))
+    assert len(seen) == len(chosen.values) == len({place(plan, value) for value in chosen.values})
+
+
+def test_a_sweep_runs_each_value_and_shows_it(started, results):
+    """Every value in an experiment of its own, every seed; table, data and figure."""
+    lines = []
+    files = sweep("beta", ("0", "0.1"), seeds=(0, 1), jobs=2, experiment="sw", say=lines.append)
+    assert {(c[c.index("--experiment") + 1], c[c.index("--seed") + 1], c[-1]) for c in started} == {
+        (f"sw-{value}", str(seed), f"rl.beta={value}") for value in ("0", "0.1")
+        for seed in (0, 1)}
+    assert {c[1] for c in started} == {"sft_then_rl"}
+    assert {path.name for path in files} == {"sweep.csv", "sweep.md", "sweep.svg", "sweep.png"}
+    rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
+    assert {(r["value"], r["benchmark"], r["metric"], r["seeds"]) for r in rows} == {
+        (value, benchmark, metric, "2") for value in ("0", "0.1")
+        for benchmark in ("tiny_word", "tiny_symbolic") for metric in ("exact_match", "pass@1")}
+    assert "rollouts" in "\n".join(lines)
+    started.clear()
+    sweep("beta", ("0", "0.1"), seeds=(0, 1), jobs=2, experiment="sw", say=lines.append)
+    assert "4 of 4 runs are finished already" in "\n".join(lines)
+
+
+def test_values_that_multiply_are_of_the_presets_own():
+    assert as_settings(plan_of("learning_rate"), SWEEPS["learning_rate"], "2") == (
+        "sft.learning_rate=0.0004", "rl.learning_rate=0.0003")
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("betta",), "did you mean .beta"), (("base",), "give them with --values"),
+    (("beta", ("much",)), "rl.beta cannot be"), (("gamma", ("much",)), "no factor"),
+    (("updates_per_rollout", ("3",)), "must divide"),
+    (("learning_rate", ("0",)), "above 0")])
+def test_what_cannot_be_swept_is_one_sentence(arguments, words):
+    """Before any run is started."""
+    with pytest.raises(UsageError, match=words):
+        sweep(*arguments, jobs=1)
+
+
+def test_the_command_line(monkeypatch):
+    """Options reach `sweep` as they are meant."""
+    seen = []
+    monkeypatch.setattr(module, "sweep", lambda *arguments: seen.append(arguments))
+    assert main(["sweep", "--parameter", "lambda", "--values", "0,1", "--seeds", "2",
+                 "--setup", "combined"]) == 0
+    assert seen == [("lambda", ("0", "1"), "tiny", (0, 1), "combined", None, None, [])]
