@@ -141,6 +141,7 @@ SETUPS: dict[str, Setup] = {
               ("bridge_without_gain", "BRIDGE without gain", ("bridge.adapter=sft",)),
               ("bridge_joint", "BRIDGE, joint adapter", ("bridge.adapter=both",)),
               ("bridge_without_adapter", "BRIDGE without adapter", ("bridge.adapter=nothing",)))),
+        Setup("prefix_rft", "Prefix-RFT", ("rl",), method="prefix_rft", settings=("rl.beta=0",)),
     )
 }
 

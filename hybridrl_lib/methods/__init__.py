@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {  # the method's file in this folder -> its class
     "raft": "RAFT",
     "pear": "PEAR",
     "bridge": "Bridge",
+    "prefix_rft": "PrefixRFT",
 }
 
 
