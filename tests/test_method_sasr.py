@@ -104,6 +104,29 @@ def test_measuring_anew_moves_nothing(make_trainer):
     assert changes == [2, 5, 8, 11, 14, 17]
 
 
+def test_the_measured_norm_is_that_of_the_next_batch(make_trainer):
+    """Of the policy as GRPO has left it, and on as many demonstrations as an SFT step has."""
+    trainer = make_trainer("sasr", *RUN, "training.epochs=4", "sasr.gamma=1e9",
+                           "sasr.measure_every=1", verifier=HALF)
+    measure, kept = trainer.learner.gradient_norm, []
+
+    def noted(update):
+        kept.append((update.sequences, {k: v.detach().clone()
+                                        for k, v in trainer.weights().items()}))
+        return measure(update)
+
+    trainer.learner.gradient_norm = noted
+    _, rows = rows_of(trainer)
+    assert len(rows) == len(kept) == 2
+    for row, (sequences, weights) in zip(rows, kept, strict=True):
+        assert len(sequences) == 4
+        trainer.load_weights(weights)
+        loss = plain_mean([-plain_scores(trainer.policy.model, s.prompt, s.completion)[0]
+                           for s in sequences], "token_mean")
+        assert row["sasr/gradient_norm"] == pytest.approx(float(gradient(trainer, loss).norm()),
+                                                          rel=1e-4)
+
+
 def test_smoothing_is_a_moving_average(make_trainer):
     trainer = make_trainer("sasr", *RUN, "sasr.gamma=1e-9", "sasr.smoothing=0.9", verifier=HALF)
     warm, rows = rows_of(trainer)

@@ -18,7 +18,8 @@ once a step.
 With Adam it is not enough to set the gradient of a frozen weight to 0: momentum and weight decay
 would still move it. So its gradient is 0, which keeps it out of the norm and the moments, and its
 value is put back after the update. Adam's first updates move all weights by about the learning
-rate, so that C says little until some have passed. It takes as much memory as the trained weights.
+rate, so that C says little until some have passed. It takes as much memory as the trained weights,
+and a step keeps a copy of these.
 """
 
 import math

@@ -13,7 +13,8 @@ and then only its end is left to say; and a hint counts as prompt: it is cut so 
 stay within data.max_prompt_tokens. Different from it: it cuts at the steps of a solution, here the
 chunks are of equal tokens, since not every benchmark's solutions have steps that can be told apart;
 T_hint is a share of the run; and the NLL is a mean over the update, not over micro-batches. Its KL
-is to the reference.
+is to the reference. While the hints fade the reward falls and the entropy rises by themselves: the
+warnings `reward_fall` and `entropy_explosion` say no more than that then.
 """
 
 import math
