@@ -76,7 +76,7 @@ def cases():
         seen.add(setup.method)
 
 
-@pytest.mark.parametrize(("setup", "adapter"), cases())
+@pytest.mark.parametrize(("setup", "adapter"), list(cases()))
 def test_a_method_goes_on_bit_for_bit(start, setup, adapter):
     """Buffers, counts, draws, auxiliary weights and every optimiser are in the checkpoint."""
     overrides = (f"model.adapter={adapter}",)

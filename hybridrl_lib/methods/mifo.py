@@ -155,4 +155,6 @@ class MIFO(Method):
         return self.importance
 
     def load_tensors(self, tensors):
-        self.importance = {name: values.to(self.policy.device) for name, values in tensors.items()}
+        # In the order of the weights, since among equals the first are frozen; a file has its own.
+        self.importance = {name: tensors[name].to(self.policy.device)
+                           for name in self.policy.trained_weights() if name in tensors}
