@@ -29,7 +29,8 @@ from .reproduce import default_jobs, joined, relative_cost, threads_for
 from .setups import SETUPS, Setup, paper_setups
 
 BASELINE = "sft_then_rl"
-WITH_ALL_OF_RL = "sft_then_full_rl"
+# What a claim has to be held against: all of RL after SFT, and PEAR's demonstrations unweighted.
+CONTROLS = ("sft_then_full_rl", "sft_sampled_then_rl")
 GRID = (0.5, 1.0, 2.0)
 DEVELOPMENT_SEEDS = (1000, 1001)
 # A tuning run is judged on validation problems: it is hardly tested, and probed at its ends alone.
@@ -153,7 +154,9 @@ def choose_arms(names: Sequence[str]) -> tuple[Setup, ...]:
     """
     wanted = {"base", BASELINE}
     if not names:
-        wanted |= {*paper_setups(), WITH_ALL_OF_RL, *(m for m in METHODS if m in SETUPS)}
+        first = {setup.method: name for name, setup in reversed(SETUPS.items())}
+        shown = {name for name, setup in SETUPS.items() if setup.notebook}
+        wanted |= {*paper_setups(), *CONTROLS, *first.values(), *shown}
     for name in names:
         found = {name} if name in SETUPS else {
             setup.name for setup in SETUPS.values() if setup.method == name}
