@@ -2,6 +2,7 @@
 
 import inspect
 import textwrap
+from collections import Counter
 
 from IPython.display import Markdown, display
 
@@ -10,7 +11,7 @@ from ..report.style import figure_text, style
 from ..setups import SETUPS
 from .curves import _column, _finish, _mark_stages, new_panels, show
 
-MOST_PANELS = 6
+MOST_PANELS = 9
 
 
 def show_source(*things: object) -> None:
@@ -28,8 +29,9 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
         extra: further columns, such as `lambda/sft`.
     """
     metrics = record.lines("metrics.jsonl")
-    known = {key for row in metrics for key, value in row.items()
-             if isinstance(value, int | float)}
+    counts = Counter(key for row in metrics for key, value in row.items()
+                     if isinstance(value, int | float))
+    known = {key for key, count in counts.items() if count > 1}  # one point is no curve
     setup = SETUPS.get(record.read("config.json")["setup"])
     method = setup.method if setup else ""
     columns = [*extra, *sorted(key for key in known if key.partition("/")[0] == method)]
