@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -387,8 +388,10 @@ def _add_adapter(model: PreTrainedModel, settings: ModelSettings):
     if not targets:
         raise UserError("None of model.lora_targets is a layer of this model; its layers are "
                         + ", ".join(sorted(layers)[:20]) + ".")
-    with torch.random.fork_rng(devices=[]):  # the same adapter in every run, as the base model
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT asks for what transformers has renamed: nothing that a user could mend.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        torch.manual_seed(0)  # the same adapter in every run, as the base model
         return get_peft_model(model, LoraConfig(
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0,
             target_modules=targets, task_type="CAUSAL_LM"))
