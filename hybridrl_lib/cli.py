@@ -112,6 +112,16 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
                         help="tiny, smollm2, colab, paper or auto; tiny unless given")
 
 
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
+                        help="how many seeds, from 0 on; or a list such as 0,3,5; 1 unless given")
+
+
+def add_jobs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--jobs", type=positive_number, metavar="J",
+                        help=f"{what} at a time; unless given one a GPU, or one a core")
+
+
 def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", metavar="NAME",
                         help="folder of the records under results/runs/; the preset's name unless "
@@ -193,10 +203,8 @@ def prepare_torch(preset: str = "") -> None:
 
 def add_reproduce(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
-    parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
-                        help="how many seeds, from 0 on; or a list such as 0,3,5; 1 unless given")
-    parser.add_argument("--jobs", type=positive_number, metavar="J",
-                        help="notebooks at a time; unless given one a GPU, or one a core")
+    add_seeds(parser)
+    add_jobs(parser, "notebooks")
     parser.add_argument("--setups", nargs="+", action="extend", default=[], metavar="SETUP",
                         help="only these; all of them unless given")
     add_place(parser)
@@ -225,8 +233,7 @@ def factor_list(text: str) -> tuple[float, ...]:
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
-    parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
-                        help="how many seeds, from 0 on; or a list such as 0,3,5; 1 unless given")
+    add_seeds(parser)
     parser.add_argument("--methods", nargs="+", action="extend", default=[], metavar="NAME",
                         help="setups, or methods for all their setups; unless given the paper's "
                              "setups and one of each method")
@@ -235,8 +242,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
                              "problems, for every arm; 0.5,1,2 unless given, and 1 tunes nothing")
     parser.add_argument("--transfer", action="store_true",
                         help="also train on each benchmark alone and test on all")
-    parser.add_argument("--jobs", type=positive_number, metavar="J",
-                        help="runs at a time; unless given one a GPU, or one a core")
+    add_jobs(parser, "runs")
     add_place(parser)
     add_settings(parser)
 
@@ -264,10 +270,8 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setup", metavar="SETUP",
                         help="swept instead of the parameter's own, such as sft_then_rl")
     add_preset(parser)
-    parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
-                        help="how many seeds, from 0 on; or a list such as 0,3,5; 1 unless given")
-    parser.add_argument("--jobs", type=positive_number, metavar="J",
-                        help="runs at a time; unless given one a GPU, or one a core")
+    add_seeds(parser)
+    add_jobs(parser, "runs")
     add_place(parser)
     add_settings(parser)
 

@@ -109,17 +109,29 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
                  for arm in plan.arms if arm.stages for seed in plan.seeds]
         say(f"{len(runs) + len(alone)} runs of {len(plan.arms)} arms, "
             f"{plan.jobs} at a time, into {folder}; Ctrl-C stops, and the same command goes on")
-        failure = None
-        try:
-            work(plan, runs + alone, say)
-        except Stopped:
-            raise
-        except UserError as error:  # the arms that are finished are compared all the same
-            failure = error
-        files = write_comparison(plan, factors, tuned, say)
-        if failure:
-            raise failure
-        return files
+        return work_and_write(plan, runs + alone, say,
+                              lambda: write_comparison(plan, factors, tuned, say))
+
+
+def work_and_write(plan: Plan, runs: Sequence[Job], say: Callable[[str], None],
+                   write: Callable[[], list[Path]]) -> list[Path]:
+    """Runs the jobs and returns the files that `write` makes of what is finished.
+
+    Raises:
+        Stopped: by Ctrl-C; nothing is written.
+        UserError: a run failed; raised after the rest was run and written.
+    """
+    failure = None
+    try:
+        work(plan, runs, say)
+    except Stopped:
+        raise
+    except UserError as error:
+        failure = error
+    files = write()
+    if failure:
+        raise failure
+    return files
 
 
 def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: Sequence[float],

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compare import Plan, only_runs, run_job, work
+from .compare import Plan, only_runs, run_job, work_and_write
 from .config import default_experiment, load_settings, resolve_preset, show
-from .errors import Stopped, UsageError, UserError, unknown
+from .errors import UsageError, unknown
 from .fields import as_number
 from .locks import only_writer
 from .methods import make_method
@@ -102,17 +102,7 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
                 for value, texts in given.items() for seed in seeds]
         say(f"{len(runs)} runs of {arm.name}: {parameter} = {', '.join(values)}, {plan.jobs} at a "
             f"time, into {folder}*; Ctrl-C stops, and the same command goes on")
-        failure = None
-        try:
-            work(plan, runs, say)
-        except Stopped:
-            raise
-        except UserError as error:  # the values that are finished are shown all the same
-            failure = error
-        files = write_sweep(plan, chosen, values, say)
-        if failure:
-            raise failure
-        return files
+        return work_and_write(plan, runs, say, lambda: write_sweep(plan, chosen, values, say))
 
 
 def as_settings(plan: Plan, chosen: Sweep, value: str) -> tuple[str, ...]:
