@@ -47,7 +47,7 @@ class TRLStep:
         if policy.tokenizer(text=texts)["input_ids"] != [policy.encode_prompt(q)
                                                          for q in questions]:
             raise UserError("TRL reads this model's prompts as other tokens; take another model.")
-        model = copy.deepcopy(policy.model)
+        model = policy.plain_model()  # not with this library's products and attention
         # In place of the model's own, which may hold a repetition penalty or a top-k.
         model.generation_config = GenerationConfig(eos_token_id=list(policy.stop_ids),
                                                    pad_token_id=policy.pad_id)
