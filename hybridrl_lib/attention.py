@@ -6,7 +6,7 @@ own, to the prompt's keys followed by its own. `transformers` calls `attend` in 
 of its own attention; where it is given no segments it is that attention.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,33 +19,49 @@ NAME = "packed"  # of this attention among those of `transformers`
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Completions of like length in a micro-batch.
+
+    Attributes:
+        places: (S, T) flat index (row * L + column) of their tokens; index 0 fills the end.
+        owner: (S,) the row of each.
+        mask: (S, 1, T, P + T) bool, True where a completion's token may look: at its prompt, and
+            at what came before it.
+    """
+
+    places: Tensor
+    owner: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class Segments:
     """Where prompts and completions lie in a micro-batch of rows that are read flat.
 
     Attributes:
-        prompts: (R, P) flat index (row * L + column) of the tokens of each row's prompt, or of all
-            its tokens if it has one completion; index 0 fills the end.
-        completions: (S, T) flat index of the tokens of each completion that has any to read.
-        owner: (S,) the row of each.
-        mask: (S, 1, T, P + T) bool, True where a completion's token may look: at its prompt, and
-            at what came before it.
-        back: (M,) for every place of the rows its index in prompts and completions, both read flat,
-            one after the other. M is R * L rounded up.
+        prompts: (R, P) flat index of the tokens of each row's prompt, or of all its tokens if it
+            has one completion; index 0 fills the end.
+        answers: the completions that have any token to read, those of like length together.
+        back: (M,) for every place of the rows its index in prompts and answers, all read flat, one
+            after the other. M is R * L rounded up.
     """
 
     prompts: Tensor
-    completions: Tensor
-    owner: Tensor
-    mask: Tensor
+    answers: tuple[Answers, ...]
     back: Tensor
 
-    def scores_mask(self, groups: int, dtype: torch.dtype) -> Tensor:
-        """(S, 1, groups * T, P + T) to be added to the scores, once for all layers."""
-        hidden = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-        return hidden.masked_fill_(~self.mask, float("-inf")).repeat(1, 1, groups, 1)
+    def with_scores_masks(self, groups: int, dtype: torch.dtype) -> "Segments":
+        """With masks (S, 1, groups * T, P + T) that are added to the scores of all layers."""
+        def added(mask: Tensor) -> Tensor:
+            hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            return hidden.masked_fill_(~mask, float("-inf")).repeat(1, 1, groups, 1)
+
+        return replace(self, answers=tuple(replace(a, mask=added(a.mask)) for a in self.answers))
 
     def to(self, device) -> "Segments":
-        return Segments(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Segments(self.prompts.to(device), tuple(
+            Answers(a.places.to(device), a.owner.to(device), a.mask.to(device))
+            for a in self.answers), self.back.to(device))
 
 
 def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -56,8 +72,9 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
     Args:
         query: (R, heads, L, size), with segments (1, heads, M, size).
         key, value: (R, key-value heads, L, size), with segments (1, key-value heads, M, size).
-        attention_mask: with segments their `scores_mask`.
-        segments: without them this is scaled dot-product attention with `attention_mask`.
+        attention_mask: not read with segments.
+        segments: with masks to add; without them this is scaled dot-product attention with
+            `attention_mask`.
 
     Returns:
         (R, L, heads, size), with segments (1, M, heads, size); None.
@@ -78,21 +95,21 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
                 for t in (prompt_keys, prompt_values))
     y = F.scaled_dot_product_attention(take(q, segments.prompts, heads).transpose(1, 2), *repeated,
                                        is_causal=True, scale=scaling)
-    y = y.transpose(1, 2).reshape(-1, heads * size)
-    if len(segments.completions):
-        count, longest = segments.completions.shape
+    parts = [y.transpose(1, 2).reshape(-1, heads * size)]
+    for answers in segments.answers:
+        count, longest = answers.places.shape
         keys, values = (
-            torch.cat([shared.index_select(0, segments.owner),
-                       take(own, segments.completions, kv)], dim=1).transpose(1, 2)
+            torch.cat([shared.index_select(0, answers.owner),
+                       take(own, answers.places, kv)], dim=1).transpose(1, 2)
             for shared, own in ((prompt_keys, k), (prompt_values, v)))
         # The queries that share a key head become its rows, so that no key is repeated.
-        queries = take(q, segments.completions, heads).transpose(1, 2).reshape(
+        queries = take(q, answers.places, heads).transpose(1, 2).reshape(
             count, kv, groups * longest, size)
-        own = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=attention_mask, scale=scaling)
-        own = own.view(count, heads, longest, size).transpose(1, 2).reshape(-1, heads * size)
-        y = torch.cat([y, own])
-    return y.index_select(0, segments.back).view(rows, length, heads, size), None
+        y = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=answers.mask, scale=scaling)
+        parts.append(y.view(count, heads, longest, size).transpose(1, 2).reshape(-1, heads * size))
+    y = torch.cat(parts).index_select(0, segments.back)
+    return y.view(rows, length, heads, size), None
 
 
 AttentionInterface.register(NAME, attend)

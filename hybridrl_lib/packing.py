@@ -15,8 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attention import Segments
+from .attention import Answers, Segments
 from .products import TOKENS, rounded_up
+
+# Completions share a table of the attention unless one is this many times as long as another:
+# scores grow with the square of the padded length, and another table costs some small operations.
+LIKE = 1.5
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,12 @@ class Packed:
         pieces = self.segments
         # Per place of the rows: -1 in a prompt, the completion's number, or -2 at padding.
         segment = torch.full((rows * length,), -2, device=self.input_ids.device)
-        for index, numbers in ((pieces.prompts, torch.full_like(pieces.prompts[:, :1], -1)),
-                               (pieces.completions, torch.arange(
-                                   len(pieces.completions), device=segment.device)[:, None])):
-            segment[index] = numbers.expand_as(index)
+        segment[pieces.prompts] = -1
+        number = 0
+        for answers in pieces.answers:
+            numbers = number + torch.arange(len(answers.places), device=segment.device)
+            segment[answers.places] = numbers[:, None].expand_as(answers.places)
+            number += len(numbers)
         segment[0] = -1  # what fills the ends of the index tables
         segment = segment.view(rows, length)
         query, key = segment[:, :, None], segment[:, None, :]
@@ -159,22 +165,36 @@ def _fill(sequences: Sequence[PromptCompletion], rows: list[list[int]], pad_id: 
 def _segments(prompts: list[Tensor], completions: list[Tensor], rows: list[int],
               places: int) -> Segments:
     """The segments of a micro-batch from the flat index of the tokens of each."""
-    def table(pieces: list[Tensor]) -> tuple[Tensor, Tensor]:  # index and lengths
-        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.long)
-        index = torch.zeros(len(pieces), max(map(len, pieces), default=0), dtype=torch.long)
-        for line, piece in zip(index, pieces, strict=True):
-            line[:len(piece)] = piece
-        return index, lengths
-
-    (before, prompt_lengths), (after, lengths) = table(prompts), table(completions)
-    owner = torch.tensor(rows, dtype=torch.long)
-    columns, tokens = torch.arange(before.shape[1]), torch.arange(after.shape[1])
-    seen = columns < prompt_lengths[owner, None]  # (S, P)
-    causal = tokens[:, None] >= tokens  # (T, T)
-    mask = torch.cat([seen[:, None].expand(-1, len(tokens), -1),
-                      causal.expand(len(owner), -1, -1)], dim=2)
     back = torch.zeros(places, dtype=torch.long)  # padding reads place 0, and no loss reads padding
-    for index, length, start in ((before, prompt_lengths, 0), (after, lengths, before.numel())):
-        real = torch.arange(index.shape[1]) < length[:, None]
+    start = 0
+
+    def table(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # index, and where it is real
+        nonlocal start
+        lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.long)
+        index = torch.zeros(len(pieces), max(map(len, pieces)), dtype=torch.long)
+        real = torch.arange(index.shape[1]) < lengths[:, None]
+        index[real] = torch.cat(list(pieces))
         back[index[real]] = start + torch.arange(index.numel()).view(index.shape)[real]
-    return Segments(before, after, owner, mask[:, None], back)
+        start += index.numel()
+        return index, real
+
+    before, seen = table(prompts)
+    answers = []
+    for members in _of_like_length([len(piece) for piece in completions]):
+        index, _ = table([completions[i] for i in members])
+        owner, tokens = torch.tensor([rows[i] for i in members]), torch.arange(index.shape[1])
+        causal = tokens[:, None] >= tokens  # (T, T)
+        answers.append(Answers(index, owner, torch.cat(
+            [seen[owner][:, None].expand(-1, len(tokens), -1),
+             causal.expand(len(owner), -1, -1)], dim=2)[:, None]))
+    return Segments(before, tuple(answers), back)
+
+
+def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in groups, the longest first: none is padded to more than half as much again."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or LIKE * lengths[index] < lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
