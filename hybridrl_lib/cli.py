@@ -240,8 +240,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=factor_list, default=(0.5, 1.0, 2.0), metavar="FACTORS",
                         help="the preset's learning rates times these are tried on validation "
                              "problems, for every arm; 0.5,1,2 unless given, and 1 tunes nothing")
-    parser.add_argument("--transfer", action="store_true",
-                        help="also train on each benchmark alone and test on all")
+    parser.add_argument("--transfer", type=positive_number, default=0, metavar="N",
+                        help="also train on each benchmark alone, with the first N seeds, and test "
+                             "on all")
     add_jobs(parser, "runs")
     add_place(parser)
     add_settings(parser)

@@ -73,7 +73,7 @@ class Plan:
 
 
 def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence[str] = (),
-            grid: Sequence[float] = GRID, transfer: bool = False, jobs: int | None = None,
+            grid: Sequence[float] = GRID, transfer: int = 0, jobs: int | None = None,
             experiment: str | None = None, settings: Sequence[str] = (), say=None) -> list[Path]:
     """Tunes, trains and tests all arms, then writes the comparison.
 
@@ -83,7 +83,8 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
         methods: setups, or methods for all setups of theirs; unless given the paper's setups, RL's
             whole budget after SFT, and the setup that each method gives its name.
         grid: factors that the preset's learning rates are multiplied with.
-        transfer: whether every arm is also trained on each benchmark alone and tested on all.
+        transfer: with how many of the seeds every arm is also trained on each benchmark alone and
+            tested on all.
         jobs, experiment, settings, say: as for `reproduce`; the experiment is the preset's name
             with `-compare` unless given.
 
@@ -106,7 +107,7 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
                          (*plan.settings, *rates(plan, arm, factors[arm.name]),
                           *trained_on(plan, benchmark)))
                  for benchmark in (plan.benchmarks if transfer and len(plan.benchmarks) > 1 else ())
-                 for arm in plan.arms if arm.stages for seed in plan.seeds]
+                 for arm in plan.arms if arm.stages for seed in plan.seeds[:transfer]]
         say(f"{len(runs) + len(alone)} runs of {len(plan.arms)} arms, "
             f"{plan.jobs} at a time, into {folder}; Ctrl-C stops, and the same command goes on")
         return work_and_write(plan, runs + alone, say,

@@ -145,9 +145,9 @@ class Policy:
             more = (0, len(packed.segments.back) - packed.input_ids.numel())
             layout = {name: F.pad(getattr(packed, name).flatten(), more)[None]
                       for name in ("input_ids", "position_ids")}
-            layout |= {"segments": packed.segments.with_scores_masks(groups, DTYPES[self.precision]),
-                       # What is not read still has to look like a mask to `transformers`.
-                       "attention_mask": packed.segments.back.new_empty(1, 1, 1, 1)}
+            layout["segments"] = packed.segments.with_scores_masks(groups, DTYPES[self.precision])
+            # What is not read still has to look like a mask to `transformers`.
+            layout["attention_mask"] = packed.segments.back.new_empty(1, 1, 1, 1)
         else:
             layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids,
                       "attention_mask": packed.with_mask().attention_mask}

@@ -53,6 +53,7 @@ SWEEPS: dict[str, Sweep] = {
                                  ("rl.updates_per_rollout",), ("1", "2", "4")),
     "advantage_scale": Sweep("scale of the advantage", "sft_then_rl", ("rl.advantage_scale",),
                              ("group_std", "none")),
+    "reward": Sweep("reward", "sft_then_rl", ("rl.reward",), ("answer", "answer_and_steps")),
     "base": Sweep("base model", "sft_then_rl", ("model.path",)),
     "split": Sweep("seed of the split", "sft_then_rl", ("data.split_seed",), ("0", "1", "2")),
 }

@@ -76,7 +76,7 @@ def test_what_is_finished_is_not_run_again(started, results):
 
 def test_transfer_trains_on_one_and_tests_on_all(started, results):
     """Each arm once more for each benchmark, with the other's training problems left out."""
-    go(grid=(1.0,), seeds=(0,), transfer=True)
+    go(grid=(1.0,), seeds=(0, 1), transfer=1)
     limits = {c[c.index("--experiment") + 1]: c[-1] for c in started if "only" in " ".join(c)}
     assert limits == {"cmp-only-tiny_word": "data.train_limits=1000000000,0",
                       "cmp-only-tiny_symbolic": "data.train_limits=0,1000000000"}
@@ -84,6 +84,7 @@ def test_transfer_trains_on_one_and_tests_on_all(started, results):
     assert {(r["setup"], r["trained_on"], r["tested_on"]) for r in rows} == {
         (setup, one, other) for setup in ("rl", BASELINE)
         for one in ("tiny_word", "tiny_symbolic") for other in ("tiny_word", "tiny_symbolic")}
+    assert {c[c.index("--seed") + 1] for c in started if "only" in " ".join(c)} == {"0"}
     assert load_settings("tiny", [limits["cmp-only-tiny_word"]])  # a setting that there is
 
 
@@ -174,8 +175,8 @@ def test_the_command_line(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(module, "compare", lambda *arguments: seen.append(arguments))
     assert main(["compare", "--seeds", "2", "--methods", "relift,pear", "rl", "--grid", "1,3",
-                 "--transfer", "--set", "rl.beta=0.1"]) == 0
-    assert seen == [("tiny", (0, 1), ["relift", "pear", "rl"], (1.0, 3.0), True, None, None,
+                 "--transfer", "1", "--set", "rl.beta=0.1"]) == 0
+    assert seen == [("tiny", (0, 1), ["relift", "pear", "rl"], (1.0, 3.0), 1, None, None,
                      ["rl.beta=0.1"])]
     assert main(["compare", "--grid", "half"]) == 2
     assert "no list of factors" in capsys.readouterr().err

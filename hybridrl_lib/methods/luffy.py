@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..config import Settings
 from ..fields import Section, setting
 from ..setups import Setup
-from .method import Method, Progress, Weights, mixing_stage
+from .method import Method, mixing_stage
 
 if TYPE_CHECKING:
     from ..problems import Problem
@@ -53,9 +53,6 @@ class LUFFY(Method):
 
     def begin(self, trainer) -> None:
         self.verifier = trainer.verifier
-
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(sft=0.0, rl=1.0)
 
     def compose(self, step: "Step") -> "list[Update]":
         self._judge([rollout.problem for rollout in step.rollouts])

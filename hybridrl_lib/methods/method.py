@@ -117,8 +117,8 @@ class Method:
         """Called once, when the policy is there and nothing has been trained or resumed."""
 
     def weights(self, progress: Progress) -> Weights:
-        """The two weights of the step about to be taken."""
-        raise NotImplementedError
+        """The two weights of the step about to be taken: by its stage, SFT alone or RL alone."""
+        return Weights(1.0, 0.0) if progress.stage.name == "sft" else Weights(0.0, 1.0)
 
     def hints(self, problems: "list[Problem]", progress: Progress) -> list[list[int]] | None:
         """Token ids of the demonstration that every answer to a problem starts from; None = none.

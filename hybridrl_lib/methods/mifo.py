@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..config import Settings
 from ..fields import Section, setting
 from ..setups import Setup
-from .method import Method, Progress, Weights, mixing_stage
+from .method import Method, mixing_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,9 +70,6 @@ class MIFO(Method):
     def begin(self, trainer) -> None:
         self.problems = {problem.id: problem for problem in trainer.parts.train}
         self.policy = trainer.policy
-
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(sft=0.0, rl=1.0)
 
     def compose(self, step: "Step") -> "list[Update]":
         updates = super().compose(step)

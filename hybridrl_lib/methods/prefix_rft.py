@@ -24,7 +24,7 @@ from ..config import Settings
 from ..fields import Section, setting
 from ..records import seed_of
 from ..setups import Setup
-from .method import Method, Progress, Weights, mixing_stage
+from .method import Method, Progress, mixing_stage
 
 if TYPE_CHECKING:
     from ..packing import PromptCompletion
@@ -65,9 +65,6 @@ class PrefixRFT(Method):
 
     def begin(self, trainer) -> None:
         self.trainer = trainer
-
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(sft=0.0, rl=1.0)
 
     def shortest(self, progress: Progress) -> float:
         """The share of a demonstration that a prefix has at least."""

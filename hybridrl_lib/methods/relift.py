@@ -19,7 +19,7 @@ from typing import ClassVar
 from ..config import Settings
 from ..fields import Section, setting
 from ..setups import Setup
-from .method import Method, Progress, Weights, mixing_stage
+from .method import Method, mixing_stage
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,6 @@ class ReLIFT(Method):
 
     def begin(self, trainer) -> None:
         self.problems = {problem.id: problem for problem in trainer.parts.train}
-
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(sft=0.0, rl=1.0)
 
     def compose(self, step):
         updates = super().compose(step)

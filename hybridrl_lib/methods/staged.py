@@ -9,7 +9,7 @@ import math
 
 from ..config import Settings
 from ..setups import Setup
-from .method import Method, Progress, Stage, Weights
+from .method import Method, Stage
 
 
 class Staged(Method):
@@ -25,6 +25,3 @@ class Staged(Method):
             shares = [math.ceil(share * epochs) for share in setup.shares]
         self.stages = tuple(Stage(name, share)
                             for name, share in zip(setup.stages, shares, strict=False))
-
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(1.0, 0.0) if progress.stage.name == "sft" else Weights(0.0, 1.0)

@@ -53,9 +53,6 @@ class Gated(Method):
         super().__init__(setup, settings)
         self.stages = (mixing_stage(settings),)
 
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(sft=0.0, rl=1.0)
-
     def learn_by_rl(self, rollouts: "list[Rollout]") -> list[bool]:
         """c of every problem of an update."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ from typing import ClassVar
 from ..config import Settings
 from ..fields import Section, setting
 from ..setups import Setup
-from .method import Method, Progress, Stage, Weights
+from .method import Method, Progress, Stage
 
 OPEN = "paper §3 names it, without a value"
 TIMES = "how many times in a row that has to hold"
@@ -74,9 +74,6 @@ class Switching(Method):
 
     def begin(self, trainer) -> None:
         self.steps_per_epoch = trainer.steps_per_epoch
-
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(1.0, 0.0) if progress.stage.name == "sft" else Weights(0.0, 1.0)
 
     def after_step(self, row: dict, progress: Progress) -> None:
         row["switching/switches"] = len(self.switched)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..config import Settings
 from ..fields import Section, setting
 from ..setups import Setup
-from .method import Method, Progress, Weights, mixing_stage
+from .method import Method, Progress, mixing_stage
 
 if TYPE_CHECKING:
     from ..problems import Problem
@@ -64,9 +64,6 @@ class UFT(Method):
 
     def begin(self, trainer) -> None:
         self.policy = trainer.policy
-
-    def weights(self, progress: Progress) -> Weights:
-        return Weights(sft=0.0, rl=1.0)
 
     def probability(self, progress: Progress) -> float:
         """p_t; 0 once the hints are over."""
