@@ -1,8 +1,9 @@
 """What this machine can do, and the share of it that sampling and the update reach.
 
-The ceilings are one large matrix product in fp32 and in bf16, and one large copy. Sampling is put
-against its own matrix products alone, of the same shapes and in the same order; the update's
-floating-point operations against the large product. See README.md beside this file.
+The ceilings are one large matrix product in fp32 and in bf16, and one large copy. Sampling and the
+update are put against their own matrix products alone, of the same shapes and in the same order;
+the update's floating-point operations also against the large product. See README.md beside this
+file.
 """
 
 import sys
@@ -25,7 +26,9 @@ from common import (
 from grpo_step import GRPOStep
 from torch import Tensor
 
+from hybridrl_lib.packing import PromptCompletion, pack
 from hybridrl_lib.policy import DTYPES, Policy
+from hybridrl_lib.products import linear
 from hybridrl_lib.rollouts import Group
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the large product
@@ -99,11 +102,29 @@ class Shapes:
                 self._product(rows, weight)
 
     def _product(self, rows: int, weight: Tensor) -> None:
-        x = self._inputs.get((rows, weight.shape[1]))
-        if x is None:
-            x = self._inputs[rows, weight.shape[1]] = torch.randn(
-                rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        torch.nn.functional.linear(x, weight)
+        torch.nn.functional.linear(self._input(rows, weight.shape[1], weight), weight)
+
+    def _input(self, rows: int, width: int, like: Tensor) -> Tensor:
+        if (rows, width) not in self._inputs:
+            self._inputs[rows, width] = torch.randn(rows, width, dtype=like.dtype,
+                                                    device=like.device)
+        return self._inputs[rows, width]
+
+    @torch.inference_mode()
+    def update(self, micro_batches: Sequence[tuple[int, int]]) -> None:
+        """All products of a forward and a backward pass, by the same operation as in training.
+
+        Args:
+            micro_batches: (positions, completion tokens) of each.
+        """
+        for positions, tokens in micro_batches:
+            products = [(positions, weight) for layer in self.layers for weight in layer]
+            for rows, weight in [*products, (tokens, self.head)]:
+                x, y = self._input(rows, weight.shape[1], weight), self._input(
+                    rows, weight.shape[0], weight)
+                linear(x, weight)
+                linear(y, weight.t())  # the gradient of x
+                linear(y.t(), x.t())  # the gradient of the weight
 
     def update_operations(self, groups: Sequence[Group]) -> float:
         """Floating-point operations of a forward and a backward pass that cannot be spared.
@@ -154,13 +175,21 @@ def main(argv: Sequence[str] | None = None) -> dict:
     operations, product = shapes.update_operations(groups), products[policy.precision]
     update = shares(lambda _: step.update(groups), product, arguments.pairs,
                     operations / product.operations)
+    sequences = [PromptCompletion(group.prompt_ids, completion.token_ids)
+                 for group in groups for completion in group.completions]
+    micro_batches = [(len(packed.segments.back), len(packed.targets)) for packed in pack(
+        sequences, step.settings.training.micro_batch_tokens)]
+    of_products = shares(lambda _: step.update(groups), lambda _: shapes.update(micro_batches),
+                         arguments.pairs)
     record = circumstances("ceiling", arguments, policy) | {
         "product_side": product.side,
         "product_gflops": {name: round(speed, 1) for name, speed in speeds.items()},
         "copy_gb_per_second": round(copied, 2), "sampling": sampling,
         "update": update | {"operations": operations,
                             "gflops": rounded([operations / s / 1e9 for s in update["seconds"]], 1),
-                            "micro_batch_tokens": step.settings.training.micro_batch_tokens}}
+                            "micro_batch_tokens": step.settings.training.micro_batch_tokens},
+        "update_products": of_products | {
+            "gflops": rounded([operations / s / 1e9 for s in of_products["ceiling_seconds"]], 1)}}
     print(f"{record['model']}, {record['device']}, {record['precision']}, threads: "
           f"{record['threads']}; {rows} completions of {arguments.max_new_tokens} tokens\n"
           f"large product: {speeds['fp32']:.0f} GFLOP/s in fp32, {speeds['bf16']:.0f} in bf16; "
@@ -169,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
         [name, against, f"{part['share_median']:.2f}", f"{min(part['share']):.2f}",
          f"{max(part['share']):.2f}", f"{part['share_best']:.2f}"]
         for name, against, part in (("sampling", "its matrix products alone", sampling),
-                                    ("update", f"large product, {record['precision']}", update))])
+                                    ("update", f"large product, {record['precision']}", update),
+                                    ("update", "its matrix products alone", of_products))])
     return finish(record, arguments.json)
 
 

@@ -50,6 +50,12 @@ def write_page(found: dict[str, Any], path: Path) -> None:
         parts += ["## What the machine can do", ceiling_table(by_kind["ceiling"])]
     for record in by_kind.get("scaling", ()):
         parts += ["## How time and memory grow", *scaling_section(record, path)]
+    for record in by_kind.get("overhead", ()):
+        milliseconds = " and ".join(f"{stage} {time:.0f} ms" for stage, time
+                                    in record["plain_milliseconds"].items())
+        parts += ["## What methods add", "Processor time of a method's own code in a step, its own "
+                  "passes through the model excepted, beyond that of SFT, then RL: at the tiny "
+                  f"model, where a step is shortest ({milliseconds}).", overhead_table(record)]
     for record in by_kind.get("verdicts", ()):
         parts += ["## Verifier", markdown_table(
             ["verdicts", "a second", "a second of processor time"],
@@ -123,12 +129,22 @@ def ceiling_table(records: Sequence[dict[str, Any]]) -> str:
     rows = [[r["model"], r["precision"], f"{r['product_gflops']['fp32']:.0f}",
              f"{r['product_gflops']['bf16']:.0f}", f"{r['copy_gb_per_second']:.1f}",
              *(f"{r[part]['share_median']:.2f} [{min(r[part]['share']):.2f}, "
-               f"{max(r[part]['share']):.2f}]" for part in ("sampling", "update"))]
+               f"{max(r[part]['share']):.2f}]" if part in r else "not measured"
+               for part in ("sampling", "update_products", "update"))]
             for r in records]
     return markdown_table(
         ["model", "precision", "large product fp32, GFLOP/s", "bf16, GFLOP/s",
          "large copy, GB/s", "sampling, share of its products alone",
-         "update, share of the large product"], rows, range(2, 7))
+         "update, share of its products alone", "update, share of the large product"], rows,
+        range(2, 8))
+
+
+def overhead_table(record: dict[str, Any]) -> str:
+    """A line a setup and stage: what the method adds to a step besides its own passes."""
+    return markdown_table(
+        ["setup", "stage", "overhead, % of a step"],
+        [[name, stage, f"{100 * share:+.1f}"] for name, found in record["overhead"].items()
+         for stage, share in found.items()], (2,))
 
 
 def scaling_section(record: dict[str, Any], path: Path) -> list[str]:

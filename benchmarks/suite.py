@@ -47,6 +47,7 @@ def cases(model: str | None) -> dict[str, Case]:
         "generate_tiny": Case("against_generate"),
         "packing_tiny": Case("packing"),
         "ceiling_tiny": Case("ceiling"),
+        "overhead_tiny": Case("overhead"),
         "scaling": Case("scaling", gigabytes=6.0),
         "verdicts": Case("verdicts"),
     }

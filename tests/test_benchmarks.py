@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.packing import PromptCompletion, pack
+from hybridrl_lib.products import Linear
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -85,7 +86,7 @@ def test_ceiling_runs(measure):
     """Each part has a share of its ceiling, of both precisions there is one."""
     record = measure("ceiling")
     assert set(record["product_gflops"]) == {"fp32", "bf16"} and record["copy_gb_per_second"] > 0
-    for part in ("sampling", "update"):
+    for part in ("sampling", "update", "update_products"):
         assert len(record[part]["share"]) == 2 and min(record[part]["share"]) > 0
 
 
@@ -97,6 +98,15 @@ def test_scaling_runs(measure):
         ("sampling", 2), ("update", 2), ("sampling", 3), ("update", 3)]
     assert all(p["seconds"] > 0 and p["peak_mib"] >= p["resting_mib"] > 0 for p in samples)
     assert record["vocabulary_peak_ratio"] >= 1
+
+
+def test_overhead_runs(measure):
+    """Every stage of a method that the plain loop has too is compared with it."""
+    record = measure("overhead", "--setups", "combined", "switching", "--problems", "20",
+                     "--epochs", "4", model=False)
+    assert set(record["overhead"]["combined"]) == {"rl"}
+    assert record["plain_milliseconds"]["rl"] > 0
+    assert all(-1 < share < 1 for found in record["overhead"].values() for share in found.values())
 
 
 def test_verdicts_runs(script, measure):
@@ -123,6 +133,13 @@ def sides(script, policy):
         return ours, trl, groups
 
     return make
+
+
+def test_trl_gets_nothing_of_this_library(sides):
+    """Protects the ratio: TRL trains the model as transformers makes it, not with our products."""
+    _, trl, _ = sides()
+    assert not any(isinstance(module, Linear) for module in trl.model.modules())
+    assert trl.model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("which", ["all", "signal"])
