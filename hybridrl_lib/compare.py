@@ -19,12 +19,13 @@ from .config import (
     resolve_preset,
     settings_from_dict,
     show,
+    split_overrides,
 )
 from .errors import Stopped, UsageError, UserError, unknown
 from .jobs import Job, Queue
 from .locks import only_writer
 from .methods import METHODS, make_method
-from .records import RunFolder, experiment_folder, run_folder
+from .records import RunFolder, experiment_folder, from_here, run_folder
 from .reproduce import default_jobs, joined, relative_cost, threads_for
 from .setups import SETUPS, Setup, paper_setups
 
@@ -109,7 +110,8 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
                  for benchmark in (plan.benchmarks if transfer and len(plan.benchmarks) > 1 else ())
                  for arm in plan.arms if arm.stages for seed in plan.seeds[:transfer]]
         say(f"{len(runs) + len(alone)} runs of {len(plan.arms)} arms, "
-            f"{plan.jobs} at a time, into {folder}; Ctrl-C stops, and the same command goes on")
+            f"{plan.jobs} at a time, into {from_here(folder)}; Ctrl-C stops, and the same command "
+            "goes on")
         return work_and_write(plan, runs + alone, say,
                               lambda: write_comparison(plan, factors, tuned, say))
 
@@ -141,6 +143,7 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
     import torch  # the only way to know how many GPUs there are
 
     preset, arms = resolve_preset(preset), choose_arms(methods)
+    settings = tuple(split_overrides(settings))
     for arm in arms:  # refuses impossible settings here, once, rather than in every run
         make_method(arm, load_settings(preset, own_settings(arm, settings), setup=arm))
     seeds, grid = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(grid))
@@ -153,7 +156,7 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
                          "another, so that no arm is tested with what it was tuned on.")
     count = (len(arms) - 1) * len(seeds) + 1
     gpus = torch.cuda.device_count()
-    return Plan(preset, tuple(settings), arms, seeds, grid,
+    return Plan(preset, settings, arms, seeds, grid,
                 experiment or f"{default_experiment(preset)}-compare",
                 load_settings(preset, settings).data.benchmarks,
                 jobs or default_jobs(preset, count, gpus))
@@ -328,7 +331,7 @@ def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tune
              if any(experiment_folder(only(plan, benchmark)).glob("*/seed-*/manifest.json"))}
     files, table = report_arms(folder, experiment, arms, BASELINE, tuned, alone)
     say("\n" + table)
-    say(f"\n{len(files)} files in {folder}; start with {folder / 'comparison.md'}.")
+    say(f"\n{len(files)} files in {from_here(folder)}; start with comparison.md.")
     return files
 
 

@@ -52,6 +52,12 @@ def project_folder() -> Path:
     return here
 
 
+def from_here(path: Path) -> Path:
+    """A path inside the checkout as it is written from the current folder; others as they are."""
+    inside = path.resolve().is_relative_to(project_folder().resolve())
+    return Path(os.path.relpath(path)) if inside else path
+
+
 def experiment_folder(experiment: str) -> Path:
     """The folder of an experiment's new runs.
 

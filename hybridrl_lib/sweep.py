@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .compare import Plan, only_runs, run_job, work_and_write
-from .config import default_experiment, load_settings, resolve_preset, show
+from .config import default_experiment, load_settings, resolve_preset, show, split_overrides
 from .errors import UsageError, unknown
 from .fields import as_number
 from .locks import only_writer
 from .methods import make_method
-from .records import experiment_folder
+from .records import experiment_folder, from_here
 from .reproduce import default_jobs
 from .setups import get_setup
 
@@ -91,7 +91,7 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
                          "--values.")
     arm = get_setup(setup or chosen.setup)
     gpus, seeds = torch.cuda.device_count(), tuple(dict.fromkeys(seeds))
-    plan = Plan(preset, tuple(settings), (arm,), seeds, (1.0,),
+    plan = Plan(preset, tuple(split_overrides(settings)), (arm,), seeds, (1.0,),
                 experiment or f"{default_experiment(preset)}-sweep-{parameter}", (),
                 jobs or default_jobs(preset, len(values) * len(seeds), gpus))
     given = {value: (*plan.settings, *as_settings(plan, chosen, value)) for value in values}
@@ -102,7 +102,7 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
         runs = [run_job(plan, arm, seed, place(plan, value), texts)
                 for value, texts in given.items() for seed in seeds]
         say(f"{len(runs)} runs of {arm.name}: {parameter} = {', '.join(values)}, {plan.jobs} at a "
-            f"time, into {folder}*; Ctrl-C stops, and the same command goes on")
+            f"time, into {from_here(folder)}*; Ctrl-C stops, and the same command goes on")
         return work_and_write(plan, runs, say, lambda: write_sweep(plan, chosen, values, say))
 
 
@@ -140,5 +140,5 @@ def write_sweep(plan: Plan, chosen: Sweep, values: Sequence[str],
         return []
     files, table = report_sweep(folder, chosen.title, plan.arms[0].name, experiments)
     say("\n" + table)
-    say(f"\n{len(files)} files in {folder}; start with {folder / 'sweep.md'}.")
+    say(f"\n{len(files)} files in {from_here(folder)}; start with sweep.md.")
     return files

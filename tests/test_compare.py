@@ -170,6 +170,11 @@ def test_a_method_with_impossible_settings_is_refused_before_any_run():
         plan_of(methods=["bridge"], settings=("model.adapter=none",))
 
 
+def test_settings_may_be_one_text_as_in_a_notebook():
+    assert plan_of(settings="rl.beta=0.1 rl.group_size=4").settings == (
+        "rl.beta=0.1", "rl.group_size=4")
+
+
 def test_the_command_line(monkeypatch, capsys):
     """Options reach `compare` as they are meant."""
     seen = []

@@ -33,11 +33,13 @@ from hybridrl_lib.notebook import (
     show_completions,
     show_findings,
     show_picture,
+    show_published,
     show_reasons,
     show_rows,
     show_scores,
     show_signal,
     show_table,
+    tables,
     show_tokens,
     tables,
     write_report,
@@ -373,3 +375,20 @@ def test_execute_runs_in_place_or_not_at_all(tmp_path, monkeypatch, capsys):
     with pytest.raises(Exception, match="ZeroDivisionError"):
         execute.main(["02_bad"])
     assert (folder / "02_bad.ipynb").read_text() == before
+
+
+def test_published_files_are_shown_or_said_to_be_elsewhere(tmp_path, monkeypatch, capsys):
+    """Tables and pictures as they are; without the repository's results one sentence, no error."""
+    shown = []
+    monkeypatch.setattr(tables, "display", shown.append)
+    monkeypatch.setattr(tables, "published_folder", lambda: tmp_path)
+    show_published("one", "table.md", "figures/picture.png")
+    assert not shown and "results/published/one" in capsys.readouterr().out
+    (tmp_path / "one" / "figures").mkdir(parents=True)
+    (tmp_path / "one" / "table.md").write_text("# Table <b>\n")
+    picture = tmp_path / "one" / "figures" / "picture.png"
+    Image.new("RGB", (2, 2)).save(picture)
+    show_published("one", "table.md", "figures/picture.png")
+    assert shown[0].data.startswith("### Table <\u200bb>") and shown[1].data == picture.read_bytes()
+    with pytest.raises(UserError, match="no picture other.png in one"):
+        show_published("one", "figures/other.png")

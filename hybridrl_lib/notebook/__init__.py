@@ -13,13 +13,20 @@ from .methods import plot_diagnostics, show_source
 from .place import begin, experiment_path, is_headless, list_files
 from .questions import check
 from .scores import show_reasons, show_scores, show_signal
-from .tables import show_picture, show_rows, show_table, write_report
+from .tables import (
+    show_file,
+    show_picture,
+    show_published,
+    show_rows,
+    show_table,
+    write_report,
+)
 from .wellness import show_health
 
 __all__ = [
     "LiveRun", "begin", "check", "experiment_path", "is_headless", "list_files", "live",
     "new_panels", "plot_against", "plot_diagnostics", "plot_run", "show", "show_answers",
-    "show_claims", "show_completions", "show_findings", "show_health", "show_picture",
-    "show_reasons", "show_rows", "show_scores", "show_signal", "show_source", "show_table",
-    "show_tokens", "write_report",
+    "show_claims", "show_completions", "show_file", "show_findings", "show_health",
+    "show_picture", "show_published", "show_reasons", "show_rows", "show_scores", "show_signal",
+    "show_source", "show_table", "show_tokens", "write_report",
 ]

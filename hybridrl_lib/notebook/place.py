@@ -15,7 +15,7 @@ from ..config import (
     smoke_from_environment,
 )
 from ..errors import UserError, printable
-from ..records import RunFolder, experiment_folder, project_folder
+from ..records import RunFolder, experiment_folder, from_here, project_folder
 from ..report.style import RC
 
 
@@ -61,9 +61,7 @@ def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
 
 def experiment_path(preset: str, experiment: str = "") -> Path:
     """The folder of an experiment's new runs, as a path from here where that is short."""
-    folder = experiment_folder(experiment or default_experiment(preset))
-    inside = folder.resolve().is_relative_to(project_folder().resolve())
-    return Path(os.path.relpath(folder)) if inside else folder
+    return from_here(experiment_folder(experiment or default_experiment(preset)))
 
 
 def readable(path: Path) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from IPython.display import HTML, Markdown, display
+from IPython.display import HTML, Image, Markdown, display
 
 from ..catalogue import published_folder
 from ..config import smoke_from_environment
@@ -106,3 +106,29 @@ def show_picture(folder: Path, name: str) -> None:
         print(f"Nothing was measured for the picture {name!r}.")
     else:
         show(figure, alt=f"The report's picture {name}")
+
+
+def show_file(path: Path) -> None:
+    """Shows a file that a command wrote: a Markdown table, or a picture as PNG.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(path)
+    if path.suffix == ".md":
+        show_table(path)
+    elif not path.is_file():
+        raise UserError(f"There is no picture {path.name} in {path.parent.parent.name}; there was "
+                        "nothing to draw, or it was not made yet.")
+    else:
+        display(Image(data=path.read_bytes(), metadata={"alt": f"The picture {path.stem}"}))
+
+
+def show_published(experiment: str, *names: str) -> None:
+    """Shows files of a published experiment, where the repository's results are at hand."""
+    folder = published_folder() / experiment
+    if not folder.is_dir():
+        print(f"The published results of {experiment} are in the repository, under "
+              f"results/published/{experiment}; they do not come with the installed package.")
+    for name in names if folder.is_dir() else ():
+        show_file(folder / name)
