@@ -80,7 +80,7 @@ def missing_arguments(function: object, names: list[str]) -> list[str] | None:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # built-in functions of C++
         return None
-    home = function.__module__.partition(".")[0]
+    home = (getattr(function, "__module__", None) or "").partition(".")[0]
     if any(p.kind is p.VAR_KEYWORD for p in parameters) and home not in NAME_WHAT_THEY_TAKE:
         return None
     taken = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
