@@ -153,12 +153,11 @@ def package_row(name: str) -> Row:
 def floors() -> dict[str, object]:
     """The versions that this package asks for, by package; empty if it is not installed."""
     try:
-        from packaging.requirements import Requirement
+        from .requirements import needed
 
-        wanted = map(Requirement, metadata.requires("hybridrl_lib") or ())
+        return {one.name: one.specifier for one in needed()}
     except (ImportError, metadata.PackageNotFoundError):
         return {}
-    return {requirement.name: requirement.specifier for requirement in wanted}
 
 
 def folder_problem() -> str:

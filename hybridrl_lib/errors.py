@@ -26,6 +26,20 @@ class Stopped(UserError):
     exit_code = 130
 
 
+def show_in_one_sentence() -> None:
+    """In a notebook a `UserError` is shown as its sentence, with no traceback that hides it."""
+    from IPython import get_ipython  # needed where there are notebooks only
+
+    shell = get_ipython()
+    if shell is None:
+        return
+
+    def show(shell, kind, error, traceback, tb_offset=None):
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
+
+    shell.set_custom_exc((UserError,), show)
+
+
 def reason(error: BaseException, length: int = 200) -> str:
     """What an error of another library says, as part of a sentence: its first line, no colours."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

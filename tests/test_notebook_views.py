@@ -24,7 +24,6 @@ from hybridrl_lib.notebook import (
     is_headless,
     list_files,
     live,
-    place,
     plot_against,
     plot_run,
     scores,
@@ -300,7 +299,7 @@ def test_paths_are_shown_without_the_machines_folders(monkeypatch, tmp_path, cap
 def test_a_users_error_is_one_sentence(monkeypatch, capsys):
     """Protects the sentence that says what to do from drowning in a traceback."""
     shell = InteractiveShell()
-    monkeypatch.setattr(place, "get_ipython", lambda: shell)
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
     begin("tiny", 0, "", "")
     capsys.readouterr()
     shell.run_cell("from hybridrl_lib import UserError\nraise UserError('Do this.')")

@@ -249,6 +249,8 @@ def test_citation_names_software_and_paper():
 
 
 def test_setup_cell_has_one_source():
-    """What notebooks install on Colab is one constant, and an address that pip takes."""
+    """What notebooks install on Colab is one constant: an address that pip takes, and the tag of
+    this version, so that an old notebook does not get a new library."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
-    assert tool["hybridrl"]["source"].startswith("git+https://")
+    source = tool["hybridrl"]["source"]
+    assert source.startswith("git+https://") and source.endswith(f"@v{PROJECT['version']}")

@@ -44,7 +44,7 @@ def png(figure: Figure) -> bytes:
 
 def show(figure: Figure, alt: str = "A figure") -> None:
     """Shows a figure as a picture in the notebook."""
-    display(Image(png(figure), alt=alt))
+    display(Image(png(figure), metadata={"alt": alt}))  # IPython 7 has no alt=
 
 
 def plot_run(record: RunFolder) -> None:

@@ -14,7 +14,7 @@ from ..config import (
     resolve_preset,
     smoke_from_environment,
 )
-from ..errors import UserError, printable
+from ..errors import printable, show_in_one_sentence
 from ..records import RunFolder, experiment_folder, from_here, project_folder
 from ..report.style import RC
 
@@ -42,7 +42,7 @@ def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
     Raises:
         UsageError: an unknown preset or setting.
     """
-    _show_one_sentence_errors()
+    show_in_one_sentence()
     _quiet_model_loading()
     matplotlib.rcParams.update({key: value for key, value in RC.items() if key != "savefig.dpi"})
     name = resolve_preset(preset)
@@ -87,18 +87,6 @@ def list_files(*where: RunFolder | Path | Iterable[Path]) -> None:
             files += sorted(place)
     for path in files:
         print(f"{printable(readable(path))}  ({path.stat().st_size / 1000:,.1f} kB)")
-
-
-def _show_one_sentence_errors() -> None:
-    """A `UserError` says in one sentence what to do: in a notebook no traceback hides it."""
-    shell = get_ipython()
-    if shell is None:
-        return
-
-    def show(shell, kind, error, traceback, tb_offset=None):
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
-
-    shell.set_custom_exc((UserError,), show)
 
 
 def _quiet_model_loading() -> None:
