@@ -14,6 +14,12 @@ YES = ("1", "true", "yes", "on")
 
 
 def hub_problem(seconds: float = SECONDS) -> str:
+    """Why the hub cannot be read within the time limit, and what to do; empty if it can."""
+    problem = why_unreachable(seconds)
+    return f"{problem}; use a model folder and a data folder" if problem else ""
+
+
+def why_unreachable(seconds: float = SECONDS) -> str:
     """Why the hub cannot be read within the time limit; empty if it can."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in YES:
         return "HF_HUB_OFFLINE is set: only what is in the hub's cache can be used"
@@ -25,7 +31,7 @@ def hub_problem(seconds: float = SECONDS) -> str:
     asking.start()
     asking.join(seconds)
     problem = answers[0] if answers else f"no answer within {seconds:g} s"
-    return f"{endpoint}: {problem}; use a model folder and a data folder" if problem else ""
+    return f"{endpoint}: {problem}" if problem else ""
 
 
 def ask(endpoint: str, seconds: float) -> str:
@@ -41,15 +47,17 @@ def ask(endpoint: str, seconds: float) -> str:
 
 
 @contextmanager
-def cache_only_if_unreachable() -> Iterator[None]:
+def cache_only_if_unreachable() -> Iterator[str]:
     """Inside, only the hub's cache is read if the hub does not answer; then nothing is waited for.
+
+    Gives the `with` block the reason; empty if the hub is read.
     """
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or bool(hub_problem())
+    before, problem = constants.HF_HUB_OFFLINE, why_unreachable()
+    constants.HF_HUB_OFFLINE = before or bool(problem)
     try:
-        yield
+        yield problem
     finally:
         constants.HF_HUB_OFFLINE = before
 

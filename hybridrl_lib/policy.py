@@ -4,8 +4,8 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
@@ -23,16 +23,17 @@ from transformers import (
 
 from . import attention
 from .config import ModelSettings
+from .downloads import fetch_description, fetch_weights
 from .errors import UsageError, UserError, reason
 from .home import hide_home
-from .hub import cache_only_if_unreachable
-from .model_files import refuse_redirections
+from .model_files import refuse_redirections, refuse_wrong_architecture
 from .objectives import score_tokens
 from .packing import Packed
 from .problems.prompts import encode_prompt, pad_token_id, prompt_text, stop_token_ids
 from .products import use_fast_products, use_plain_products
 
 KNOWN = ("qwen2", "llama")  # architectures that sampler and attention of this project know
+TINY = "tiny-v1"  # the model that ships with the package
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,6 +79,7 @@ class Policy:
         adapter: `none` or `lora`.
         trains_base: whether the base weights are trained beside the adapter.
         sampler: `own` or `vllm`.
+        revision: the commit of a hub model; empty for others.
     """
 
     model: PreTrainedModel
@@ -90,6 +92,7 @@ class Policy:
     adapter: str = "none"
     trains_base: bool = False
     sampler: str = "own"
+    revision: str = ""
     engine: object = None  # of vllm, once it has sampled
     _frozen: PreTrainedModel | None = None
 
@@ -235,11 +238,15 @@ class Policy:
 # Loading ----------------------------------------------------------------------------------------
 
 
-def load_policy(settings: ModelSettings) -> Policy:
+def load_policy(settings: ModelSettings,
+                say: Callable[[str], None] = lambda line: print(line, flush=True)) -> Policy:
     """Loads model and tokenizer as `settings` says.
 
     No code from a model folder is run and no pickle is read: `trust_remote_code` is off and only
     safetensors (or a GGUF file) are accepted. Chat templates run in transformers' sandbox.
+
+    Args:
+        say: takes a sentence: how far a download is, or what is unusual about the model.
 
     Raises:
         UserError: the folder, file or hub name cannot be loaded; says why and what to do.
@@ -249,18 +256,26 @@ def load_policy(settings: ModelSettings) -> Policy:
                          "'pip install hybridrl_lib[vllm]' or set model.sampler=own.")
     source, arguments, name = _locate(settings)
     device = choose_device(settings.device)
-    with cache_only_if_unreachable() if "revision" in arguments else nullcontext():
-        if "gguf_file" not in arguments:
-            refuse_redirections(source, arguments, settings.path)
-        tokenizer = _load_tokenizer(source, arguments, settings.path)
-        model = _load_model(source, arguments, settings.path)
+    on_hub = not source
+    if on_hub:
+        source = str(fetch_description(name, settings.revision))
+    if "gguf_file" not in arguments:
+        refuse_redirections(Path(source), settings.path)
+        refuse_wrong_architecture(Path(source), settings.path)
+    tokenizer = _load_tokenizer(source, arguments, settings.path)
+    if not tokenizer.chat_template and name != TINY:
+        say(f"the tokenizer of {name} has no chat template: questions are asked as plain text, "
+            "'Problem: ... Solution:'")
+    if on_hub:
+        source = str(fetch_weights(name, Path(source).name, say))
+    model = _load_model(source, arguments, settings.path)
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
         model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
     use_fast_products(model)
     if model.config.model_type in KNOWN:  # they hand arguments through to the attention
         model.set_attn_implementation(attention.NAME)
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
-    sha256 = _checksum(source, arguments, model)
+    sha256 = _checksum(source, arguments)
     if settings.adapter == "lora":
         model = _add_adapter(model, settings)
     if settings.gradient_checkpointing:
@@ -271,26 +286,32 @@ def load_policy(settings: ModelSettings) -> Policy:
         model=model.to(device), tokenizer=tokenizer, name=name, sha256=sha256,
         precision=choose_precision(settings.precision, device),
         stop_ids=stop_token_ids(tokenizer, model.generation_config.eos_token_id),
-        pad_id=pad_token_id(tokenizer), adapter=settings.adapter, sampler=settings.sampler)
+        pad_id=pad_token_id(tokenizer), adapter=settings.adapter, sampler=settings.sampler,
+        revision=Path(source).name if on_hub else "")
 
 
 def _load_model(source: str, arguments: dict, path: str) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa",
+            output_loading_info=True,
             **({} if "gguf_file" in arguments else {"use_safetensors": True}), **arguments)
     except Exception as error:
         raise _loading_error(path, error) from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up
+        raise UserError(f"The model {path} lacks {len(missing)} of its weights, {missing[0]} among "
+                        "them; fetch or save it again.")
+    return model
 
 
 def _locate(settings: ModelSettings) -> tuple[str, dict, str]:
-    """(what from_pretrained takes, its arguments, the name for records)."""
+    """(folder, arguments of from_pretrained, the name for records); no folder: it is on the hub."""
     if settings.path == "tiny":
         folder = tiny_model_folder()
         if not (folder / "config.json").exists():
             raise UserError("The shipped tiny model is missing from the package; make it again "
                             "with 'hybridrl pretrain-tiny'.")
-        return str(folder), {}, "tiny-v1"
+        return str(folder), {}, TINY
     path = Path(settings.path).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -303,7 +324,7 @@ def _locate(settings: ModelSettings) -> tuple[str, dict, str]:
         return str(path), {}, path.resolve().name
     if path.is_absolute() or settings.path.startswith((".", "~")):
         raise UserError(f"There is no model folder {settings.path}; check model.path.")
-    return settings.path, {"revision": settings.revision}, settings.path
+    return "", {}, settings.path
 
 
 def _load_tokenizer(source: str, arguments: dict, path: str):
@@ -345,34 +366,28 @@ def _is_plain_fast(source: str) -> bool:
 def _loading_error(path: str, error: Exception) -> UserError:
     why = reason(error)
     if path.lower().endswith(".gguf"):
-        missing = isinstance(error, ImportError)
-        return UserError(
-            "Reading a GGUF file needs the package gguf; install it with 'pip install gguf'."
-            if missing else
-            f"The GGUF file {path} cannot be read ({why}); it may be cut off: fetch it again.")
-    if Path(path).expanduser().is_dir():
-        return UserError(f"The model folder {path} cannot be loaded ({why}); it needs "
-                         "config.json, tokenizer files and weights in safetensors.")
-    return UserError(f"The model {path} could not be fetched from the hub ({why}); check the "
-                     "name and the network, or set model.path to a local folder or GGUF file.")
+        if isinstance(error, ImportError):
+            return UserError("Reading a GGUF file needs the package gguf; install it with "
+                             "'pip install gguf'.")
+        if "not supported" in why:  # whole, but of a kind that transformers does not know
+            return UserError(f"The GGUF file {path} cannot be used ({why}); take a Qwen2 or Llama "
+                             "model, or the model's own folder.")
+        return UserError(f"The GGUF file {path} cannot be read ({why}); it may be cut off: fetch "
+                         "it again.")
+    what = "folder " if Path(path).expanduser().is_dir() else ""
+    return UserError(f"The model {what}{path} cannot be loaded ({why}); it needs config.json, "
+                     "tokenizer files and weights in safetensors.")
 
 
-def _checksum(source: str, arguments: dict, model: PreTrainedModel) -> str:
-    """sha256 of the weight files, or of the tensors when they came from the hub's cache."""
-    digest = hashlib.sha256()
-    folder = Path(source)
-    if "gguf_file" in arguments:
-        weights = [folder / arguments["gguf_file"]]
-    else:
-        weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+def _checksum(source: str, arguments: dict) -> str:
+    """sha256 of the weight files."""
+    folder, digest = Path(source), hashlib.sha256()
+    weights = ([folder / arguments["gguf_file"]] if "gguf_file" in arguments else
+               sorted(folder.glob("*.safetensors")))
     for path in weights:
         with path.open("rb") as stream:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
-    if not weights:
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

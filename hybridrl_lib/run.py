@@ -86,7 +86,7 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         torch.set_num_threads(1)  # the order of sums, hence the record, must not vary with cores
     clock = Stopwatch()
     parts = load_parts(resolved.data)
-    policy = load_policy(resolved.model)
+    policy = load_policy(resolved.model, observer.note)
     parts = fit_to_policy(parts, policy, resolved, observer)
     with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as verifier:
         trainer = Trainer(policy, method, parts, resolved,
@@ -108,7 +108,8 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
             "threads": torch.get_num_threads(),
             "model": {"name": policy.name, "parameters": policy.parameter_count(),
                       "trained_parameters": sum(p.numel() for p in trainer.learner.parameters),
-                      "sha256": policy.sha256},
+                      "sha256": policy.sha256,
+                      **({"revision": policy.revision} if policy.revision else {})},
             "data": {name: {"revision": parts.revisions.get(name), "problems": dict(counts)}
                      for name, counts in parts.counts.items()},
             "steps": trainer.step, "tokens": trainer.tokens, "best_on_validation": trainer.best,

@@ -37,7 +37,7 @@ def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
     """Says what the parameters mean here and returns the preset's own name.
 
     It also makes a `UserError` show as its one sentence, gives the notebook's own figures the
-    report's look, and quiets the progress bars of model loading, which fill a page with lines.
+    report's look, and quiets the progress bars of model loading.
 
     Raises:
         UsageError: an unknown preset or setting.
@@ -90,6 +90,10 @@ def list_files(*where: RunFolder | Path | Iterable[Path]) -> None:
 
 
 def _quiet_model_loading() -> None:
+    """No bars of loading, which fill a page; those of downloads stay where somebody watches."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # of both libraries
+    if not is_headless():
+        enable_progress_bars()
