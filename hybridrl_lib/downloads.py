@@ -24,7 +24,6 @@ WEIGHTS = ("model*.safetensors",)
 NOT_OURS = ("*/*",)  # other formats lie in folders of their own
 ATTEMPTS = 3  # in a row that bring nothing new
 SECONDS = 15.0  # between two lines of progress
-BLOCK = 1 << 20  # bytes
 
 
 class Hidden(tqdm):
@@ -125,7 +124,7 @@ def _receive(url: str, part: Path, size: int) -> Iterator[int]:
         hf_raise_for_status(answer)
         goes_on = answer.status_code == 206
         with part.open("ab" if goes_on else "wb") as stream:
-            for block in answer.iter_bytes(BLOCK):
+            for block in answer.iter_bytes():
                 stream.write(block)
                 stream.flush()  # a killed process loses nothing that has come
                 yield stream.tell()

@@ -269,6 +269,8 @@ def load_policy(settings: ModelSettings,
     if on_hub:
         source = str(fetch_weights(name, Path(source).name, say))
     model = _load_model(source, arguments, settings.path)
+    if on_hub:  # what a saved adapter says of its base: not a folder of this machine
+        model.name_or_path = model.config._name_or_path = name
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
         model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
     use_fast_products(model)
