@@ -106,6 +106,8 @@ def load_settings(preset: str, overrides: Sequence[str] | str = (), smoke: bool 
             raise UsageError(f"The setup {setup.name} has no settings {section}.*; they are those "
                              f"of the method {section}.")
         build({key: given.pop(key) for key in list(given) if key.startswith(f"{section}.")})
+    if "model.path" in given:  # the preset's revision is one of the preset's model
+        values["model.revision"] = None
     return build(values | given, method)
 
 

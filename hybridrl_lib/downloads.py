@@ -84,8 +84,8 @@ def _fetch_file(name: str, commit: str, file: str, say: Callable[[str], None]) -
 
     url = hf_hub_url(name, file, revision=commit)
     about = get_hf_file_metadata(url)
-    if not about.etag or not about.size:
-        return  # huggingface_hub says what is wrong with the answer
+    if not about.size or not re.fullmatch("[0-9a-f]+", about.etag or ""):  # it becomes a file name
+        return  # huggingface_hub fetches it, or says what is wrong with the answer
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "blobs")
     blobs.mkdir(parents=True, exist_ok=True)
     blob, part = blobs / about.etag, blobs / f"{about.etag}.part"

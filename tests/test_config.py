@@ -116,6 +116,15 @@ def test_what_the_user_says_wins_over_smoke():
     assert load_settings("tiny", "rl.group_size=6", smoke=True).rl.group_size == 6
 
 
+@pytest.mark.parametrize("preset", ["colab", "paper", "smollm2"])
+def test_a_model_of_the_hub_is_pinned_and_another_is_not_held_to_it(preset):
+    """The hub's newest may change unseen; and another model has no such commit."""
+    assert len(load_settings(preset).model.revision) == 40
+    assert load_settings(preset, "model.path=someone/else").model.revision is None
+    assert load_settings(
+        preset, "model.path=someone/else model.revision=v1").model.revision == "v1"
+
+
 def test_overrides_are_cast_to_the_field():
     """Each way a value is commonly typed gives the type that the code computes with."""
     settings = load_settings("tiny", (

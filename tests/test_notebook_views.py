@@ -306,6 +306,17 @@ def test_a_users_error_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "UserError: Do this."
 
 
+@pytest.mark.parametrize("headless", ["0", "1"])
+def test_bars_of_downloads_are_for_people(monkeypatch, headless):
+    """Who watches sees how far a gigabyte is; a log gets plain lines, and loading has no bar."""
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    monkeypatch.setenv("HYBRIDRL_HEADLESS", headless)
+    begin("tiny", 0, "", "")
+    assert are_progress_bars_disabled() == (headless == "1") and not is_progress_bar_enabled()
+
+
 # Questions --------------------------------------------------------------------------------------
 
 

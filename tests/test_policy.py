@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_training import distance
 
 from hybridrl_lib.config import ModelSettings
@@ -294,6 +295,38 @@ def test_models_that_cannot_be_loaded(model_folders, tmp_path):
             pytest.fail(f"{kind}: {load_policy(ModelSettings(path=str(path), device='cpu')).name}")
         assert words in str(caught.value), kind
         assert "\n" not in str(caught.value), kind
+
+
+def test_weights_that_are_missing_are_not_made_up(model_folders, tmp_path):
+    """transformers fills them with random numbers and a warning, and all goes on as if well."""
+    folder = copy_of(model_folders["llama"], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    gone = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert gone is not None
+    with pytest.raises(UserError, match=r"lacks 1 of its weights, model\.layers\.1\.mlp\.up_proj"):
+        load_policy(ModelSettings(path=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    ({"architectures": ["Qwen2ForSequenceClassification"]}, "'Qwen2ForSequenceClassification'"),
+    ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "'T5ForConditional"),
+    ({"model_type": "mine"}, "'mine', which transformers")])
+def test_a_wrong_architecture_is_one_sentence(model_folders, tmp_path, config, words):
+    """A model with another output layer would be loaded with random numbers in its place."""
+    folder = copy_of(model_folders["qwen2"], tmp_path / "model", **config)
+    with pytest.raises(UserError, match="causal language model") as caught:
+        load_policy(ModelSettings(path=str(folder), device="cpu"))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_chat_template_is_said(model_folders):
+    """The user may have taken a base model, or lost the template: both are asked in plain text."""
+    said = []
+    load_policy(ModelSettings(path=str(model_folders["qwen2"]), device="cpu"), said.append)
+    assert len(said) == 1 and "has no chat template" in said[0] and "plain text" in said[0]
+    load_policy(ModelSettings(path="tiny", device="cpu"), said.append)
+    assert len(said) == 1, "everybody knows of the shipped one"
 
 
 @pytest.mark.real_model
