@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
+from transformers.utils.logging import tqdm as transformers_tqdm
 
 from . import attention
 from .config import ModelSettings
@@ -292,12 +294,24 @@ def load_policy(settings: ModelSettings,
         revision=Path(source).name if on_hub else "")
 
 
+@contextmanager
+def _switchable_bar() -> Iterator[None]:
+    """transformers' bar over the tensors of a GGUF file is one that its own switch misses."""
+    before = gguf_reader.tqdm
+    gguf_reader.tqdm = transformers_tqdm
+    try:
+        yield
+    finally:
+        gguf_reader.tqdm = before
+
+
 def _load_model(source: str, arguments: dict, path: str) -> PreTrainedModel:
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa",
-            output_loading_info=True,
-            **({} if "gguf_file" in arguments else {"use_safetensors": True}), **arguments)
+        with _switchable_bar():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                source, dtype=torch.float32, trust_remote_code=False, attn_implementation="sdpa",
+                output_loading_info=True,
+                **({} if "gguf_file" in arguments else {"use_safetensors": True}), **arguments)
     except Exception as error:
         raise _loading_error(path, error) from error
     if missing := sorted(found["missing_keys"]):  # transformers makes them up

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_training import distance
+from transformers import AutoModelForCausalLM
 
 from hybridrl_lib.config import ModelSettings
 from hybridrl_lib.errors import UserError
@@ -318,6 +319,23 @@ def test_a_wrong_architecture_is_one_sentence(model_folders, tmp_path, config, w
     with pytest.raises(UserError, match="causal language model") as caught:
         load_policy(ModelSettings(path=str(folder), device="cpu"))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_bar_of_a_gguf_file_where_bars_are_off(model_folders, monkeypatch, capsys):
+    """It filled logs with hundreds of lines: transformers' switch does not reach this bar."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    load = AutoModelForCausalLM.from_pretrained
+
+    def load_with_bar(*arguments, **options):
+        assert list(reader.tqdm(range(3), desc="Converting")) == [0, 1, 2]
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_with_bar)
+    load_policy(ModelSettings(path=str(model_folders["qwen2"]), device="cpu"))
+    assert "Converting" not in capsys.readouterr().err
 
 
 def test_a_missing_chat_template_is_said(model_folders):
