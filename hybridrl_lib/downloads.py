@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from huggingface_hub.utils import are_progress_bars_disabled, tqdm
 
 from .errors import UserError, reason
 from .hub import cache_only_if_unreachable
@@ -144,12 +144,9 @@ class _Progress:
     """How far a file is: a bar of huggingface_hub where somebody watches, else a line at times."""
 
     def __init__(self, what: str, size: int, say: Callable[[str], None]):
-        from huggingface_hub.utils import are_progress_bars_disabled
-        from huggingface_hub.utils import tqdm as hub_bar
-
         self.what, self.size, self.say, self.last = what, size, say, -SECONDS
         watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-        self.bar = (hub_bar(total=size, unit="B", unit_scale=True, desc=what)
+        self.bar = (tqdm(total=size, unit="B", unit_scale=True, desc=what)
                     if watched and not are_progress_bars_disabled() else None)
 
     def at(self, size: int) -> None:

@@ -38,7 +38,6 @@ from hybridrl_lib.notebook import (
     show_scores,
     show_signal,
     show_table,
-    tables,
     show_tokens,
     tables,
     write_report,
