@@ -127,6 +127,11 @@ class Trainer:
     def steps_per_epoch(self, stage: Stage) -> int:
         return max(1, math.ceil(len(self.parts.train) / self._batch_size(stage)))
 
+    @property
+    def not_finite(self) -> int:
+        """Updates so far that were skipped for a gradient that was not finite."""
+        return sum(row.get("updates_not_finite", 0) for row in self.folder.lines("metrics.jsonl"))
+
     def total_steps(self) -> int:
         return sum(self.steps_of(stage) for stage in self.method.stages)
 
@@ -174,6 +179,7 @@ class Trainer:
         if step.rollouts and (self.step % settings.rl.reference_every == 0
                               or self.learner.needs_anchor or self.method.needs_reference):
             self._score_reference(step)
+        self.learner.place = place_of(step, self.step + 1)
         updates, totals = self.method.compose(step), Totals()
         self.tokens["demonstrations"] += sum(
             len(s.completion) for u in updates for s in u.sequences[:u.demonstrations])
@@ -462,6 +468,13 @@ def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
         "groups/correct_counts": [right.count(n) for n in range(size + 1)],
     }
+
+
+def place_of(step: Step, number: int) -> str:
+    """`step 12 (rl) with the problems a, b, c and 13 more`, for an error."""
+    ids = [p.id for p in step.demonstrations] + [r.problem.id for r in step.rollouts]
+    more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+    return f"step {number} ({step.progress.stage.name}) with the problems {', '.join(ids[:3])}{more}"
 
 
 def with_hint(policy: Policy, group: Group, hint: list[int]) -> Group:

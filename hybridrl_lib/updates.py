@@ -23,6 +23,7 @@ from .packing import Packed, PromptCompletion, pack
 from .policy import Policy
 
 PATIENCE_WITH_NON_FINITE = 5  # updates in a row with a non-finite gradient before a run stops
+PATIENCE_WITH_SCALING = 20  # in fp16, where each one halves the loss scale, from 2^16 on
 
 
 @dataclass
@@ -94,15 +95,17 @@ class Learner:
 
     def __init__(self, policy: Policy, settings: Settings):
         self.policy, self.settings = policy, settings
-        self.accelerator = Accelerator(
-            cpu=policy.device.type == "cpu",
-            mixed_precision="fp16" if policy.precision == "fp16" else "no")
+        self.accelerator = Accelerator(cpu=policy.device.type == "cpu", mixed_precision="no")
         if self.accelerator.num_processes > 1:
             raise UserError("A run trains in one process; start it without 'accelerate launch' "
                             "and use 'hybridrl reproduce --jobs' to run setups side by side.")
+        if policy.precision == "fp16":
+            # accelerate's own is for GPUs only, and it allows one precision a process.
+            self.accelerator.scaler = torch.amp.GradScaler(policy.device.type)
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.non_finite_in_a_row = 0
+        self.place = ""  # the step and its batch in words, which the trainer sets
         self.entropy_control = None  # an `EntropyControl`, which the trainer sets
 
     @property
@@ -199,8 +202,9 @@ class Learner:
         if optimizer not in self.optimizers:
             self.new_optimizer(optimizer)
         chosen = self.optimizers[optimizer]
-        # accelerate unscales fp16 gradients once for each optimiser that it knows of.
-        self.accelerator._optimizers[:] = [chosen]
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(chosen.optimizer)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters,
                                                       self.settings.training.gradient_clip))
         for group in chosen.param_groups:
@@ -208,14 +212,17 @@ class Learner:
         if norm > largest_norm:  # AdamW leaves alone what has no gradient
             chosen.zero_grad(set_to_none=True)
         finite = math.isfinite(norm)
-        if finite or self.accelerator.mixed_precision == "fp16":  # its scaler skips by itself
+        if finite or scaler is not None:  # which skips by itself, and finds another scale
             chosen.step()
         chosen.zero_grad(set_to_none=True)
         self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
-        if self.non_finite_in_a_row >= PATIENCE_WITH_NON_FINITE:
+        fp16 = self.policy.precision == "fp16"
+        if self.non_finite_in_a_row >= (PATIENCE_WITH_SCALING if fp16 else
+                                        PATIENCE_WITH_NON_FINITE):
             raise UserError(
-                f"The gradient was not finite {self.non_finite_in_a_row} updates in a row; lower "
-                "the learning rate or set model.precision=fp32, then delete the run's folder.")
+                f"The gradient was not finite {self.non_finite_in_a_row} updates in a row"
+                + (f", the last at {self.place}" if self.place else "") + "; lower the learning "
+                "rate or set model.precision=fp32, then delete the run's folder.")
         return norm
 
     def has_gradient(self, update: Update) -> Tensor:

@@ -532,7 +532,8 @@ def test_gradients_that_stay_non_finite_stop_the_run(make_trainer, whole_loss):
     """Five in a row are no accident: one sentence that says what to do, and no traceback."""
     trainer = make_trainer("sft", "training.epochs=10")
     Poison(trainer, set(range(3, 20)), whole_loss)
-    with pytest.raises(UserError, match="not finite.*learning rate") as caught:
+    with pytest.raises(UserError, match="not finite.*step 7 .sft. with the problems "
+                                        "tiny.*learning rate") as caught:
         trainer.train()
     assert "\n" not in str(caught.value)
     assert len(trainer.folder.lines("metrics.jsonl")) == 6, "two good steps, four skipped, the end"

@@ -1,0 +1,73 @@
+"""fp16 with loss scaling, on a CPU: the same code as on a GPU."""
+
+import math
+
+import pytest
+import torch
+from small_training import distance, watch
+
+from hybridrl_lib.errors import UserError
+from hybridrl_lib.updates import PATIENCE_WITH_SCALING
+
+
+@pytest.fixture
+def in_precision(make_policy, make_trainer):
+    """in_precision(name, setup, ...) -> a trainer whose products are in that precision."""
+    def make(precision, setup, *overrides):
+        policy = make_policy()
+        policy.precision = precision
+        return make_trainer(setup, *overrides, policy=policy, folder=precision)
+
+    return make
+
+
+def test_fp16_scales_the_loss_and_not_the_gradient(in_precision):
+    """What is clipped and taken is the gradient of the loss itself, and Adam's moments are fp32."""
+    gradients = {}
+    for precision in ("fp32", "fp16"):  # in one process, too
+        trainer = in_precision(precision, "sft", "training.epochs=2")
+        seen = watch(trainer)
+        trainer.train()
+        gradients[precision] = seen.gradients
+        scaler = trainer.learner.accelerator.scaler
+        assert (scaler is not None) == (precision == "fp16")
+    assert scaler.get_scale() >= 2**16
+    for half, exact in zip(gradients["fp16"], gradients["fp32"], strict=True):
+        assert 0 < distance(half, exact) < 0.05
+    state = trainer.learner.optimizer.optimizer.state
+    assert state and all(value.dtype == torch.float32 for entry in state.values()
+                         for name, value in entry.items() if name != "step")
+    assert all(weight.dtype == torch.float32 for weight in trainer.weights().values())
+
+
+def test_an_overflow_in_fp16_is_skipped_counted_and_halves_the_scale(in_precision):
+    """A loss scale of 2^26 overflows: weights and moments stay, and the next one is smaller."""
+    trainer = in_precision("fp16", "sft", "training.epochs=16")
+    trainer.learner.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26)
+    seen = watch(trainer)
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    skipped = [row.get("updates_not_finite", 0) for row in rows]
+    count = sum(skipped)
+    assert 1 <= count < PATIENCE_WITH_SCALING and skipped == sorted(skipped, reverse=True)
+    assert all(torch.equal(seen.weights[0][k], seen.weights[count][k]) for k in seen.weights[0])
+    assert any(not torch.equal(seen.weights[0][k], seen.weights[count + 1][k])
+               for k in seen.weights[0])
+    assert trainer.learner.accelerator.scaler.get_scale() == 2.0**26 / 2**count
+    assert trainer.not_finite == count
+    assert all(weight.isfinite().all() for weight in trainer.weights().values())
+
+
+def test_fp16_that_finds_no_scale_stops(in_precision, monkeypatch):
+    """A loss that is not a number at any scale stops the run with its step and its problems."""
+    trainer = in_precision("fp16", "sft", "training.epochs=40")
+    score = trainer.policy.score
+
+    def poisoned(*arguments, **more):
+        scores, entropies = score(*arguments, **more)
+        return scores * math.nan if scores.requires_grad else scores, entropies
+
+    monkeypatch.setattr(trainer.policy, "score", poisoned)
+    with pytest.raises(UserError, match=rf"{PATIENCE_WITH_SCALING} updates in a row.*step "
+                                        rf"{PATIENCE_WITH_SCALING} \(sft\).*tiny"):
+        trainer.train()
