@@ -356,6 +356,24 @@ def rerun_command(arguments: argparse.Namespace) -> int:
     return rerun(arguments.manifest, arguments.experiment, arguments.settings)
 
 
+# merge ------------------------------------------------------------------------------------------
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN",
+                        help="the folder of a finished run with model.adapter=lora, or of an "
+                             "adapter")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the whole model")
+
+
+def merge_command(arguments: argparse.Namespace) -> None:
+    prepare_torch()
+    from .adapters import merge
+
+    merge(arguments.run_folder, arguments.out)
+    print(f"the whole model is in {arguments.out}; use it with --set model.path={arguments.out}")
+
+
 # list, doctor, pretrain-tiny --------------------------------------------------------------------
 
 
@@ -418,6 +436,8 @@ COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
                "hybridrl report tiny"),
     "rerun": (rerun_command, add_rerun, "run a recorded run again and compare the answers",
               "hybridrl rerun results/published/tiny/rl/seed-0/manifest.json"),
+    "merge": (merge_command, add_merge, "add the adapter of a LoRA run into its model's weights",
+              "hybridrl merge results/runs/lora/sft/seed-0 my-model"),
     "list": (list_command, add_json, "show setups, methods and presets with what each costs",
              "hybridrl list --json"),
     "doctor": (doctor_command, add_doctor, "show what this machine has and what will work on it",

@@ -276,6 +276,7 @@ class Decoder:
             x = x + linear(y, layer.output, layer.output_bias)
             gate, up = linear(self._rms(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate).mul_(up), layer.down)
+            del gate, up  # the largest tensors: not to be there twice in the next layer
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

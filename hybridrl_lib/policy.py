@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import (
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils.logging import tqdm as transformers_tqdm
 
-from . import attention
+from . import adapters, attention
 from .config import ModelSettings
 from .downloads import fetch_description, fetch_weights
 from .errors import UsageError, UserError, reason
@@ -231,7 +231,9 @@ class Policy:
         An adapter whose base weights were trained too is added into a copy of them.
         """
         model = copy.deepcopy(self.model).merge_and_unload() if self.trains_base else self.model
-        model.save_pretrained(folder, safe_serialization=True)
+        # No adapter is in the embeddings (_add_adapter), so PEFT need not look whether one is.
+        more = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+        model.save_pretrained(folder, safe_serialization=True, **more)
         self.tokenizer.save_pretrained(folder)
         for name in ("adapter_config.json", "README.md"):  # PEFT says where the base model lies
             hide_home(folder / name)
@@ -256,30 +258,34 @@ def load_policy(settings: ModelSettings,
     if settings.sampler == "vllm" and not find_spec("vllm"):
         raise UsageError("model.sampler=vllm needs the package vllm; install it with "
                          "'pip install hybridrl_lib[vllm]' or set model.sampler=own.")
-    source, arguments, name = _locate(settings)
+    folders, base = adapters.unfold(settings.path)
+    source, arguments, name = _locate(replace(settings, path=base) if folders else settings)
     device = choose_device(settings.device)
     on_hub = not source
     if on_hub:
         source = str(fetch_description(name, settings.revision))
     if "gguf_file" not in arguments:
-        refuse_redirections(Path(source), settings.path)
-        refuse_wrong_architecture(Path(source), settings.path)
-    tokenizer = _load_tokenizer(source, arguments, settings.path)
+        refuse_redirections(Path(source), base)
+        refuse_wrong_architecture(Path(source), base)
+    tokenizer = _load_tokenizer(source, arguments, base)
     if not tokenizer.chat_template and name != TINY:
         say(f"the tokenizer of {name} has no chat template: questions are asked as plain text, "
             "'Problem: ... Solution:'")
     if on_hub:
         source = str(fetch_weights(name, Path(source).name, say))
-    model = _load_model(source, arguments, settings.path)
+    model = _load_model(source, arguments, base)
     if on_hub:  # what a saved adapter says of its base: not a folder of this machine
         model.name_or_path = model.config._name_or_path = name
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
         model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
+    sha256 = _checksum(source, arguments)
+    for folder in folders:
+        model = adapters.merge_into(model, folder)
+        name, sha256 = folder.resolve().name, _checksum(str(folder), {}, sha256)
     use_fast_products(model)
     if model.config.model_type in KNOWN:  # they hand arguments through to the attention
         model.set_attn_implementation(attention.NAME)
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
-    sha256 = _checksum(source, arguments)
     if settings.adapter == "lora":
         model = _add_adapter(model, settings)
     if settings.gradient_checkpointing:
@@ -395,9 +401,9 @@ def _loading_error(path: str, error: Exception) -> UserError:
                      "tokenizer files and weights in safetensors.")
 
 
-def _checksum(source: str, arguments: dict) -> str:
-    """sha256 of the weight files."""
-    folder, digest = Path(source), hashlib.sha256()
+def _checksum(source: str, arguments: dict, before: str = "") -> str:
+    """sha256 of the weight files; `before` is that of the model an adapter's files belong to."""
+    folder, digest = Path(source), hashlib.sha256(before.encode())
     weights = ([folder / arguments["gguf_file"]] if "gguf_file" in arguments else
                sorted(folder.glob("*.safetensors")))
     for path in weights:
@@ -424,9 +430,11 @@ def _add_adapter(model: PreTrainedModel, settings: ModelSettings):
         # PEFT asks for what transformers has renamed: nothing that a user could mend.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         torch.manual_seed(0)  # the same adapter in every run, as the base model
-        return get_peft_model(model, LoraConfig(
+        both = get_peft_model(model, LoraConfig(
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0,
             target_modules=targets, task_type="CAUSAL_LM"))
+    adapters.remember_base(both, settings.path)
+    return both
 
 
 def _refuse_dropout(model: torch.nn.Module) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .card import write_card
 from .checkpoints import Checkpoints
 from .config import (
     Settings,
@@ -25,9 +26,10 @@ from .config import (
 from .errors import UserError
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
+from .memory import Estimate, PeakMemory, fit_to_device, shape_from
 from .methods import make_method
 from .methods.method import Method
-from .policy import Policy, load_policy
+from .policy import Policy, choose_device, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer, Stopwatch
 from .records import NUMERICS_VERSION, RunFolder, experiment_folder, run_folder, write_folder
@@ -86,7 +88,14 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         torch.set_num_threads(1)  # the order of sums, hence the record, must not vary with cores
     clock = Stopwatch()
     parts = load_parts(resolved.data)
+    resolved, expected = fit_to_device(resolved)  # refuses what cannot fit, before it is loaded
+    peak = PeakMemory(choose_device(resolved.model.device).type)
     policy = load_policy(resolved.model, observer.note)
+    if expected is None:
+        resolved, expected = fit_to_device(resolved, shape_from(policy.model.config.to_dict()))
+    if expected is None and not resolved.training.micro_batch_tokens:
+        raise UserError(f"How much memory {policy.name} needs is not known, so training."
+                        "micro_batch_tokens cannot be 0; set it to a number, such as 4096.")
     parts = fit_to_policy(parts, policy, resolved, observer)
     with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as verifier:
         trainer = Trainer(policy, method, parts, resolved,
@@ -99,10 +108,9 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         if not trainer.step:
             for line in signal_lines(rows, resolved.rl.group_size):
                 observer.note(line)
-        write_folder(folder.path / "checkpoint" / "final", policy.save)
         folder.sync_logs()  # all of the record is on the disk before its manifest says so
         wall, processor = clock.read()
-        folder.write("manifest.json", {
+        manifest = {
             **provenance(), "setup": method.setup.name, "seed": seed, "preset": preset,
             "device": device_name(policy.device), "precision": policy.precision,
             "threads": torch.get_num_threads(),
@@ -112,12 +120,31 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
                       **({"revision": policy.revision} if policy.revision else {})},
             "data": {name: {"revision": parts.revisions.get(name), "problems": dict(counts)}
                      for name, counts in parts.counts.items()},
+            "memory": memory_record(resolved, expected, peak),
+            "updates_not_finite": trainer.not_finite,
             "steps": trainer.step, "tokens": trainer.tokens, "best_on_validation": trainer.best,
             "verdicts": dict(verifier.counts), "resumed_from": trainer.resumed_from,
             "checksums": folder.checksums(),
             "seconds/wall": wall, "seconds/device": processor,
-            "complete": True})
+            "complete": True}
+
+        def save(final: Path) -> None:
+            policy.save(final)
+            write_card(final, manifest, folder.read("config.json"), rows)
+
+        write_folder(folder.path / "checkpoint" / "final", save)
+        folder.write("manifest.json", manifest)
     observer.note(f"done in {wall:.0f} s")
+
+
+def memory_record(settings: Settings, expected: Estimate | None, peak: PeakMemory) -> dict:
+    """Estimated and measured peak in bytes, and the micro-batches that were taken."""
+    record = {"measured_peak": peak.read(), "measured_on": peak.device,
+              "micro_batch_tokens": settings.training.micro_batch_tokens}
+    if expected is not None:
+        record |= {"estimated_peak": expected.peak, "estimated_phase": expected.phase,
+                   "estimated_parts": expected.phases[expected.phase]}
+    return record
 
 
 def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:

@@ -137,8 +137,8 @@ class TrainingSettings(Section):
     micro_batch_tokens: int = setting(
         4096,
         "tokens, padding included, in one forward and backward pass; moves memory, never the "
-        "result",
-        at_least=1)
+        "result; 0 = as many as the device has memory for",
+        at_least=0)
     logit_chunk_tokens: int = setting(
         1024, "tokens whose logits are held at once; moves memory, never the result",
         at_least=1)
