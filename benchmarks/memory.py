@@ -57,15 +57,12 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
 }
 # Qwen2.5-0.5B itself: few and short sequences, so that a CPU is done in minutes.
 QWEN = KNOWN_SHAPES["Qwen/Qwen2.5-0.5B"]
+FEW = (*LENGTHS, *SAVING, "data.max_prompt_tokens=32", "data.max_demonstration_tokens=32",
+       "rl.max_new_tokens=32", "evaluation.max_new_tokens=32", "training.logit_chunk_tokens=128",
+       "rl.prompts_per_step=4", "sft.batch_size=4", "evaluation.batch_size=16")
 FULL_SIZE: dict[str, tuple[Shape, tuple[str, ...]]] = {
-    "Qwen2.5-0.5B": (QWEN, (
-        *LENGTHS, *SAVING, "training.micro_batch_tokens=1024", "rl.prompts_per_step=4",
-        "sft.batch_size=4", "evaluation.batch_size=16", "evaluation.max_new_tokens=64",
-        "rl.max_new_tokens=64")),
-    "Qwen2.5-0.5B, LoRA": (QWEN, (
-        *LENGTHS, *SAVING, *LORA, "training.micro_batch_tokens=1024", "rl.prompts_per_step=4",
-        "sft.batch_size=4", "evaluation.batch_size=16", "evaluation.max_new_tokens=64",
-        "rl.max_new_tokens=64")),
+    "Qwen2.5-0.5B, LoRA": (QWEN, (*FEW, *LORA)),
+    "Qwen2.5-0.5B": (QWEN, FEW),
 }
 
 

@@ -11,17 +11,31 @@ from importlib import metadata
 from pathlib import Path
 
 from .config import Settings, load_settings, preset_names, resolve_preset
+from .errors import UserError
 from .hub import hub_problem, in_hub_cache
+from .memory import (
+    GIB,
+    MICRO_BATCHES,
+    TO_USE,
+    estimate,
+    fit,
+    in_words,
+    shape_of,
+    tight,
+    with_micro_batches,
+)
 from .problems import gsm8k, math500
 from .problems.source import FOLDER_HINT, FOLDER_VARIABLE
+from .setups import SETUPS
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "papermill", "gguf")
 OPTIONAL = {"gguf": "only needed to read GGUF files: pip install gguf"}
 REAL_SOURCES = {"gsm8k": gsm8k.SOURCE, "math500": math500.SOURCE}
 
-# What a machine should have for the preset, in GiB, estimated: (GPU memory, main memory).
-NEEDS = {"tiny": (0, 2), "smollm2": (0, 6), "colab": (12, 8), "paper": (20, 12)}
+# (whether the preset is made for a GPU, main memory in GiB that a machine should have).
+NEEDS = {"tiny": (False, 2), "smollm2": (False, 6), "colab": (True, 8), "paper": (True, 12)}
 
+DTYPES = ("fp32", "bf16", "fp16")
 Row = tuple[str, str, str]
 
 
@@ -73,6 +87,7 @@ def report(preset: str | None = None) -> list[Row]:
         ("data folder", os.environ.get(FOLDER_VARIABLE, "") or "not set", machine.data),
         ("hub", "not reached" if machine.hub else "reachable", machine.hub),
         *(preset_row(name, machine) for name in presets),
+        *(budget_rows(preset, machine) if preset else ()),
     ]
 
 
@@ -115,9 +130,67 @@ def preset_row(name: str, machine: Machine) -> Row:
     return f"preset {name}", "no" if problems else "yes", "; ".join(problems)
 
 
+def budget_rows(preset: str, machine: Machine) -> list[Row]:
+    """What a preset needs by the models of memory and time, where its model's shape is known."""
+    settings = load_settings(preset, smoke=False)
+    shape = shape_of(settings.model)
+    if shape is None:
+        return []
+    for_gpu, _ = NEEDS[preset]
+    device = "cuda" if for_gpu else machine.device or "cpu"
+    precision = precision_for(preset, machine)
+    room = TO_USE * (machine.gpu_memory if device == "cuda" else machine.memory) * GIB
+    try:
+        chosen, expected = fit(settings, shape, precision, device, room)
+        advice = tight(expected, room)
+    except UserError as error:  # shown with the smallest micro-batches that there are
+        chosen = with_micro_batches(settings, settings.training.micro_batch_tokens
+                                    or MICRO_BATCHES[-1])
+        expected = estimate(shape, chosen, precision, device)
+        advice = str(error) if room else ""
+    where = "of the GPU" if device == "cuda" else "beside the program itself"
+    rows = [("needs memory", f"estimated {expected.peak / GIB:.1f} GiB {where} at most, in "
+             f"{precision} with micro-batches of {chosen.training.micro_batch_tokens} tokens",
+             advice)]
+    rows += [(f"  {phase}", f"{expected.total(phase) / GIB:.2f} GiB: {in_words(parts)}", "")
+             for phase, parts in expected.phases.items()]
+    if preset == "colab":
+        from .duration import assumptions, minutes
+
+        for name, setup in SETUPS.items():
+            if setup.in_paper:
+                found = minutes(setup, load_settings(preset, smoke=False, setup=setup), shape,
+                                "fp32")
+                shown = ", ".join(f"{part} {value:.0f}" for part, value in found.items() if value)
+                rows.append((f"time {name}", f"estimated {sum(found.values()):.0f} min on a T4: "
+                             f"{shown}", ""))
+        rows.append(("time rests on", assumptions(), ""))
+    return rows
+
+
+def precision_for(preset: str, machine: Machine) -> str:
+    """The precision that a preset takes: on the machine, or where it is made for a GPU, on one.
+
+    colab is judged for a T4, which has no bf16, and paper for a GPU that has it.
+    """
+    if machine.device == "cuda" or not NEEDS[preset][0]:
+        return machine.precision if machine.precision in DTYPES else "fp32"
+    return "fp32" if preset == "colab" else "bf16"
+
+
+def smallest_gpu(preset: str, settings: Settings, machine: Machine) -> float:
+    """GiB of the smallest GPU that a preset made for one fits on; 0 for the others."""
+    shape = shape_of(settings.model)
+    if not NEEDS[preset][0] or shape is None:
+        return 0.0
+    smallest = with_micro_batches(settings, settings.training.micro_batch_tokens
+                                  or MICRO_BATCHES[-1])
+    return estimate(shape, smallest, precision_for(preset, machine), "cuda").peak / TO_USE / GIB
+
+
 def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str]:
     """Why a preset will not work on a machine, with what to do, one a problem."""
-    gpu_memory, memory = NEEDS[name]
+    gpu_memory, memory = smallest_gpu(name, settings, machine), NEEDS[name][1]
     problems = []
     if not machine.device:
         problems.append("torch and transformers must be installed: make env")
@@ -132,7 +205,7 @@ def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str
                         f"set {FOLDER_VARIABLE}")
     if machine.gpu_memory < gpu_memory:
         found = "there is none" if machine.device != "cuda" else gibibytes(machine.gpu_memory)
-        problems.append(f"it needs a GPU with {gpu_memory} GiB, and {found} here")
+        problems.append(f"it needs a GPU with {gpu_memory:.0f} GiB, and {found} here")
     if 0 < machine.memory < memory:
         problems.append(f"it needs about {memory} GiB of memory")
     return problems

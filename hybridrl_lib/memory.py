@@ -17,7 +17,9 @@ from .errors import UserError
 FULL, HALF = 4, 2  # bytes of a number
 GIB = 2**30
 TO_USE = 0.9  # of the free memory: an allocator leaves gaps, and products need some room to work
-MICRO_BATCHES = tuple(2**power for power in range(16, 7, -1))  # tokens, the largest first
+# Tokens, the largest first; more than these make nothing faster.
+MICRO_BATCHES = tuple(2**power for power in range(14, 7, -1))
+OWN = 48 * 2**20  # of a process on a CPU beside its large tensors: measured, benchmarks/memory.py
 GPU_BLOCK = 2**26  # logits of which tokens are chosen at once (rollouts.py)
 
 
@@ -136,7 +138,15 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        return sum(self.phases[self.phase].values())
+        return self.total(self.phase)
+
+    @property
+    def surely(self) -> str:
+        """The update that needs more: it fills its micro-batches, however short the texts are.
+
+        What sampling needs depends on the prompts and on how soon answers end.
+        """
+        return max((name for name in self.phases if "update" in name), key=self.total)
 
     def total(self, phase: str) -> int:
         return sum(self.phases[phase].values())
@@ -154,7 +164,7 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str) -> E
     model, data, rl, sft = settings.model, settings.data, settings.rl, settings.sft
     evaluation, probe = settings.evaluation, settings.probe
     held = held_weights(shape, settings, device)
-    trained = shape.adapter(model) or shape.parameters
+    trained = trained_weights(shape, settings)
     phases = {}
     prompt = data.max_prompt_tokens
     for name, length, batch, groups in (
@@ -175,23 +185,31 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str) -> E
     return Estimate(phases)
 
 
+def trains_both(settings: Settings) -> bool:
+    """Whether the base weights are trained beside the adapter, as BRIDGE does."""
+    return settings.method is not None and settings.method.section == "bridge"
+
+
+def trained_weights(shape: Shape, settings: Settings) -> int:
+    """How many weights an optimiser moves."""
+    adapter = shape.adapter(settings.model)
+    return adapter + shape.parameters * (not adapter or trains_both(settings))
+
+
 def held_weights(shape: Shape, settings: Settings, device: str) -> dict[str, int]:
     """What is in memory in every phase."""
     model, rl = settings.model, settings.rl
-    adapter = shape.adapter(model)
-    trained = adapter or shape.parameters
+    adapter, trained = shape.adapter(model), trained_weights(shape, settings)
     held = {"weights": FULL * (shape.parameters + adapter), "optimiser": 2 * FULL * trained}
     if not adapter:
         held["reference"] = FULL * shape.parameters
-    if settings.method is not None and settings.method.section == "bridge":
-        # It trains both, and holds a copy of the base weights with an optimiser of its own.
-        held |= {"reference": FULL * shape.parameters, "optimiser": 2 * FULL * (
-            trained + shape.parameters), "auxiliary copy": 3 * FULL * shape.parameters}
-        trained += shape.parameters
+    if trains_both(settings):  # and holds a copy of the weights with an optimiser of its own
+        held |= {"reference": FULL * shape.parameters,
+                 "auxiliary copy": 3 * FULL * shape.parameters}
     if rl.beta > 0 and rl.kl_anchor == "stage":
         held["anchor"] = FULL * trained
     if device == "cpu":  # on a GPU's machine the best weights so far are in main memory
-        held["best weights"] = FULL * trained
+        held |= {"best weights": FULL * trained, "the process itself": OWN}
     return held
 
 
@@ -299,7 +317,7 @@ def columns(length: int, device: str) -> tuple[int, int]:
 
 def fit(settings: Settings, shape: Shape, precision: str, device: str,
         room: float) -> tuple[Settings, Estimate]:
-    """Settings whose micro-batches fit, and what they need.
+    """Settings whose micro-batches fit, and what they need; sampling alone may need more.
 
     Args:
         settings: `training.micro_batch_tokens` is chosen if it is 0, and else checked.
@@ -310,32 +328,44 @@ def fit(settings: Settings, shape: Shape, precision: str, device: str,
     """
     asked = settings.training.micro_batch_tokens
     for tokens in (asked,) if asked else MICRO_BATCHES:
-        chosen = replace(settings, training=replace(settings.training, micro_batch_tokens=tokens))
+        chosen = with_micro_batches(settings, tokens)
         expected = estimate(shape, chosen, precision, device)
-        if expected.peak <= room:
+        if expected.total(expected.surely) <= room:
             return chosen, expected
     raise UserError(too_much(expected, settings, device, room))
 
 
+def with_micro_batches(settings: Settings, tokens: int) -> Settings:
+    """Settings with `training.micro_batch_tokens` set."""
+    return replace(settings, training=replace(settings.training, micro_batch_tokens=tokens))
+
+
 def too_much(expected: Estimate, settings: Settings, device: str, room: float) -> str:
     """The sentence for a run that does not fit, with the setting that helps most."""
-    phase, model = expected.phase, settings.model
-    parts = expected.phases[phase]
-    if "update" not in phase:
-        advice = "lower evaluation.batch_size"
-    elif parts.get("activations", 0) > expected.peak / 4 and not model.gradient_checkpointing:
-        advice = "set model.gradient_checkpointing=true"
-    elif settings.training.micro_batch_tokens > 1024 and parts.get("activations", 0) > room / 10:
-        advice = "lower training.micro_batch_tokens (0 takes what fits)"
-    elif parts.get("logits", 0) > expected.peak / 4:
+    phase, model = expected.surely, settings.model
+    parts, needed = expected.phases[phase], expected.total(phase)
+    largest = max(parts, key=lambda name: parts[name])
+    if largest == "logits":
         advice = "lower training.logit_chunk_tokens"
+    elif largest == "activations" and not model.gradient_checkpointing:
+        advice = "set model.gradient_checkpointing=true"
+    elif largest == "activations" and settings.training.micro_batch_tokens:
+        advice = "lower training.micro_batch_tokens (0 takes what fits)"
     elif model.adapter == "none":
         advice = "set model.adapter=lora"
     else:
         advice = "choose a smaller model or a larger machine"
-    return (f"This run needs about {expected.peak / GIB:.1f} GiB ({phase}: {in_words(parts)}) and "
+    return (f"This run needs about {needed / GIB:.1f} GiB ({phase}: {in_words(parts)}) and "
             f"{'the GPU' if device == 'cuda' else 'this machine'} has {room / GIB:.1f} GiB to "
             f"spare; {advice}.")
+
+
+def tight(expected: Estimate, room: float) -> str:
+    """A note where sampling could need more than there is; empty where it cannot."""
+    if expected.peak <= room:
+        return ""
+    return (f"{expected.phase} may need up to {expected.peak / GIB:.1f} GiB and {room / GIB:.1f} "
+            "are to spare: if it runs out of memory, lower evaluation.batch_size")
 
 
 def in_words(parts: Mapping[str, int]) -> str:
@@ -345,11 +375,12 @@ def in_words(parts: Mapping[str, int]) -> str:
         ", ".join(f"{name} {size / GIB:.3f}" for name, size in shown[:3]))
 
 
-def fit_to_device(settings: Settings, shape: Shape | None = None
+def fit_to_device(settings: Settings, room: float, shape: Shape | None = None
                   ) -> tuple[Settings, Estimate | None]:
-    """`fit` for the device that the settings choose, as it is now.
+    """`fit` for the device that the settings choose.
 
     Args:
+        room: bytes to be had.
         shape: of the loaded model; unless given what can be known before it is loaded.
 
     Returns:
@@ -361,7 +392,7 @@ def fit_to_device(settings: Settings, shape: Shape | None = None
     if shape is None:
         return settings, None
     return fit(settings, shape, choose_precision(settings.model.precision, device), device.type,
-               TO_USE * free_memory(device.type))
+               room)
 
 
 def free_memory(device: str) -> int:

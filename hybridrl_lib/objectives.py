@@ -58,6 +58,7 @@ class _Scores(torch.autograd.Function):
                     shares, logits.clamp_(min=-1e30))
             if len(ctx.chunks) == 1 and any(ctx.needs_input_grad):
                 ctx.kept = logits, normaliser
+            logits = shares = None  # gone before the next chunk's are there
         ctx.save_for_backward(hidden, head, bias, targets, entropies,
                               temperature if isinstance(temperature, Tensor) else None)
         ctx.temperature, ctx.with_entropy = temperature, with_entropy
@@ -89,6 +90,7 @@ class _Scores(torch.autograd.Function):
             if bias is not None and ctx.needs_input_grad[2]:
                 more = gradient.sum(0)
                 for_bias = more if for_bias is None else for_bias.add_(more)
+            logits = log_p = p = factor = gradient = None  # as in the forward pass
         return for_hidden, for_head, for_bias, None, None, None, None
 
 

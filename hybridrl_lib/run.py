@@ -26,7 +26,15 @@ from .config import (
 from .errors import UserError
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
-from .memory import Estimate, PeakMemory, fit_to_device, shape_from
+from .memory import (
+    TO_USE,
+    Estimate,
+    PeakMemory,
+    fit_to_device,
+    free_memory,
+    shape_from,
+    tight,
+)
 from .methods import make_method
 from .methods.method import Method
 from .policy import Policy, choose_device, load_policy
@@ -88,14 +96,18 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         torch.set_num_threads(1)  # the order of sums, hence the record, must not vary with cores
     clock = Stopwatch()
     parts = load_parts(resolved.data)
-    resolved, expected = fit_to_device(resolved)  # refuses what cannot fit, before it is loaded
-    peak = PeakMemory(choose_device(resolved.model.device).type)
+    device = choose_device(resolved.model.device).type
+    peak, room = PeakMemory(device), TO_USE * free_memory(device)
+    resolved, expected = fit_to_device(resolved, room)  # before a model is loaded
     policy = load_policy(resolved.model, observer.note)
     if expected is None:
-        resolved, expected = fit_to_device(resolved, shape_from(policy.model.config.to_dict()))
+        shape = shape_from(policy.model.config.to_dict())
+        resolved, expected = fit_to_device(resolved, room, shape)
     if expected is None and not resolved.training.micro_batch_tokens:
         raise UserError(f"How much memory {policy.name} needs is not known, so training."
                         "micro_batch_tokens cannot be 0; set it to a number, such as 4096.")
+    if expected is not None and (note := tight(expected, room)):
+        observer.note(note)
     parts = fit_to_policy(parts, policy, resolved, observer)
     with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as verifier:
         trainer = Trainer(policy, method, parts, resolved,

@@ -1,0 +1,200 @@
+"""The memory model: shapes, what it says against what is measured, and what it does with it."""
+
+import multiprocessing
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_training import small_settings
+
+from hybridrl_lib import memory
+from hybridrl_lib.config import ModelSettings, load_settings
+from hybridrl_lib.decoding import Decoder
+from hybridrl_lib.duration import minutes
+from hybridrl_lib.errors import UserError
+from hybridrl_lib.memory import GIB, KNOWN_SHAPES, columns, estimate, fit, shape_from, shape_of
+from hybridrl_lib.policy import load_policy
+from hybridrl_lib.rollouts import sample
+from hybridrl_lib.run import run
+from hybridrl_lib.setups import SETUPS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+QWEN = KNOWN_SHAPES["Qwen/Qwen2.5-0.5B"]
+T4 = 0.9 * 14.6 * GIB
+SHORT = ("data.max_prompt_tokens=32", "data.max_demonstration_tokens=32", "rl.max_new_tokens=32",
+         "evaluation.max_new_tokens=32", "training.micro_batch_tokens=512",
+         "training.logit_chunk_tokens=128", "sft.batch_size=8", "evaluation.batch_size=16")
+
+
+# Shapes -------------------------------------------------------------------------------------------
+
+
+def test_the_presets_models_have_their_published_sizes():
+    """Counted from the shape alone, as their model cards say."""
+    assert QWEN.parameters == 494_032_768
+    assert KNOWN_SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"].parameters == 134_515_008
+    for name in ("smollm2", "colab", "paper"):
+        assert shape_of(load_settings(name, smoke=False).model) is not None
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_shape_counts_what_a_model_has(make_policy, model_folders, architecture, rank):
+    """From the folder and from the loaded model: the same, and adapters to the weight."""
+    settings = {"adapter": "lora", "lora_rank": rank} if rank else {}
+    policy = make_policy(architecture, **settings)
+    model = ModelSettings(path=str(model_folders[architecture]), **settings)
+    shape = shape_of(model)
+    assert shape == shape_from(policy.model.config.to_dict())
+    assert shape.parameters + shape.adapter(model) == policy.parameter_count()
+    if rank:
+        assert shape.adapter(model) == sum(w.numel() for w in policy.trained_weights().values())
+
+
+def test_other_models_have_no_shape(tmp_path):
+    """A GGUF file and an architecture that the sums are not about: nothing is made up."""
+    assert shape_of(ModelSettings(path="model.gguf")) is None
+    assert shape_from({"model_type": "gpt_neox", "num_attention_heads": 4}) is None
+    assert shape_from({"model_type": "qwen2"}) is None
+    (tmp_path / "config.json").write_text("{")
+    assert shape_of(ModelSettings(path=str(tmp_path))) is None
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 40, 130, 300])
+def test_the_cache_grows_as_the_decoder_grows_it(policy, monkeypatch, length):
+    """The columns before and after the last growth are those that were allocated."""
+    sizes, make_room = [0], Decoder._make_room
+
+    def noted(self, cache, columns, rows=None):
+        sizes.append(columns)
+        make_room(self, cache, columns, rows)
+
+    monkeypatch.setattr(Decoder, "_make_room", noted)
+    policy.stop_ids = (10**6,)
+    sample(policy, [[5, 6]], samples=2, max_new_tokens=length, temperature=1.0)
+    assert columns(length, "cpu") == tuple(sizes[-2:])
+
+
+# Against what is measured -------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of one phase is asked of Linux")
+@pytest.mark.parametrize("more", [(), ("model.adapter=lora", "model.gradient_checkpointing=true")])
+def test_the_estimate_is_within_a_fifth_of_what_is_measured(more):
+    """Every phase of a run of 30 million weights, in a process of its own."""
+    from memory import WIDE, measure  # benchmarks/memory.py
+
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        points = pool.apply(measure, (WIDE, (*_lengths(), *SHORT, *more), 1))
+    assert len(points) == 5
+    for point in points:
+        assert 0.8 < point["estimated_mib"] / point["measured_mib"] < 1.2, point
+
+
+def _lengths():
+    from memory import LENGTHS
+
+    return LENGTHS
+
+
+# What follows from it -----------------------------------------------------------------------------
+
+
+def test_smaller_devices_get_smaller_micro_batches():
+    """0 takes the largest that fits; a number is left alone."""
+    settings = load_settings("paper", ("training.micro_batch_tokens=0",), smoke=False)
+    found = [fit(settings, QWEN, "bf16", "cuda", room * GIB)[0].training.micro_batch_tokens
+             for room in (12.6, 13, 14, 40)]
+    assert found == sorted(found) and found[0] < found[-1]
+    fixed = memory.with_micro_batches(settings, 3000)
+    assert fit(fixed, QWEN, "bf16", "cuda", 40 * GIB)[0] == fixed
+
+
+def test_colab_fits_a_t4_and_paper_does_not():
+    """All phases of the one; of the other the sentence says what needs how much, and what to do."""
+    _, expected = fit(load_settings("colab", smoke=False), QWEN, "fp32", "cuda", T4)
+    assert expected.peak < T4
+    with pytest.raises(UserError) as caught:
+        fit(load_settings("paper", smoke=False), QWEN, "fp32", "cuda", 0.8 * T4)
+    sentence = str(caught.value)
+    assert "the GPU has 10.5 GiB" in sentence and "optimiser 3.7" in sentence
+    assert "model.adapter=lora" in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(("overrides", "advice"), [
+    (("model.adapter=lora",), "gradient_checkpointing=true"),
+    (("model.adapter=lora", "model.gradient_checkpointing=true",
+      "training.micro_batch_tokens=65536"), "lower training.micro_batch_tokens"),
+    (("model.adapter=lora", "model.gradient_checkpointing=true",
+      "training.logit_chunk_tokens=16384"), "lower training.logit_chunk_tokens")])
+def test_the_advice_is_the_setting_that_helps(overrides, advice):
+    """Whoever follows it comes nearer to fitting."""
+    settings = load_settings("tiny", ("rl.max_new_tokens=512", "training.micro_batch_tokens=8192",
+                                      "rl.prompts_per_step=64", *overrides), smoke=False)
+    with pytest.raises(UserError, match=advice):
+        fit(settings, QWEN, "fp32", "cuda", 6 * GIB)
+
+
+def test_a_run_that_cannot_fit_loads_no_model(results, monkeypatch):
+    """The sentence comes before the weights are read."""
+    monkeypatch.setattr("hybridrl_lib.run.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("hybridrl_lib.run.load_policy", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match="needs about .* GiB .*this machine has"):
+        run("sft", "tiny", 0, "small")
+
+
+def test_micro_batches_by_memory_change_no_number_beyond_rounding(make_trainer, monkeypatch):
+    """What `training.micro_batch_tokens=0` comes to moves the last digits at most."""
+    settings = small_settings("training.micro_batch_tokens=0", setup="rl")
+    shape = shape_of(ModelSettings())
+    expected = estimate(shape, memory.with_micro_batches(settings, 256), "fp32", "cpu")
+    tight = expected.total(expected.surely)
+    losses = []
+    for number, room in enumerate((tight, 8 * GIB)):
+        chosen, _ = fit(settings, shape, "fp32", "cpu", room)
+        trainer = make_trainer(
+            "rl", f"training.micro_batch_tokens={chosen.training.micro_batch_tokens}",
+            folder=f"run{number}")
+        trainer.train()
+        losses.append([row["grad_norm"] for row in trainer.folder.lines("metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_model_of_unknown_shape_needs_a_number(results, monkeypatch, make_policy, tmp_path):
+    """With 0 there is nothing to choose from: a sentence, after the model is loaded."""
+    monkeypatch.setattr("hybridrl_lib.memory.shape_of", lambda model: None)
+    monkeypatch.setattr("hybridrl_lib.run.shape_from", lambda config: None)
+    with pytest.raises(UserError, match="micro_batch_tokens cannot be 0"):
+        run("sft", "tiny", 0, "unknown", ("training.micro_batch_tokens=0",))
+
+
+def test_bridge_holds_its_copy_of_the_weights():
+    """Whole weights, their moments and a second copy beside the adapter's."""
+    lora = load_settings("tiny", ("model.adapter=lora",), smoke=False)
+    bridge = load_settings("tiny", ("model.adapter=lora",), smoke=False, setup=SETUPS["bridge"])
+    shape = shape_of(ModelSettings())
+    one, other = (estimate(shape, s, "fp32", "cuda").peak for s in (lora, bridge))
+    assert other - one >= 6 * 4 * shape.parameters
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setup", [name for name, setup in SETUPS.items() if setup.paper])
+def test_colab_is_within_45_estimated_minutes(setup):
+    """By the stated model, with every group counted as one with a signal."""
+    settings = load_settings("colab", smoke=False, setup=SETUPS[setup])
+    found = minutes(SETUPS[setup], settings, QWEN, "fp32")
+    assert 5 < sum(found.values()) < 45
+    more = replace(settings, rl=replace(settings.rl, max_new_tokens=1024),
+                   sft=replace(settings.sft, batch_size=1))
+    assert sum(minutes(SETUPS[setup], more, QWEN, "fp32").values()) > sum(found.values())
+    assert sum(minutes(SETUPS[setup], settings, QWEN, "fp16").values()) < sum(found.values())
+
+
+def test_the_model_the_tests_load_is_the_one_that_is_counted():
+    """The shipped model: its shape from the package's own config.json."""
+    policy = load_policy(ModelSettings(device="cpu"))
+    assert shape_of(ModelSettings()).parameters == policy.parameter_count()
