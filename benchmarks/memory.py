@@ -18,10 +18,16 @@ from pathlib import Path
 import psutil
 import torch
 from common import add_threads_and_json, finish, machine, print_table, run
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from hybridrl_lib import attention, policy as policies
+from hybridrl_lib import attention
+from hybridrl_lib import policy as policies
 from hybridrl_lib.config import Settings, load_settings
 from hybridrl_lib.memory import KNOWN_SHAPES, Shape, estimate
 from hybridrl_lib.packing import PromptCompletion

@@ -124,7 +124,7 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def merge(run: Path, out: Path) -> Path:
-    """Writes the whole model of a LoRA run: its adapter added into the weights of its base, in fp32.
+    """Writes the whole model of a LoRA run: its adapter added into its base's weights, in fp32.
 
     Args:
         run: a run's folder, or an adapter folder.

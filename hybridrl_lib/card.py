@@ -1,4 +1,4 @@
-"""The model card of a trained model, from its manifest: what it is, what it was taught, how it did."""
+"""The model card of a trained model, from its manifest: what it is, its data, its scores."""
 
 import re
 from collections.abc import Sequence

@@ -474,7 +474,8 @@ def place_of(step: Step, number: int) -> str:
     """`step 12 (rl) with the problems a, b, c and 13 more`, for an error."""
     ids = [p.id for p in step.demonstrations] + [r.problem.id for r in step.rollouts]
     more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-    return f"step {number} ({step.progress.stage.name}) with the problems {', '.join(ids[:3])}{more}"
+    first = ", ".join(ids[:3])
+    return f"step {number} ({step.progress.stage.name}) with the problems {first}{more}"
 
 
 def with_hint(policy: Policy, group: Group, hint: list[int]) -> Group:

@@ -45,7 +45,7 @@ def test_an_adapter_is_saved_alone(adapter):
 
 
 def test_an_adapter_folder_loads_on_its_base(adapter, make_policy):
-    """model.path=<adapter folder>: rank and alpha come from the folder, the base from what it says."""
+    """model.path=<adapter folder>: rank, alpha and base are what the folder says."""
     policy, folder = adapter
     again = load(folder)
     torch.testing.assert_close(scores_of(again), scores_of(policy), atol=1e-5, rtol=1e-5)
@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_an_adapter_with_another_one(adapter, tmp_path):
 
 
 def test_merged_is_unmerged(adapter, tmp_path):
-    """The folder that `hybridrl merge` writes is an ordinary model: the same scores, answers too."""
+    """The folder that `hybridrl merge` writes is an ordinary model with the same answers."""
     policy, folder = adapter
     assert main(["merge", str(folder), str(tmp_path / "whole")]) == 0
     assert (tmp_path / "whole" / "config.json").is_file()
@@ -147,8 +147,8 @@ def test_a_run_leaves_a_model_card_and_a_model_that_loads(results, monkeypatch, 
                                             "probe.samples=2", "probe.prompts=1"))
     manifest, final = folder.read("manifest.json"), folder.path / "checkpoint" / "final"
     text = (final / "README.md").read_text(encoding="utf-8")
-    for words in ("license: mit", manifest["model"]["sha256"], "tiny_word", "| 3 |", "95 % interval",
-                  "sft.learning_rate: 0.0002 -> 0.0003", "seed 0",
+    for words in ("license: mit", manifest["model"]["sha256"], "tiny_word", "| 3 |",
+                  "95 % interval", "sft.learning_rate: 0.0002 -> 0.0003", "seed 0",
                   manifest["git_commit"] or "unknown"):
         assert words in text, words
     assert ("library_name: peft" in text) == (kind == "lora")

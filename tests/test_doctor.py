@@ -37,7 +37,7 @@ def test_a_laptop_without_network_runs_tiny():
     assert problems("tiny", LAPTOP) == ""
     assert "model.path" in problems("smollm2", LAPTOP)
     assert "HYBRIDRL_DATA_DIR" in problems("smollm2", LAPTOP)
-    assert "GPU with 20 GiB" in problems("paper", LAPTOP)
+    assert "GPU with 18 GiB" in problems("paper", LAPTOP)
 
 
 def test_a_data_folder_stands_in_for_the_hub():
@@ -78,10 +78,25 @@ def test_report_covers_what_a_user_asks_about():
 
 def test_report_of_one_preset():
     """`--preset` judges that one alone, and an unknown one is wrong use."""
-    topics = [topic for topic, _, _ in doctor.report("tiny") if topic.startswith("preset")]
-    assert topics == ["preset tiny"]
+    topics = [topic for topic, _, _ in doctor.report("tiny")]
+    assert [topic for topic in topics if topic.startswith("preset")] == ["preset tiny"]
+    assert {"needs memory", "  SFT update", "  evaluation"} <= set(topics)
     with pytest.raises(UsageError, match="paper"):
         doctor.report("papre")
+
+
+def test_colab_says_what_it_needs_and_how_long_it_takes(monkeypatch):
+    """Memory by phase against the device, minutes of the six setups, both marked as estimates."""
+    for machine, advice in ((replace(GPU_BOX, gpu_memory=14.6, precision="fp32"), ""),
+                            (replace(GPU_BOX, gpu_memory=2.5, precision="fp32"), "This run needs")):
+        monkeypatch.setattr(doctor, "look", lambda m=machine: m)
+        rows = {topic: (value, said) for topic, value, said in doctor.report("colab")}
+        assert rows["needs memory"][0].startswith("estimated 9.9 GiB of the GPU")
+        assert advice in rows["needs memory"][1] and bool(advice) == bool(rows["needs memory"][1])
+        assert "weights 1.9" in rows["  SFT update"][0]
+        assert rows["time rl"][0].startswith("estimated ") and "min on a T4" in rows["time rl"][0]
+        assert "assumed" in rows["time rests on"][0]
+        assert sum(name.startswith("time ") for name in rows) == 8, "base, six setups, assumptions"
 
 
 def test_render_shows_value_and_advice(monkeypatch):
