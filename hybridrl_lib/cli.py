@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+from .distributed import end, is_first, may_complain
 from .errors import UsageError, UserError, printable, unknown
 
 INTERRUPTED = 130
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("HYBRIDRL_DEBUG", "") not in ("", "0"):
             raise
         code, sentence = explain(error)
-        print(f"hybridrl: {printable(sentence)}", file=sys.stderr)
+        if may_complain():
+            print(f"hybridrl: {printable(sentence)}", file=sys.stderr, flush=True)
         return code
 
 
@@ -181,7 +183,9 @@ def run_command(arguments: argparse.Namespace) -> None:
 
     folder = run(arguments.setup, arguments.preset, arguments.seed, arguments.experiment,
                  arguments.settings)
-    print(f"the record is in {folder.path}")
+    if is_first():
+        print(f"the record is in {folder.path}")
+    end()
 
 
 def prepare_torch(preset: str = "") -> None:

@@ -156,13 +156,17 @@ class Policy:
         else:
             layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids,
                       "attention_mask": packed.with_mask().attention_mask}
-        with self.autocast():
+        def compute() -> tuple[Tensor, Tensor]:
             hidden = base.get_decoder()(use_cache=False, **layout).last_hidden_state
             hidden = hidden.flatten(0, 1)[packed.before]
             head = base.get_output_embeddings()
             return score_tokens(hidden, head.weight, packed.targets, bias=head.bias,
                                 temperature=temperature, chunk_tokens=chunk_tokens,
                                 with_entropy=with_entropy)
+
+        inside = getattr(model, "run_inside", None)  # of a model that is shared out
+        with self.autocast():
+            return compute() if inside is None else inside(compute)
 
     # Weights and the reference -----------------------------------------------------------------
 

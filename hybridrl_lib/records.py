@@ -223,17 +223,25 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class RunFolder:
-    """The folder of one run: `<experiment>/<setup>/seed-<n>/`."""
+    """The folder of one run: `<experiment>/<setup>/seed-<n>/`.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        silent: what is written goes nowhere: another process writes this record.
+    """
+
+    def __init__(self, path: Path, silent: bool = False):
+        self.path, self.silent = path, silent
 
     # Whole files -------------------------------------------------------------------------------
 
     def write(self, name: str, value: Any) -> None:
+        if self.silent:
+            return
         write_whole(self.path / name, to_json(value, indent=2) + "\n")
 
     def write_lines(self, name: str, rows: Iterable[Mapping]) -> None:
+        if self.silent:
+            return
         write_whole(self.path / name, "".join(to_json(row) + "\n" for row in rows))
 
     def read(self, name: str) -> dict | None:
@@ -282,6 +290,8 @@ class RunFolder:
 
     def append(self, name: str, row: Mapping) -> None:
         """Adds a line to a log."""
+        if self.silent:
+            return
         path = self.path / name
         try:
             make_folder(path.parent)

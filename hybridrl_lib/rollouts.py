@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .cuda_graphs import GraphedDecoder
 from .decoding import Decoder, TransformersDecoder
+from .distributed import merged, my_part, together
 from .policy import Policy
 from .products import ROWS, rounded_up
+from .sharding import whole
 
 CPU_NUMBERS, GPU_NUMBERS = 2**19, 2**26  # logits of which tokens are chosen at once
 WORDS_A_BLOCK = 256  # of the vocabulary, when a word is drawn
@@ -130,9 +132,22 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, ma
                                 temperature=temperature, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(len(prompts), samples, max_new_tokens, generator=generator)
-    decoder = make_decoder(policy)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    at_once = max(1, batch_size // samples)
+    mine = [order[place] for place in my_part(len(order))]
+    with whole(policy.model):
+        groups = merged(together(lambda: _sample_some(
+            policy, prompts, mine, uniform, temperature, max(1, batch_size // samples))))
+    return [groups[i] for i in range(len(prompts))]
+
+
+def _sample_some(policy: Policy, prompts: Sequence[Sequence[int]], order: list[int],
+                 uniform: Tensor, temperature: float, at_once: int) -> dict[int, Group]:
+    """{place: group} of some of the prompts, so many at once in the order of their places.
+
+    Args:
+        uniform: (P, G, most tokens), for all prompts.
+    """
+    decoder, samples = make_decoder(policy), uniform.shape[1]
     groups: dict[int, Group] = {}
     for start in range(0, len(order), at_once):
         indices = order[start:start + at_once]
@@ -143,7 +158,7 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, ma
         completions = [Completion(*row, text=text) for row, text in zip(rows, texts, strict=True)]
         for j, i in enumerate(indices):
             groups[i] = Group(list(prompts[i]), completions[j * samples:(j + 1) * samples])
-    return [groups[i] for i in range(len(prompts))]
+    return groups
 
 
 @contextmanager

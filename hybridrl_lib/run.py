@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,8 @@ from .config import (
     settings_from_dict,
     settings_to_dict,
 )
-from .errors import UserError
+from .distributed import SharedVerifier, begin, from_first, is_first, size, wants_shards
+from .errors import UsageError, UserError
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
 from .memory import (
@@ -37,12 +38,13 @@ from .memory import (
 )
 from .methods import make_method
 from .methods.method import Method
-from .policy import Policy, choose_device, load_policy
+from .policy import KNOWN, Policy, choose_device, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer, Stopwatch
 from .records import NUMERICS_VERSION, RunFolder, experiment_folder, run_folder, write_folder
 from .rewards import Verifier
 from .setups import get_setup
+from .sharding import whole
 from .training import Trainer
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "tokenizers", "safetensors",
@@ -72,21 +74,49 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
     method = make_method(chosen, resolved)  # refuses impossible settings before anything is loaded
     experiment = experiment or default_experiment(preset)
     folder = run_folder(experiment_folder(experiment), setup, seed)
-    observer = observer or Lines(name=f"{setup} seed {seed}")
+    refuse_processes(resolved)
+    begin(resolved.model.device)
+    folder.silent = not is_first()
+    observer = Observer() if folder.silent else observer or Lines(name=f"{setup} seed {seed}")
     config = {"setup": setup, "seed": seed, "preset": preset, "experiment": experiment,
               "numerics_version": NUMERICS_VERSION, "settings": settings_to_dict(resolved)}
-    # Nobody writes a finished run any more: it can be read where nothing can be written.
     checkpoints = Checkpoints(folder)
-    with (nullcontext() if folder.is_complete and not checkpoints.left_over() else
-          only_writer(folder.path, f"The run {setup}/seed-{seed}")):
+
+    def open_folder() -> bool:
+        """Takes hold of the folder; returns whether its run is finished."""
+        # Nobody writes a finished run any more: it can be read where nothing can be written.
+        if not folder.is_complete or checkpoints.left_over():
+            held.enter_context(only_writer(folder.path, f"The run {setup}/seed-{seed}"))
         _claim(folder, config, resolved)
         if folder.is_complete:
             _check_unaltered(folder)
+        return folder.is_complete
+
+    with ExitStack() as held:
+        if from_first(open_folder):
             observer.note("already complete; its record is read, nothing is run again")
         else:
             _train_and_evaluate(method, seed, preset, resolved, folder, observer)
-        checkpoints.drop()
+        from_first(checkpoints.drop)
     return folder
+
+
+def refuse_processes(settings: Settings) -> None:
+    """Refuses settings that need a single process, or whole weights in every one.
+
+    Raises:
+        UsageError: the run was started in several, or with FSDP.
+    """
+    if settings.model.sampler == "vllm" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        settings.model.refuse("sampler", "vllm samples for a single process; set it to own")
+    if not wants_shards():
+        return
+    if settings.model.precision == "fp16":
+        settings.model.refuse("precision", "the loss scale of fp16 does not work with FSDP; choose "
+                              "bf16 or fp32")
+    if settings.rl.beta > 0 and settings.rl.kl_anchor == "stage":
+        settings.rl.refuse("kl_anchor", "FSDP has no room for the weights that a stage began with; "
+                           "choose old or reference, or launch it without --use_fsdp")
 
 
 def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settings,
@@ -95,11 +125,14 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
     if preset == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the order of sums, hence the record, must not vary with cores
     clock = Stopwatch()
-    parts = load_parts(resolved.data)
+    parts = from_first(lambda: load_parts(resolved.data))
     device = choose_device(resolved.model.device).type
-    peak, room = PeakMemory(device), TO_USE * free_memory(device)
+    peak, room = PeakMemory(device), from_first(lambda: TO_USE * free_memory(device))
     resolved, expected = fit_to_device(resolved, room)  # before a model is loaded
     policy = load_policy(resolved.model, observer.note)
+    if wants_shards() and policy.model.config.model_type not in KNOWN:
+        raise UsageError(f"FSDP works with the architectures {' and '.join(KNOWN)}, and this model "
+                         f"is {policy.model.config.model_type}; launch it without --use_fsdp.")
     if expected is None:
         shape = shape_from(policy.model.config.to_dict())
         resolved, expected = fit_to_device(resolved, room, shape)
@@ -109,7 +142,8 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
     if expected is not None and (note := tight(expected, room)):
         observer.note(note)
     parts = fit_to_policy(parts, policy, resolved, observer)
-    with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as verifier:
+    with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as own_verifier:
+        verifier = own_verifier if size() == 1 else SharedVerifier(own_verifier)
         trainer = Trainer(policy, method, parts, resolved,
                           with_entropy=method.setup.entropy, seed=seed, folder=folder,
                           verifier=verifier, observer=observer, clock=clock)
@@ -120,33 +154,44 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         if not trainer.step:
             for line in signal_lines(rows, resolved.rl.group_size):
                 observer.note(line)
-        folder.sync_logs()  # all of the record is on the disk before its manifest says so
-        wall, processor = clock.read()
-        manifest = {
-            **provenance(), "setup": method.setup.name, "seed": seed, "preset": preset,
-            "device": device_name(policy.device), "precision": policy.precision,
-            "threads": torch.get_num_threads(),
-            "model": {"name": policy.name, "parameters": policy.parameter_count(),
-                      "trained_parameters": sum(p.numel() for p in trainer.learner.parameters),
-                      "sha256": policy.sha256,
-                      **({"revision": policy.revision} if policy.revision else {})},
-            "data": {name: {"revision": parts.revisions.get(name), "problems": dict(counts)}
-                     for name, counts in parts.counts.items()},
-            "memory": memory_record(resolved, expected, peak),
-            "updates_not_finite": trainer.not_finite,
-            "steps": trainer.step, "tokens": trainer.tokens, "best_on_validation": trainer.best,
-            "verdicts": dict(verifier.counts), "resumed_from": trainer.resumed_from,
-            "checksums": folder.checksums(),
-            "seconds/wall": wall, "seconds/device": processor,
-            "complete": True}
+        seconds = trainer.seconds()
 
-        def save(final: Path) -> None:
-            policy.save(final)
-            write_card(final, manifest, folder.read("config.json"), rows)
+        def finish() -> None:
+            folder.sync_logs()  # all of the record is on the disk before its manifest says so
+            manifest = _manifest(trainer, parts, preset, seconds) | {
+                "memory": memory_record(resolved, expected, peak)}
 
-        write_folder(folder.path / "checkpoint" / "final", save)
-        folder.write("manifest.json", manifest)
-    observer.note(f"done in {wall:.0f} s")
+            def save(final: Path) -> None:
+                policy.save(final)
+                write_card(final, manifest, folder.read("config.json"), rows)
+
+            write_folder(folder.path / "checkpoint" / "final", save)
+            folder.write("manifest.json", manifest)
+
+        with whole(policy.model):
+            from_first(finish)
+    observer.note(f"done in {seconds[0]:.0f} s")
+
+
+def _manifest(trainer: Trainer, parts: ProblemParts, preset: str, seconds: list[float]) -> dict:
+    """What manifest.json says about a run that is finished."""
+    policy, folder = trainer.policy, trainer.folder
+    return {
+        **provenance(), "setup": trainer.method.setup.name, "seed": trainer.seed, "preset": preset,
+        "device": device_name(policy.device), "precision": policy.precision,
+        "threads": torch.get_num_threads(), "processes": size(),
+        "model": {"name": policy.name, "parameters": policy.parameter_count(),
+                  "trained_parameters": sum(p.numel() for p in trainer.learner.parameters),
+                  "sha256": policy.sha256,
+                  **({"revision": policy.revision} if policy.revision else {})},
+        "data": {name: {"revision": parts.revisions.get(name), "problems": dict(counts)}
+                 for name, counts in parts.counts.items()},
+        "updates_not_finite": trainer.not_finite,
+        "steps": trainer.step, "tokens": trainer.tokens, "best_on_validation": trainer.best,
+        "verdicts": dict(trainer.verifier.counts), "resumed_from": trainer.resumed_from,
+        "checksums": folder.checksums(),
+        "seconds/wall": seconds[0], "seconds/device": seconds[1],
+        "complete": True}
 
 
 def memory_record(settings: Settings, expected: Estimate | None, peak: PeakMemory) -> dict:
@@ -230,7 +275,7 @@ def _evaluate(trainer: Trainer, parts: ProblemParts, settings: Settings, verifie
                     samples=evaluation.samples, seed=seed)
     rows += evaluate(policy, train, evaluation, verifier, part="train",
                      samples=train_samples, seed=seed)
-    last = {name: weight.detach().cpu().clone() for name, weight in trainer.weights().items()}
+    last = trainer.copy_of_weights()
     if trainer.use_best_weights():
         rows += evaluate(policy, parts.test, evaluation, verifier, part="test",
                          checkpoint="best", samples=0, seed=seed)

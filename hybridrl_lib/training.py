@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .checkpoints import Checkpoints, Snapshot
 from .config import RLSettings, Settings
+from .distributed import any_of, from_first, is_first, together
 from .entropy_control import EntropyControl
 from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, distinct_answers, evaluate, verdicts_of
@@ -33,6 +34,7 @@ from .progress import Observer, Stopwatch
 from .records import RunFolder, seed_of
 from .rewards import Verifier, steps_hold
 from .rollouts import Group, sample
+from .sharding import like, whole
 from .steps import Rollout, Step
 from .updates import Learner, Totals, Update
 
@@ -84,8 +86,10 @@ class Trainer:
             UserError: the loss stopped being finite.
         """
         self._resume()
-        self.health = replay(*map(self.folder.lines, ("metrics.jsonl", "probe.jsonl")))
-        if self.step == 0 and not self.folder.lines("probe.jsonl"):
+        steps, probes = from_first(
+            lambda: [self.folder.lines(name) for name in ("metrics.jsonl", "probe.jsonl")])
+        self.health = replay(steps, probes)
+        if self.step == 0 and not probes:
             self._probe(self.method.stages[0].name if self.method.stages else "base")
         with Interrupt() as interrupt:
             while self.stage_index < len(self.method.stages):
@@ -94,7 +98,7 @@ class Trainer:
                 while self.stage_step < self.steps_of(self.stage):
                     self._one_step(self._progress())
                     self._after_step()
-                    if interrupt.asked:
+                    if any_of(interrupt.asked):
                         self._save_checkpoint()
                         raise Stopped(f"Stopped by you after step {self.step}; the checkpoint is "
                                       "written, and the same command goes on from there.")
@@ -372,7 +376,7 @@ class Trainer:
         self.observer.on_validation(row)
         if row["strict"] > self.best["strict"]:
             self.best = {"strict": row["strict"], "step": self.step}
-            self.best_weights = {k: v.detach().cpu().clone() for k, v in self.weights().items()}
+            self.best_weights = self.copy_of_weights()
 
     # 5. Checkpoints ----------------------------------------------------------------------------
 
@@ -380,11 +384,16 @@ class Trainer:
         """The weights that training moves: all of them, or the adapter's."""
         return self.policy.trained_weights()
 
+    def copy_of_weights(self) -> dict[str, Tensor]:
+        """The same as they are now, whole and on the CPU."""
+        with whole(self.policy.model):
+            return {k: v.detach().cpu().clone() for k, v in self.weights().items()}
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Puts weights in place of those that training moves."""
         with torch.no_grad():
             for name, parameter in self.weights().items():
-                parameter.copy_(weights[name])
+                parameter.copy_(like(weights[name], parameter))
 
     def use_best_weights(self) -> bool:
         """Puts the weights that did best on validation in place; False if they are the last."""
@@ -396,19 +405,26 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {"step": self.step, "stage_index": self.stage_index, "stage_step": self.stage_step,
                  "tokens": self.tokens, "best": self.best, "resumed_from": self.resumed_from,
-                 "verdicts": dict(self.verifier.counts), "seconds": self.clock.read(),
+                 "verdicts": dict(self.verifier.counts), "seconds": self.seconds(),
                  "method": self.method.state(), "entropy_control": self.entropy_control.state(),
                  "stages": [asdict(stage) for stage in self.method.stages]}
         scaler = self.learner.accelerator.scaler
         more = {f"method/{name}": tensor for name, tensor in self.method.tensors().items()}
         more |= {f"anchor/{name}": w for name, w in (self.anchor_weights or {}).items()}
-        self.checkpoints.save(self.step, Snapshot(
-            state, self.weights(), self.best_weights, self.learner.optimizer_states(),
-            None if scaler is None else scaler.state_dict(), more).write)
+        moments = self.learner.optimizer_states()
+        with whole(self.policy.model):
+            from_first(lambda: self.checkpoints.save(self.step, Snapshot(
+                state, self.weights(), self.best_weights, moments,
+                None if scaler is None else scaler.state_dict(), more).write))
+
+    def seconds(self) -> list[float]:
+        """[wall, processor] so far, the second of all processes together."""
+        wall, processor = self.clock.read()
+        return [wall, round(sum(together(lambda: processor)), 2)]
 
     def _resume(self) -> None:
         """Goes on from the newest whole checkpoint, if there is one."""
-        found = self.checkpoints.resume(self.observer.note)
+        found = from_first(lambda: self.checkpoints.resume(self.observer.note))
         if found is None:
             return
         step, folder = found
@@ -429,7 +445,8 @@ class Trainer:
                                                    state["best"])
         self.resumed_from = [*state["resumed_from"], step]
         self.verifier.counts.update(state["verdicts"])
-        self.clock.go_on_from(state["seconds"])
+        wall, processor = state["seconds"]
+        self.clock.go_on_from([wall, processor if is_first() else 0.0])
         self.load_weights(snapshot.weights)
         self.best_weights = snapshot.best
         self.learner.load_optimizer_states(snapshot.optimizer)

@@ -1,7 +1,7 @@
 """One optimiser update: the loss of a mini-batch, its gradient over micro-batches, one step."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .config import Settings
+from .distributed import merged, my_sequences, size, sum_gradients, together, wants_shards
 from .errors import UserError
 from .objectives import (
     entropy_terms,
@@ -21,6 +22,7 @@ from .objectives import (
 )
 from .packing import Packed, PromptCompletion, pack
 from .policy import Policy
+from .sharding import plain, shard, share_state, whole_state
 
 PATIENCE_WITH_NON_FINITE = 5  # updates in a row with a non-finite gradient before a run stops
 PATIENCE_WITH_SCALING = 20  # in fp16, where each one halves the loss scale, from 2^16 on
@@ -81,6 +83,12 @@ class Totals:
         self.counts[name] = self.counts.get(name, 0) + (
             values.numel() if count is None else count)
 
+    def take_in(self, other: "Totals") -> None:
+        """Adds another's sums and counts."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+
     def mean(self, name: str) -> float | None:
         return self.sums[name] / self.counts[name] if self.counts.get(name) else None
 
@@ -96,12 +104,14 @@ class Learner:
     def __init__(self, policy: Policy, settings: Settings):
         self.policy, self.settings = policy, settings
         self.accelerator = Accelerator(cpu=policy.device.type == "cpu", mixed_precision="no")
-        if self.accelerator.num_processes > 1:
-            raise UserError("A run trains in one process; start it without 'accelerate launch' "
-                            "and use 'hybridrl reproduce --jobs' to run setups side by side.")
         if policy.precision == "fp16":
             # accelerate's own is for GPUs only, and it allows one precision a process.
             self.accelerator.scaler = torch.amp.GradScaler(policy.device.type)
+        self.sharded = wants_shards()
+        if self.sharded:
+            for model in (policy.model, policy._frozen):
+                if model is not None:
+                    shard(model)
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.non_finite_in_a_row = 0
@@ -124,28 +134,38 @@ class Learner:
 
     def optimizer_states(self) -> dict[str, dict]:
         """The state of every optimiser, by its name."""
-        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {name: whole_state(s) for name, s in states.items()} if self.sharded else states
 
     def load_optimizer_states(self, states: dict[str, dict]) -> None:
         """The inverse of `optimizer_states`."""
         for name, state in states.items():  # "main", which clears the others, is the first
             self.new_optimizer(name)
             self.optimizers[name].load_state_dict(state)
+            if self.sharded:
+                share_state(self.optimizers[name].optimizer)
 
     @torch.no_grad()
     def scores(self, sequences: Sequence[PromptCompletion], model=None,
                temperature: float | None = None) -> list[Tensor]:
         """Log-probabilities (T_i,) of every completion under the policy or another model."""
         temperature = temperature or self.settings.rl.temperature
-        result: list[Tensor] = [torch.empty(0)] * len(sequences)
-        for packed in self._pack(sequences):
-            scores, _ = self.policy.score(
-                packed.to(self.policy.device), temperature=temperature, with_entropy=False,
-                chunk_tokens=self.settings.training.logit_chunk_tokens, model=model)
-            owners, lengths = packed.sequence.unique_consecutive(return_counts=True)
-            for index, piece in zip(owners.tolist(), scores.split(lengths.tolist()), strict=True):
-                result[index] = piece
-        return result
+        mine, device = my_sequences(sequences), self.policy.device
+
+        def score() -> dict[int, Tensor]:
+            result = {}
+            for packed, counts in self._passes(sequences, mine):
+                scores, _ = self.policy.score(
+                    packed.to(device), temperature=temperature, with_entropy=False,
+                    chunk_tokens=self.settings.training.logit_chunk_tokens, model=model)
+                owners, lengths = packed.sequence.unique_consecutive(return_counts=True)
+                if counts:
+                    result |= {mine[i]: piece if size() == 1 else piece.cpu() for i, piece in zip(
+                        owners.tolist(), scores.split(lengths.tolist()), strict=True)}
+            return result
+
+        found = merged(together(score))
+        return [found[i].to(device) for i in range(len(sequences))]
 
     def apply(self, update: Update, learning_rate: float, totals: Totals) -> float | None:
         """Accumulates the gradient over micro-batches and steps.
@@ -171,13 +191,51 @@ class Learner:
         if keep and self.entropy_control is not None:
             self.entropy_control.mark(update, self)
         self._count_skipped(update, keep, totals)
+        if size() == 1 or not keep:
+            self._backward(update, keep, keep, totals)
+            return bool(keep)
+        mine = [keep[i] for i in my_sequences([update.sequences[i] for i in keep])]
+        before, part = self._take_gradients(), Totals()
+        self._backward(update, keep, mine, part)
+        if not self.sharded:  # whose gradients are summed layer by layer, in the backward pass
+            sum_gradients(self.parameters)
+        for gradient, parameter in zip(before, self.parameters, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
+        for other in together(lambda: part):
+            totals.take_in(other)
+        return True
+
+    def _backward(self, update: Update, keep: list[int], mine: list[int], totals: Totals) -> None:
+        """Adds the gradient of this process's completions, `mine` of the update's `keep`."""
         device = self.policy.device.type
         with self.policy.autocast():  # around all micro-batches: weights are cast once for them
-            for packed in self._pack([update.sequences[i] for i in keep]):
-                loss = self._loss(update, keep, packed, totals)
+            for packed, counts in self._passes(update.sequences, mine, keep[:1]):
+                loss = self._loss(update, mine if counts else keep[:1], packed,
+                                  totals if counts else Totals())
                 with torch.autocast(device, enabled=False):
-                    self.accelerator.backward(loss)
-        return bool(keep)
+                    self.accelerator.backward(loss if counts else 0 * loss)
+
+    def _take_gradients(self) -> list[Tensor | None]:
+        """The gradients of the parameters, which have none afterwards."""
+        taken = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return taken
+
+    def _passes(self, sequences: Sequence[PromptCompletion], mine: list[int],
+                any_one: Sequence[int] = (0,)) -> Iterator[tuple[Packed, bool]]:
+        """The micro-batches of the sequences at `mine`, and whether each counts.
+
+        Under FSDP all processes make equally many passes: those with fewer add some over one
+        sequence, `any_one`, that do not count.
+        """
+        batches = self._pack([sequences[i] for i in mine])
+        missing = (max(together(lambda: len(batches))) - len(batches)) if self.sharded else 0
+        yield from ((packed, True) for packed in batches)
+        if missing:
+            spare = self._pack([sequences[i] for i in any_one])[0]
+            yield from ((spare, False) for _ in range(missing))
 
     def gradient_norm(self, update: Update) -> float:
         """Norm of the gradient of an update that is not taken, as `step` would return it."""
@@ -185,10 +243,9 @@ class Learner:
             return 0.0
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters
                                               if p.grad is not None])
-        for parameter in self.parameters:
-            parameter.grad = None
+        self._take_gradients()
         scaler = self.accelerator.scaler
-        return float(norm) / (1.0 if scaler is None else scaler.get_scale())
+        return float(plain(norm)) / (1.0 if scaler is None else scaler.get_scale())
 
     def step(self, learning_rate: float, optimizer: str = "main",
              largest_norm: float = math.inf) -> float:
@@ -205,8 +262,8 @@ class Learner:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(chosen.optimizer)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters,
-                                                      self.settings.training.gradient_clip))
+        norm = float(plain(self.accelerator.clip_grad_norm_(
+            self.parameters, self.settings.training.gradient_clip)))
         for group in chosen.param_groups:
             group["lr"] = learning_rate
         if norm > largest_norm:  # AdamW leaves alone what has no gradient

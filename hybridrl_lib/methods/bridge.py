@@ -66,6 +66,7 @@ class Bridge(Method):
 
     settings_section = BridgeSettings
     adapters = ("lora",)
+    sharded = False
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config import Settings
+from ..distributed import together
 from ..fields import Section, setting
 from ..setups import Setup
 from .method import Method, Progress, Weights, mixing_stage
@@ -102,8 +103,10 @@ class CHORD(Method):
     def after_step(self, row, progress):
         if "reward" in row:
             self.reward = row["reward"]
-        if self.own.phi == "uncertainty" and self.phis:
-            row["chord/phi"] = sum(phi for phi, _ in self.phis) / sum(n for _, n in self.phis)
+        if self.own.phi == "uncertainty":
+            phis = sum(together(lambda: self.phis), [])  # a process sees its own demonstrations
+            if phis:
+                row["chord/phi"] = sum(phi for phi, _ in phis) / sum(n for _, n in phis)
 
     def state(self):
         return {"reward": self.reward}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..config import Settings
+from ..distributed import wants_shards
+from ..errors import UsageError
 from ..fields import Section
 from ..records import seed_of
 from ..setups import Setup
@@ -86,6 +88,7 @@ class Method:
         teaches_as_needed: whether what the answers are like decides on the demonstrations.
         needs_reference: whether it reads `Rollout.reference`, which is then there at every step.
         dynamic_sampling: whether groups without signal may be dropped before it sees them.
+        sharded: whether it works where FSDP leaves each process a part of every weight.
         stages: in order. A method may replace them while it runs; what is in the past stays.
 
     Raises, at construction:
@@ -97,6 +100,7 @@ class Method:
     teaches_as_needed: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
     dynamic_sampling: ClassVar[bool] = False
+    sharded: ClassVar[bool] = True
     stages: tuple[Stage, ...] = ()
 
     def __init__(self, setup: Setup, settings: Settings):
@@ -104,6 +108,9 @@ class Method:
         if settings.model.adapter not in self.adapters:
             settings.model.refuse("adapter", f"the method {setup.method} works with "
                                   + " or ".join(self.adapters))
+        if wants_shards() and not self.sharded:
+            raise UsageError(f"The method {setup.method} reads and changes whole weights, which no "
+                             "process has with FSDP; launch it without --use_fsdp.")
         if setup.entropy and settings.entropy_control.kind in ("bonus", "adaptive"):
             settings.entropy_control.refuse("kind", f"the setup {setup.name} has an entropy term "
                                             "of its own; choose a setup without one")

@@ -60,6 +60,7 @@ class MIFO(Method):
     """RL, and SFT on hard problems' uncertain tokens that forgets no RL."""
 
     settings_section = MIFOSettings
+    sharded = False
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)

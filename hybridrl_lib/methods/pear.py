@@ -81,6 +81,7 @@ class PEAR(Staged):
     """SFT weighted by how likely the policy is to go on as the demonstration does, then RL."""
 
     settings_section = PEARSettings
+    sharded = False
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
