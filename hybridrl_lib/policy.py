@@ -33,6 +33,7 @@ from .objectives import score_tokens
 from .packing import Packed
 from .problems.prompts import encode_prompt, pad_token_id, prompt_text, stop_token_ids
 from .products import use_fast_products, use_plain_products
+from .sharding import weights_to_save
 
 KNOWN = ("qwen2", "llama")  # architectures that sampler and attention of this project know
 TINY = "tiny-v1"  # the model that ships with the package
@@ -237,7 +238,7 @@ class Policy:
         model = copy.deepcopy(self.model).merge_and_unload() if self.trains_base else self.model
         # No adapter is in the embeddings (_add_adapter), so PEFT need not look whether one is.
         more = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-        model.save_pretrained(folder, safe_serialization=True, **more)
+        model.save_pretrained(folder, safe_serialization=True, **more, **weights_to_save(model))
         self.tokenizer.save_pretrained(folder)
         for name in ("adapter_config.json", "README.md"):  # PEFT says where the base model lies
             hide_home(folder / name)

@@ -28,7 +28,8 @@ def shard(model: torch.nn.Module) -> None:
     for module in units(model):
         module.set_gradient_divide_factor(1.0)  # a sum: the loss's weights are those of all
         module.set_force_sum_reduction_for_comms(True)
-    model.run_inside = MethodType(lambda self, work: work(), model)
+    # Outputs are cloned: FSDP's hooks on a view could be lost.
+    model.run_inside = MethodType(lambda self, work: tuple(x.clone() for x in work()), model)
     register_fsdp_forward_method(model, "run_inside")
 
 
@@ -56,6 +57,13 @@ def whole(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in shared:
             module.reshard()
+
+
+def weights_to_save(model: torch.nn.Module) -> dict:
+    """What `save_pretrained` has to be given besides, inside `whole`: by itself the model would
+    ask the other processes for their parts once more."""
+    return {"state_dict": dict(model.named_parameters(remove_duplicate=False))} if units(
+        model) else {}
 
 
 def is_part(tensor: Tensor) -> bool:
