@@ -124,6 +124,12 @@ def add_jobs(parser: argparse.ArgumentParser, what: str) -> None:
                         help=f"{what} at a time; unless given one a GPU, or one a core")
 
 
+def add_executor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--executor", default="local", metavar="WHERE",
+                        help="local, unless given: processes on this machine; ray or ray:ADDRESS: "
+                             "the nodes of a Ray cluster, that in RAY_ADDRESS or this machine's")
+
+
 def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", metavar="NAME",
                         help="folder of the records under results/runs/; the preset's name unless "
@@ -209,6 +215,7 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
     add_seeds(parser)
     add_jobs(parser, "notebooks")
+    add_executor(parser)
     parser.add_argument("--setups", nargs="+", action="extend", default=[], metavar="SETUP",
                         help="only these; all of them unless given")
     add_place(parser)
@@ -220,7 +227,7 @@ def reproduce_command(arguments: argparse.Namespace) -> None:
 
     setups = [name for text in arguments.setups for name in text.split(",") if name]
     reproduce(arguments.preset, arguments.seeds, setups, arguments.jobs, arguments.experiment,
-              arguments.settings)
+              arguments.settings, executor=arguments.executor)
 
 
 # compare ----------------------------------------------------------------------------------------
@@ -248,6 +255,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
                         help="also train on each benchmark alone, with the first N seeds, and test "
                              "on all")
     add_jobs(parser, "runs")
+    add_executor(parser)
     add_place(parser)
     add_settings(parser)
 
@@ -257,7 +265,8 @@ def compare_command(arguments: argparse.Namespace) -> None:
 
     names = [name for text in arguments.methods for name in text.split(",") if name]
     compare(arguments.preset, arguments.seeds, names, arguments.grid, arguments.transfer,
-            arguments.jobs, arguments.experiment, arguments.settings)
+            arguments.jobs, arguments.experiment, arguments.settings,
+            executor=arguments.executor)
 
 
 # sweep ------------------------------------------------------------------------------------------
@@ -277,6 +286,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
     add_seeds(parser)
     add_jobs(parser, "runs")
+    add_executor(parser)
     add_place(parser)
     add_settings(parser)
 
@@ -285,7 +295,8 @@ def sweep_command(arguments: argparse.Namespace) -> None:
     from .sweep import sweep
 
     sweep(arguments.parameter, arguments.values, arguments.preset, arguments.seeds,
-          arguments.setup, arguments.jobs, arguments.experiment, arguments.settings)
+          arguments.setup, arguments.jobs, arguments.experiment, arguments.settings,
+          executor=arguments.executor)
 
 
 # report -----------------------------------------------------------------------------------------

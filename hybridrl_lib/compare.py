@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .cluster import Cluster, connect
 from .config import (
     default_experiment,
     difference,
@@ -61,6 +62,7 @@ class Plan:
         experiment: the folder's name; those of tuning and transfer begin with it.
         benchmarks: those that the settings train on; with transfer each is trained on alone, too.
         jobs: processes at a time.
+        cluster: where they run; None for this machine.
     """
 
     preset: str
@@ -71,11 +73,13 @@ class Plan:
     experiment: str
     benchmarks: tuple[str, ...]
     jobs: int
+    cluster: Cluster | None = None
 
 
 def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence[str] = (),
             grid: Sequence[float] = GRID, transfer: int = 0, jobs: int | None = None,
-            experiment: str | None = None, settings: Sequence[str] = (), say=None) -> list[Path]:
+            experiment: str | None = None, settings: Sequence[str] = (), say=None,
+            executor: str = "local") -> list[Path]:
     """Tunes, trains and tests all arms, then writes the comparison.
 
     Args:
@@ -86,8 +90,8 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
         grid: factors that the preset's learning rates are multiplied with.
         transfer: with how many of the seeds every arm is also trained on each benchmark alone and
             tested on all.
-        jobs, experiment, settings, say: as for `reproduce`; the experiment is the preset's name
-            with `-compare` unless given.
+        jobs, experiment, settings, say, executor: as for `reproduce`; the experiment is the
+            preset's name with `-compare` unless given.
 
     Returns:
         The files of the comparison.
@@ -97,7 +101,7 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
         Stopped: by Ctrl-C; the same command goes on.
     """
     say = say or (lambda line: print(line, flush=True))
-    plan = make_plan(preset, seeds, methods, grid, jobs, experiment, settings)
+    plan = make_plan(preset, seeds, methods, grid, jobs, experiment, settings, connect(executor))
     folder = experiment_folder(plan.experiment)
     with only_writer(folder, f"The experiment {plan.experiment}"):
         factors, tuned = tune(plan, say)
@@ -138,7 +142,8 @@ def work_and_write(plan: Plan, runs: Sequence[Job], say: Callable[[str], None],
 
 
 def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: Sequence[float],
-              jobs: int | None, experiment: str | None, settings: Sequence[str]) -> Plan:
+              jobs: int | None, experiment: str | None, settings: Sequence[str],
+              cluster: Cluster | None = None) -> Plan:
     """The plan, or the error for what cannot be compared."""
     import torch  # the only way to know how many GPUs there are
 
@@ -159,7 +164,7 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
     return Plan(preset, settings, arms, seeds, grid,
                 experiment or f"{default_experiment(preset)}-compare",
                 load_settings(preset, settings).data.benchmarks,
-                jobs or default_jobs(preset, count, gpus))
+                jobs or default_jobs(preset, count, gpus, cluster), cluster)
 
 
 def choose_arms(names: Sequence[str]) -> tuple[Setup, ...]:
@@ -298,7 +303,8 @@ def work(plan: Plan, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
     left = [job for job in jobs if not job.record.is_complete]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
-    failures = Queue(left, plan.jobs, environment(plan), say, torch.cuda.device_count()).run()
+    failures = Queue(left, plan.jobs, environment(plan), say, torch.cuda.device_count(),
+                     plan.cluster).run()
     if failures:
         for job, why in failures.items():
             say(f"* {job.name}: {why} (log: {job.log})")
@@ -309,7 +315,8 @@ def work(plan: Plan, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
 
 def environment(plan: Plan) -> dict[str, str]:
     """Environment variables of every run: this package, this results folder, its share of cores."""
-    return {"OMP_NUM_THREADS": str(threads_for(plan.preset, plan.jobs)), **os.environ,
+    threads = threads_for(plan.preset, plan.jobs, plan.cluster)
+    return {"OMP_NUM_THREADS": str(threads), **os.environ,
             "HYBRIDRL_RESULTS_DIR": str(experiment_folder(plan.experiment).parent.absolute()),
             "PYTHONPATH": joined(Path(__file__).parent.parent, os.environ.get("PYTHONPATH")),
             "PYTHONUNBUFFERED": "1"}

@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import Stopped, printable
 from .home import hide_home
 from .progress import duration
 from .records import RunFolder
+
+if TYPE_CHECKING:
+    from .cluster import Cluster, RemoteProcess
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -49,12 +53,36 @@ class Job:
     record: RunFolder | None = None
 
 
+class JobProcess(subprocess.Popen):
+    """The process of a job on this machine."""
+
+    def interrupt(self) -> None:
+        """Asks every kernel in it, or the run that it is, to stop after its step."""
+        kernels = kernels_of(self)
+        for kernel in kernels:
+            signal_quietly(kernel, signal.SIGINT)
+        if not kernels:  # a run, or nothing is under way yet
+            self.terminate()
+
+    def end(self) -> None:
+        """Kills it with all its processes."""
+        import psutil
+
+        try:
+            family = psutil.Process(self.pid).children(recursive=True)
+        except psutil.Error:
+            family = []
+        for number in (self.pid, *(child.pid for child in family)):
+            signal_quietly(number, signal.SIGKILL)
+        self.wait()
+
+
 @dataclass
 class Running:
-    """A job whose process is there."""
+    """A job whose process is there, on this machine or on a node of a cluster."""
 
     job: Job
-    process: subprocess.Popen
+    process: "JobProcess | RemoteProcess"
     slot: int
     began: float
 
@@ -89,10 +117,12 @@ class Queue:
         environment: of every process.
         say: takes a line of progress.
         gpus: GPUs to share among the slots; 0 for none.
+        cluster: where the jobs run; None for this machine.
     """
 
     def __init__(self, jobs: Sequence[Job], slots: int, environment: dict[str, str],
-                 say: Callable[[str], None], gpus: int = 0):
+                 say: Callable[[str], None], gpus: int = 0, cluster: "Cluster | None" = None):
+        self.cluster = cluster
         # sorted is stable: equal weights keep the order they came in
         self.waiting = sorted(jobs, key=lambda job: -job.weight)
         self.running: list[Running] = []
@@ -136,7 +166,7 @@ class Queue:
         while self.waiting and len(self.running) < self.slots:
             slot = min(set(range(self.slots)) - {one.slot for one in self.running})
             job = self.waiting.pop(0)
-            self.running.append(start(job, slot, self.environment, self.gpus))
+            self.running.append(start(job, slot, self.environment, self.gpus, self.cluster))
             self.say(f"started {job.name}")
 
     def _collect_ended(self) -> None:
@@ -166,21 +196,24 @@ class Queue:
         self.say(line)
 
 
-def start(job: Job, slot: int, environment: dict[str, str], gpus: int) -> Running:
-    """Starts a job's process, on the GPU of its slot.
+def start(job: Job, slot: int, environment: dict[str, str], gpus: int,
+          cluster: "Cluster | None" = None) -> Running:
+    """Starts a job's process, on the GPU of its slot or somewhere in a cluster.
 
     The process gets a session of its own: Ctrl-C in the terminal reaches this process alone, which
     then asks each kernel to finish its step. papermill itself would kill the kernel.
     """
-    if gpus > 1:
+    if gpus > 1 and cluster is None:
         visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         environment = environment | {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
     job.log.parent.mkdir(parents=True, exist_ok=True)
     job.output.unlink(missing_ok=True)  # an older one must not pass for this one's
+    if cluster is not None:
+        return Running(job, cluster.start(job, environment), slot, time.monotonic())
     with job.log.open("wb") as log:
-        process = subprocess.Popen(job.command, cwd=job.folder, env=environment, stdout=log,
-                                   stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   start_new_session=True)
+        process = JobProcess(job.command, cwd=job.folder, env=environment, stdout=log,
+                             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                             start_new_session=True)
     return Running(job, process, slot, time.monotonic())
 
 
@@ -286,11 +319,7 @@ def stop(running: Sequence[Running], say: Callable[[str], None]) -> None:
         "ends them at once")
     try:
         for one in running:
-            kernels = kernels_of(one.process)
-            for kernel in kernels:
-                signal_quietly(kernel, signal.SIGINT)
-            if not kernels:  # nothing is under way yet
-                one.process.terminate()
+            one.process.interrupt()
         for one in running:
             one.process.wait()
     except KeyboardInterrupt:
@@ -310,16 +339,8 @@ def kernels_of(process: subprocess.Popen) -> list[int]:
 
 def end_at_once(running: Sequence[Running]) -> None:
     """Kills jobs with all their processes; their last checkpoints stay."""
-    import psutil
-
     for one in running:
-        try:
-            family = psutil.Process(one.process.pid).children(recursive=True)
-        except psutil.Error:
-            family = []
-        for number in (one.process.pid, *(child.pid for child in family)):
-            signal_quietly(number, signal.SIGKILL)
-        one.process.wait()
+        one.process.end()
 
 
 def signal_quietly(number: int, what: signal.Signals) -> None:

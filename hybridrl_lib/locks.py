@@ -44,6 +44,21 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
             stream.close()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of a folder now."""
+    path = folder / ".lock"
+    if not fcntl or not path.exists():
+        return False
+    try:
+        with path.open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it has just been removed, or there are no locks
+        return False
+    return False
+
+
 def _open_locked(path: Path, what: str):
     """The locked file with this process's number in it; None where locks are not supported."""
     while True:

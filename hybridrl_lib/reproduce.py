@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .catalogue import published_folder
+from .cluster import Cluster, connect
 from .config import default_experiment, load_settings, resolve_preset, smoke_from_environment
 from .doctor import NEEDS, main_memory, usable_cores
 from .errors import UsageError, UserError
@@ -39,6 +40,7 @@ class Plan:
         jobs: processes at a time.
         threads: CPU threads of each.
         gpus: how many GPUs there are to share; 0 for none.
+        cluster: where the notebooks run; None for this machine.
     """
 
     preset: str
@@ -49,11 +51,12 @@ class Plan:
     jobs: int
     threads: int
     gpus: int
+    cluster: Cluster | None = None
 
 
 def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequence[str] = (),
               jobs: int | None = None, experiment: str | None = None,
-              settings: Sequence[str] = (), say=None) -> list[Path]:
+              settings: Sequence[str] = (), say=None, executor: str = "local") -> list[Path]:
     """Runs the notebooks of all setups and seeds, then those of the report.
 
     Args:
@@ -65,13 +68,14 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
         experiment: the folder under `results/runs/`; the preset's name unless given.
         settings: differences from the preset, as after `--set`.
         say: takes a line of progress; prints it unless given.
+        executor: `local`, or the Ray cluster that the notebooks run on, see `cluster.connect`.
 
     Returns:
         The files of the report.
 
     Raises:
-        UserError: a notebook failed (after all others were run), there are no notebooks, or another
-            process reproduces the same experiment.
+        UserError: a notebook failed (after all others were run), there are no notebooks, another
+            process reproduces the same experiment, or no cluster answers.
         Stopped: by Ctrl-C, after the running steps were finished and their checkpoints written.
     """
     say = say or (lambda line: print(line, flush=True))
@@ -79,19 +83,21 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
     chosen = [get_setup(name) for name in dict.fromkeys(setups or setups_with_notebook())]
     load_settings(preset, settings)  # refuses a wrong key here, once, rather than in every notebook
     plan = make_plan(preset, experiment or default_experiment(preset), tuple(settings), jobs,
-                     len(chosen) * len(seeds))
+                     len(chosen) * len(seeds), connect(executor))
     runs = [setup_job(plan, setup, seed) for setup in chosen for seed in dict.fromkeys(seeds)]
     with (only_writer(plan.folder, f"The experiment {plan.experiment}"),
-          tempfile.TemporaryDirectory(prefix="hybridrl-") as temporary):
+          # The nodes of a cluster share the folder of the results, and no other.
+          tempfile.TemporaryDirectory(prefix="hybridrl-", dir=plan.folder if plan.cluster else None
+                                      ) as temporary):
         environment = job_environment(plan, Path(temporary))
         say(f"{len(runs)} notebooks ({', '.join(setup.name for setup in chosen)}; "
             f"seeds {', '.join(map(str, dict.fromkeys(seeds)))}), "
             f"{plan.jobs} at a time with {environment['OMP_NUM_THREADS']} thread"
             f"{'' if environment['OMP_NUM_THREADS'] == '1' else 's'} each, into {plan.folder}; "
             "Ctrl-C stops, and the same command goes on")
-        failures = Queue(runs, plan.jobs, environment, say, plan.gpus).run()
+        failures = Queue(runs, plan.jobs, environment, say, plan.gpus, plan.cluster).run()
         pages = report_jobs(plan, [job.seed for job in runs], say)
-        failures |= Queue(pages, plan.jobs, environment, say, plan.gpus).run()
+        failures |= Queue(pages, plan.jobs, environment, say, plan.gpus, plan.cluster).run()
         files = write_report(plan, say)
     if failures:
         count = f"{len(failures)} of {len(runs) + len(pages)} notebooks failed"
@@ -107,34 +113,44 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
 
 
 def make_plan(preset: str, experiment: str, settings: tuple[str, ...], jobs: int | None,
-              count: int) -> Plan:
+              count: int, cluster: Cluster | None = None) -> Plan:
     """Where `count` runs go and how many at a time."""
     import torch  # the only way to know how many GPUs the notebooks will see
 
-    gpus = torch.cuda.device_count()
-    jobs = jobs or default_jobs(preset, count, gpus)
+    gpus = torch.cuda.device_count() if cluster is None else cluster.gpus
+    jobs = jobs or default_jobs(preset, count, gpus, cluster)
     notebooks = notebooks_folder()
     return Plan(preset=preset, experiment=experiment,
                 settings=tuple(seen_from(notebooks, text) for text in settings),
                 folder=experiment_folder(experiment).absolute(), notebooks=notebooks,
-                jobs=min(jobs, count), threads=threads_for(preset, min(jobs, count)), gpus=gpus)
+                jobs=min(jobs, count), threads=threads_for(preset, min(jobs, count), cluster),
+                gpus=gpus, cluster=cluster)
 
 
-def default_jobs(preset: str, count: int, gpus: int) -> int:
-    """One a GPU; without one, one a core as far as the preset's share of memory goes."""
+def default_jobs(preset: str, count: int, gpus: int, cluster: Cluster | None = None) -> int:
+    """One a GPU; without one, one a core as far as the preset's share of memory goes.
+
+    On a cluster as many as have room there.
+    """
+    if cluster is not None:
+        return min(count, cluster.slots(threads_for(preset, 1, cluster)))
     if gpus:
         return min(gpus, count)
     fitting = int(main_memory() // max(1, NEEDS[preset][1])) or 1
     return max(1, min(usable_cores(), fitting, count))
 
 
-def threads_for(preset: str, jobs: int) -> int:
+def threads_for(preset: str, jobs: int, cluster: Cluster | None = None) -> int:
     """CPU threads of a run.
 
     The number of threads moves the last bits of sums. At `tiny` it is always 1, so that a run
     leaves the same record however many go on beside it, and one thread is nearly as fast as two.
     """
-    return 1 if preset == "tiny" else max(1, usable_cores() // jobs)
+    if preset == "tiny":
+        return 1
+    if cluster is not None:  # its share of the cores beside a GPU, or a machine such as this one
+        return max(1, cluster.cpus // cluster.gpus if cluster.gpus else usable_cores())
+    return max(1, usable_cores() // jobs)
 
 
 def notebooks_folder() -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cluster import connect
 from .compare import Plan, only_runs, run_job, work_and_write
 from .config import default_experiment, load_settings, resolve_preset, show, split_overrides
 from .errors import UsageError, unknown
@@ -61,16 +62,17 @@ SWEEPS: dict[str, Sweep] = {
 
 def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
           seeds: Sequence[int] = (0,), setup: str | None = None, jobs: int | None = None,
-          experiment: str | None = None, settings: Sequence[str] = (), say=None) -> list[Path]:
+          experiment: str | None = None, settings: Sequence[str] = (), say=None,
+          executor: str = "local") -> list[Path]:
     """Trains and tests a setup with each value, then writes sweep.csv, sweep.md and a figure.
 
     Args:
         parameter: a key of `SWEEPS`.
         values: as after `--set`; the parameter's own list unless given.
         setup: instead of the parameter's own.
-        preset, seeds, jobs, experiment, settings, say: as for `compare`; the experiment is the
-            preset's name with `-sweep-` and the parameter unless given, and every value has one
-            whose name begins with it.
+        preset, seeds, jobs, experiment, settings, say, executor: as for `compare`; the experiment
+            is the preset's name with `-sweep-` and the parameter unless given, and every value has
+            one whose name begins with it.
 
     Returns:
         The files of the sweep.
@@ -89,11 +91,11 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
     if not values:
         raise UsageError(f"The parameter {parameter} has no values of its own; give them with "
                          "--values.")
-    arm = get_setup(setup or chosen.setup)
+    arm, cluster = get_setup(setup or chosen.setup), connect(executor)
     gpus, seeds = torch.cuda.device_count(), tuple(dict.fromkeys(seeds))
     plan = Plan(preset, tuple(split_overrides(settings)), (arm,), seeds, (1.0,),
                 experiment or f"{default_experiment(preset)}-sweep-{parameter}", (),
-                jobs or default_jobs(preset, len(values) * len(seeds), gpus))
+                jobs or default_jobs(preset, len(values) * len(seeds), gpus, cluster), cluster)
     given = {value: (*plan.settings, *as_settings(plan, chosen, value)) for value in values}
     for texts in given.values():  # refused here, once, rather than in every run
         make_method(arm, load_settings(preset, texts, setup=arm))
