@@ -19,7 +19,7 @@ from hybridrl_lib.records import RunFolder
 
 ROOT = Path(__file__).parent.parent
 COMMAND = (sys.executable, "-m", "hybridrl_lib.cli", "reproduce", "--setups", "sft,rl",
-           "--set", "training.epochs=8", "training.checkpoint_every=3")
+           "--set", "training.epochs=4", "training.checkpoint_every=3")
 
 
 # With Ray ---------------------------------------------------------------------------------------
