@@ -37,7 +37,7 @@ def start(cases: list[dict], processes: int = 2, **environment: str) -> list[str
         stderr=subprocess.STDOUT, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(processes)]
     try:
-        texts = [one.communicate(timeout=240)[0] for one in started]
+        texts = [one.communicate(timeout=900)[0] for one in started]
     finally:
         for one in started:
             one.kill()
@@ -106,6 +106,7 @@ def main() -> int:
     def command(arguments):
         from hybridrl_lib import distributed
 
+        cli.prepare_torch("tiny")
         for case in json.loads(sys.argv[1]):
             run_case(case)
         distributed.end()

@@ -23,7 +23,7 @@ FULL = {"setup": "sft_then_rl_entropy"}
 CHORD = {"setup": "chord_phi"}
 LORA = {"setup": "rl", "settings": [
     "model.adapter=lora", "rl.kl_anchor=reference", "rl.updates_per_rollout=2",
-    "rl.dynamic_sampling_rounds=2", "training.epochs=1"]}
+    "rl.dynamic_sampling_rounds=2"]}
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
