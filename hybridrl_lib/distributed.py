@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import UsageError
+from .errors import UsageError, UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -157,13 +157,20 @@ def together(work: Callable[[], Value]) -> list[Value]:
     try:
         mine = (work(), None)
     except Exception as error:
-        mine = (None, error)
+        mine = (None, as_sent(error))
     found: list = [None] * size()
     group.all_gather_object(found, mine)
     for _, error in found:
         if error is not None:
             raise error
     return [value for value, _ in found]
+
+
+def as_sent(error: Exception) -> Exception:
+    """An error as the other processes can have it: those of other libraries may not be rebuilt."""
+    if isinstance(error, UserError | OSError | MemoryError | RuntimeError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {reason(error)}")
 
 
 def from_first(work: Callable[[], Value]) -> Value:
@@ -201,7 +208,7 @@ def sum_gradients(parameters: "Sequence[torch.nn.Parameter]") -> None:
                       for p in chosen])
     group.all_reduce(flat)
     for parameter, piece in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
-        parameter.grad = piece.view_as(parameter).clone()
+        parameter.grad = piece.view_as(parameter)
 
 
 class SharedVerifier:
