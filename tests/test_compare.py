@@ -178,11 +178,12 @@ def test_settings_may_be_one_text_as_in_a_notebook():
 def test_the_command_line(monkeypatch, capsys):
     """Options reach `compare` as they are meant."""
     seen = []
-    monkeypatch.setattr(module, "compare", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(module, "compare", lambda *arguments, **named: seen.append(
+        (*arguments, named)))
     assert main(["compare", "--seeds", "2", "--methods", "relift,pear", "rl", "--grid", "1,3",
                  "--transfer", "1", "--set", "rl.beta=0.1"]) == 0
     assert seen == [("tiny", (0, 1), ["relift", "pear", "rl"], (1.0, 3.0), 1, None, None,
-                     ["rl.beta=0.1"])]
+                     ["rl.beta=0.1"], {"executor": "local"})]
     assert main(["compare", "--grid", "half"]) == 2
     assert "no list of factors" in capsys.readouterr().err
 

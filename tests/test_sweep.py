@@ -79,7 +79,9 @@ def test_what_cannot_be_swept_is_one_sentence(arguments, words):
 def test_the_command_line(monkeypatch):
     """Options reach `sweep` as they are meant."""
     seen = []
-    monkeypatch.setattr(module, "sweep", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(module, "sweep", lambda *arguments, **named: seen.append(
+        (*arguments, named)))
     assert main(["sweep", "--parameter", "lambda", "--values", "0,1", "--seeds", "2",
-                 "--setup", "combined"]) == 0
-    assert seen == [("lambda", ("0", "1"), "tiny", (0, 1), "combined", None, None, [])]
+                 "--setup", "combined", "--executor", "ray"]) == 0
+    assert seen == [("lambda", ("0", "1"), "tiny", (0, 1), "combined", None, None, [],
+                     {"executor": "ray"})]
