@@ -1,10 +1,10 @@
 """What a method adds to a step of the plain loop besides its own passes through the model.
 
 Steps of every method and of SFT, then RL are taken on the same problems, in processor time. Time in
-passes through the model (sampling, scores, backward passes), in the verifier and in the optimiser
-is left out: what remains is the method's own code and the loop's. The overhead is how much more of
-it a method's median step has than the plain loop's median step of the same stage, over that whole
-step. See README.md beside this file.
+passes through the model (packing, sampling, scores, backward passes), in the verifier and in the
+optimiser is left out: what remains is the method's own code and the loop's. The overhead is how
+much more of it a method's median step has than the plain loop's median step of the same stage, over
+that whole step. See README.md beside this file.
 """
 
 import argparse
@@ -62,8 +62,8 @@ class Passes:
     def watched(self) -> Iterator[None]:
         """Counts inside the `with` block, wherever the package calls these functions."""
         places = [(owner, name) for owner, name in (
-            (Policy, "score"), (Learner, "step"), (Verifier, "verify"), (torch.Tensor, "backward"),
-            (torch.autograd, "grad"))]
+            (Policy, "score"), (Learner, "scores"), (Learner, "step"), (Learner, "_pack"),
+            (Verifier, "verify"), (torch.Tensor, "backward"), (torch.autograd, "grad"))]
         places += [(module, "sample") for name, module in list(sys.modules.items())
                    if name.startswith("hybridrl_lib")
                    and getattr(module, "sample", None) is rollouts.sample]

@@ -187,13 +187,14 @@ class Policy:
     @contextmanager
     def with_weights(self, weights: dict[str, Tensor]) -> Iterator[PreTrainedModel]:
         """The model with other trained weights, inside the `with` block; nothing is copied."""
-        own = {name: parameter.data for name, parameter in self.trained_weights().items()}
-        for name, parameter in self.trained_weights().items():
+        trained = self.trained_weights()
+        own = {name: parameter.data for name, parameter in trained.items()}
+        for name, parameter in trained.items():
             parameter.data = weights[name]
         try:
             yield self.model
         finally:
-            for name, parameter in self.trained_weights().items():
+            for name, parameter in trained.items():
                 parameter.data = own[name]
 
     def plain_model(self) -> PreTrainedModel:

@@ -79,8 +79,9 @@ class Bridge(Method):
     def begin(self, trainer) -> None:
         before = set(trainer.policy.trained_weights())
         trainer.policy.train_base()
-        self.base = [name for name in trainer.policy.trained_weights() if name not in before]
-        self._follow(trainer.policy)
+        self.trained = trainer.policy.trained_weights()  # kept: to look them up takes milliseconds
+        self.base = [name for name in self.trained if name not in before]
+        self._follow()
 
     def weights(self, progress: Progress) -> Weights:
         return Weights(sft=1 - self.own.rl_weight, rl=self.own.rl_weight)
@@ -103,9 +104,9 @@ class Bridge(Method):
         norms: list[float] = []
         gains: list[float] = []
         for taught, sampled in zip(updates[::2], updates[1::2], strict=True):
-            g_sft = gradient(learner, taught, totals)
+            g_sft = self._gradient(learner, taught, totals)
             before = totals.sums.get("loss/rl", 0.0)
-            g_rl = gradient(learner, sampled, totals)
+            g_rl = self._gradient(learner, sampled, totals)
             loss = totals.sums.get("loss/rl", 0.0) - before
             mixed = add((1 - lam, g_sft), (lam, g_rl))
             for_adapter = (mixed if own.adapter == "both" else
@@ -124,7 +125,7 @@ class Bridge(Method):
                     step.row["bridge/adapter_grad_norm"] = norm
         if gains:
             step.row["bridge/gain"] = sum(gains) / len(gains)
-            step.row["bridge/distance"] = self._distance(learner.policy)
+            step.row["bridge/distance"] = self._distance()
         return norms
 
     # The auxiliary copy ---------------------------------------------------------------------------
@@ -136,14 +137,14 @@ class Bridge(Method):
 
         totals = Totals()
         if self.own.auxiliary == "one_step":
-            self._follow(learner.policy)
-        own = {name: weight.data for name, weight in learner.policy.trained_weights().items()}
+            self._follow()
+        own = {name: weight.data for name, weight in self.trained.items()}
         with learner.policy.with_weights(own | self.hat):
             if self.own.auxiliary == "one_step":
                 self._move(learner, g_rl, True, rate, "hat")
-                g_hat = gradient(learner, sampled, totals)
+                g_hat = self._gradient(learner, sampled, totals)
             else:
-                g_hat = gradient(learner, sampled, totals)
+                g_hat = self._gradient(learner, sampled, totals)
                 self._move(learner, g_hat, True, rate, "hat")
         return g_hat, totals.sums.get("loss/rl", 0.0)
 
@@ -151,17 +152,24 @@ class Bridge(Method):
         names = set(self.base)
         return {name: g for name, g in whole.items() if name not in names}
 
-    def _follow(self, policy) -> None:
+    def _follow(self) -> None:
         """Makes hat a copy of theta."""
         if self.own.adapter == "gain":
-            weights = policy.trained_weights()
-            self.hat = {name: weights[name].detach().clone() for name in self.base}
+            self.hat = {name: self.trained[name].detach().clone() for name in self.base}
 
-    def _distance(self, policy) -> float:
+    def _distance(self) -> float:
         """||theta - hat||."""
-        weights = policy.trained_weights()
-        return sum(float((weights[name].detach() - hat).double().pow(2).sum())
+        return sum(float((self.trained[name].detach() - hat).double().pow(2).sum())
                    for name, hat in self.hat.items()) ** 0.5
+
+    def _gradient(self, learner: "Learner", update: "Update", totals: "Totals") -> Gradient:
+        """The gradient of an update's loss, taken off the weights."""
+        learner.accumulate(update, totals)
+        taken = {}
+        for name, weight in self.trained.items():
+            if weight.grad is not None:
+                taken[name], weight.grad = weight.grad, None
+        return taken
 
     def _move(self, learner: "Learner", wanted: Gradient, base: bool, rate: float,
               optimizer: str) -> float | None:
@@ -170,7 +178,7 @@ class Bridge(Method):
         mine = {name: g for name, g in wanted.items() if (name in names) == base}
         if not mine:
             return None
-        for name, weight in learner.policy.trained_weights().items():
+        for name, weight in self.trained.items():
             weight.grad = mine.get(name)
         return learner.step(rate, optimizer)
 
@@ -182,16 +190,6 @@ class Bridge(Method):
     def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
         for name, tensor in tensors.items():
             self.hat[name].copy_(tensor)
-
-
-def gradient(learner: "Learner", update: "Update", totals: "Totals") -> Gradient:
-    """The gradient of an update's loss, taken off the weights."""
-    learner.accumulate(update, totals)
-    taken = {}
-    for name, weight in learner.policy.trained_weights().items():
-        if weight.grad is not None:
-            taken[name], weight.grad = weight.grad, None
-    return taken
 
 
 def add(*terms: tuple[float, Gradient]) -> Gradient:
