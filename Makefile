@@ -13,12 +13,13 @@ STAMP := $(VENV)/.made
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CPU_TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help env env-hashed test reproduce report notebooks bench lint audit lock
+.PHONY: help env env-hashed test test-oldest reproduce report notebooks bench lint audit lock
 
 help:
 	@echo "make reproduce   train the six setups through papermill, then Table 2 and figures"
 	@echo "                 (PRESET=tiny SEEDS=1 JOBS= EXPERIMENT=)"
 	@echo "make test        all tests, notebooks included"
+	@echo "make test-oldest the fast tests with the oldest versions that are allowed"
 	@echo "make env         .venv with everything, pinned by constraints.txt"
 	@echo "make env-hashed  the same, every file compared with its recorded sha256 (Linux x86_64)"
 	@echo "make report      Table 2 and figures again, from records (PRESET= or EXPERIMENT=)"
@@ -70,6 +71,21 @@ test: env
 	folder=$$(mktemp -d) && { HYBRIDRL_SMOKE=1 HYBRIDRL_RESULTS_DIR=$$folder \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks; \
 	  status=$$?; rm -rf "$$folder"; exit $$status; }
+
+# The fast tests with the oldest versions that pyproject.toml allows, in an environment of its own.
+OLDEST := .venv-oldest
+OLDEST_TESTS := upstream numerics objectives policy decoding packing samplers evaluation problems \
+  config records training notebook_views report
+
+test-oldest:
+	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.oldest
+	$(OLDEST)/bin/python -m pytest $(foreach name,$(OLDEST_TESTS),$(wildcard tests/test_$(name).py))
+
+$(OLDEST)/.oldest: pyproject.toml constraints-oldest.txt
+	@$(NEW_VENV)
+	@$(CPU_OR_ANY_TORCH)
+	$(BIN)/pip install -c constraints-oldest.txt -e '.[test]' gguf
+	@touch $@
 
 reproduce: env
 	$(BIN)/hybridrl reproduce --preset $(PRESET) --seeds $(SEEDS) \

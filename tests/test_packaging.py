@@ -15,6 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -229,12 +230,25 @@ def test_make_reproduce_passes_its_variables_on(arguments, command):
     assert words[start:] == command.split()
 
 
+def test_the_oldest_versions_are_those_that_the_project_allows():
+    """What `make test-oldest` tries is the stated floor of the packages that matter most."""
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(r.name): r for r in map(
+        Requirement, (line for line in lines if not line.startswith("#")))}
+    extra = PROJECT["optional-dependencies"]["test"]
+    for item in map(Requirement, [*PROJECT["dependencies"], *extra]):
+        version = next(iter(pins[canonicalize_name(item.name)].specifier)).version
+        assert item.specifier.contains(version), item
+        if item.name in ("transformers", "datasets", "accelerate", "peft", "numpy"):
+            assert Version(version) == Version(next(iter(item.specifier)).version), item
+
+
 def test_ci_script_is_safe_and_runs_lint_and_tests():
     """CI stops at the first failure and runs what a developer runs."""
     script = ROOT / ".ci" / "run"
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text and all(
-        f"make {target}" in text for target in ("lint", "audit", "test"))
+        f"make {target}" in text for target in ("lint", "audit", "test\n", "test-oldest"))
     assert script.stat().st_mode & 0o111
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
