@@ -1,10 +1,10 @@
 """What a method adds to a step of the plain loop besides its own passes through the model.
 
 Steps of every method and of SFT, then RL are taken on the same problems, in processor time. Time in
-passes through the model (packing, sampling, scores, backward passes), in the verifier and in the
-optimiser is left out: what remains is the method's own code and the loop's. The overhead is how
-much more of it a method's median step has than the plain loop's median step of the same stage, over
-that whole step. See README.md beside this file.
+passes through the model (sampling, scores, gradients), in the verifier and in the optimiser is left
+out: what remains is the loop's and the method's own code, what it puts into the losses included.
+The overhead is how much more of it a method's median step has than the plain loop's median step of
+the same stage, over that whole step. See README.md beside this file.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from hybridrl_lib.records import RunFolder
 from hybridrl_lib.rewards import Verifier
 from hybridrl_lib.setups import SETUPS, Setup, get_setup
 from hybridrl_lib.training import Trainer
-from hybridrl_lib.updates import Learner
+from hybridrl_lib.updates import Learner, Totals, Update
 
 PLAIN = "sft_then_rl"
 # Nothing between the steps: no probe, validation or checkpoint but those at the ends.
@@ -43,33 +43,46 @@ class Passes:
     """Processor seconds inside the functions that stand for the model; calls within calls once."""
 
     def __init__(self):
-        self.seconds, self.inside = 0.0, False
+        self.seconds, self.inside, self.since = 0.0, False, 0.0
 
-    def around(self, function):
-        def counted(*arguments, **more):
-            if self.inside:
-                return function(*arguments, **more)
-            self.inside, began = True, time.process_time()
+    def _turn(self, inside: bool) -> None:
+        now = time.process_time()
+        if self.inside:
+            self.seconds += now - self.since
+        self.inside, self.since = inside, now
+
+    def counted(self, function, inside: bool = True):
+        """The function, whose time counts as that of a pass; or not, within one."""
+        def called(*arguments, **more):
+            before = self.inside
+            self._turn(inside)
             try:
                 return function(*arguments, **more)
             finally:
-                self.inside = False
-                self.seconds += time.process_time() - began
+                self._turn(before)
 
-        return counted
+        return called
+
+    def accumulate(self, learner: Learner, update: Update, totals: Totals) -> bool:
+        """A pass, but for the losses that a method puts in: these are its own code."""
+        if update.demonstration_loss is not None:
+            update.demonstration_loss = self.counted(update.demonstration_loss, inside=False)
+        return self._accumulate(learner, update, totals)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Counts inside the `with` block, wherever the package calls these functions."""
         places = [(owner, name) for owner, name in (
-            (Policy, "score"), (Learner, "scores"), (Learner, "step"), (Learner, "_pack"),
-            (Verifier, "verify"), (torch.Tensor, "backward"), (torch.autograd, "grad"))]
+            (Policy, "score"), (Learner, "scores"), (Learner, "accumulate"), (Learner, "step"),
+            (Verifier, "verify"), (torch.autograd, "grad"))]
         places += [(module, "sample") for name, module in list(sys.modules.items())
                    if name.startswith("hybridrl_lib")
                    and getattr(module, "sample", None) is rollouts.sample]
         before = [getattr(owner, name) for owner, name in places]
+        self._accumulate = Learner.accumulate
         for (owner, name), function in zip(places, before, strict=True):
-            setattr(owner, name, self.around(function))
+            mine = (lambda *given: self.accumulate(*given)) if name == "accumulate" else function
+            setattr(owner, name, self.counted(mine))
         try:
             yield
         finally:
