@@ -75,11 +75,11 @@ test: env
 # The fast tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 OLDEST := .venv-oldest
 OLDEST_TESTS := upstream numerics objectives policy decoding packing samplers evaluation problems \
-  config records training notebook_views report
+  config checkpoints training notebook_views report
 
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.oldest
-	$(OLDEST)/bin/python -m pytest $(foreach name,$(OLDEST_TESTS),$(wildcard tests/test_$(name).py))
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS:%=tests/test_%.py)
 
 $(OLDEST)/.oldest: pyproject.toml constraints-oldest.txt
 	@$(NEW_VENV)

@@ -16,11 +16,14 @@ from .home import without_home
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEPEST = 8  # adapters of adapters
-# What changes how an adapter is computed, and its value in those of this project.
-PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None,
-         "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {},
-         "fan_in_fan_out": False, "trainable_token_indices": None, "target_parameters": None,
-         "layer_replication": None, "megatron_config": None, "exclude_modules": None}
+# What an adapter's configuration may say without changing how it is computed. Anything else has to
+# be off: an unknown option of another release may make another model of the same weights.
+HARMLESS = {"base_model_name_or_path", "revision", "task_type", "peft_type", "auto_mapping",
+            "peft_version", "inference_mode", "r", "lora_alpha", "target_modules", "lora_dropout",
+            "bias", "use_rslora", "init_lora_weights", "megatron_core", "qalora_group_size"}
+OFF = (None, False, [], {})
+# Other ways to begin (PiSSA, OLoRA, CorDA, ...) change the base weights, too.
+BEGINNINGS = (True, False, "gaussian")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -28,8 +31,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
 
 
-def unfold(path: str) -> tuple[list[Path], str]:
-    """(adapter folders, the model beneath them) for what `model.path` says.
+def unfold(path: str) -> tuple[list[Path], str, str | None]:
+    """(adapter folders, the model beneath them, its commit) for what `model.path` says.
 
     An adapter may be one of a model that is itself given as an adapter folder: the folders are in
     the order in which they are added to the weights.
@@ -38,19 +41,21 @@ def unfold(path: str) -> tuple[list[Path], str]:
         UserError: an adapter does not say whose it is, or says a folder that is not there.
     """
     folders: list[Path] = []
+    revision = None
     while is_adapter(Path(path).expanduser()):
         folder = Path(path).expanduser()
         if len(folders) == DEEPEST or folder.resolve() in [f.resolve() for f in folders]:
             raise UserError(f"The adapter {folders[0]} is one of itself or of too many others; "
                             "give the folder of a whole model.")
         folders.insert(0, folder)
-        path = base_of(folder)
-    return folders, path
+        path, revision = base_of(folder)
+    return folders, path, revision
 
 
-def base_of(folder: Path) -> str:
-    """What an adapter was trained on, as `model.path` takes it."""
-    base = read_config(folder).get("base_model_name_or_path")
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """What an adapter was trained on, as `model.path` takes it, and its commit on the hub."""
+    config = read_config(folder)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     advice = (f"write it into base_model_name_or_path of its {CONFIG} (a folder, a hub name or a "
               "GGUF file)")
     if not isinstance(base, str) or not base.strip():
@@ -59,7 +64,7 @@ def base_of(folder: Path) -> str:
     if (place.is_absolute() or base.startswith((".", "~"))) and not place.exists():
         raise UserError(f"The model {base} that the adapter {folder} belongs to is not there; "
                         f"{advice}.")
-    return base
+    return base, revision if isinstance(revision, str) and revision else None
 
 
 def read_config(folder: Path) -> dict:
@@ -69,18 +74,18 @@ def read_config(folder: Path) -> dict:
         if not isinstance(config, dict):
             raise ValueError("it holds no settings")
         return config
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"The {CONFIG} of {folder} cannot be read ({reason(error)}); save the "
                         "adapter again.") from error
 
 
-def remember_base(model, path: str) -> None:
+def remember_base(model, path: str, revision: str | None) -> None:
     """Has an adapter's own folder say what it was trained on, as `model.path` takes it."""
     place = Path(path).expanduser()
     if path != "tiny" and place.exists():
         path = without_home(str(place.resolve()))
     for config in model.peft_config.values():
-        config.base_model_name_or_path = path
+        config.base_model_name_or_path, config.revision = path, revision
 
 
 def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -92,7 +97,10 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     config = read_config(folder)
-    odd = [name for name, value in PLAIN.items() if config.get(name, value) not in (value, None)]
+    odd = [name for name, value in config.items() if name not in HARMLESS and value not in OFF]
+    odd += [name for name, allowed in (("peft_type", ("LORA",)), ("bias", ("none",)),
+                                       ("init_lora_weights", BEGINNINGS))
+            if config.get(name, allowed[0]) not in allowed]
     targets, rank, alpha = (config.get(name) for name in ("target_modules", "r", "lora_alpha"))
     if not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)
             and type(rank) is int and 0 < rank <= 65_536 and isinstance(alpha, int | float)):
@@ -100,6 +108,12 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if odd:
         raise UserError(f"The adapter {folder} is no plain LoRA adapter ({', '.join(odd)}); merge "
                         "it with the tool that made it and give the folder of the whole model.")
+    words = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(module in words for name, module in model.named_modules()
+           if name.rsplit(".", 1)[-1] in targets):
+        raise UserError(f"The adapter {folder} is one of the embeddings too, which may be tied to "
+                        "each other; merge it with the tool that made it and give the folder of "
+                        "the whole model.")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"The adapter {folder} has no {WEIGHTS}; only safetensors are read, so "
                         "save the adapter again.")

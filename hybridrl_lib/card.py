@@ -42,13 +42,13 @@ def card(manifest: dict, config: dict, rows: Sequence[dict]) -> str:
     commit = manifest["git_commit"] or "unknown"
     lines = [
         *head, "---", "", f"# {model['name']}, {setup.title}", "",
-        f"{model['name']} trained by {setup.title} (setup `{setup.name}`, preset "
-        f"`{config['preset']}`, seed {config['seed']}) with hybridrl_lib"
+        f"{model['name']} {f'trained by {setup.title}' if setup.stages else 'as it is'} (setup "
+        f"`{setup.name}`, preset `{config['preset']}`, seed {config['seed']}) with hybridrl_lib"
         + (APART if adapter else "."),
         "", "| | |", "| --- | --- |",
         f"| base model | {cell(base)}, sha256 {model['sha256']} |",
-        f"| weights | {model['parameters']:,}, of which {model['trained_parameters']:,} were "
-        "trained |",
+        f"| weights | {model['parameters']:,}, of which "
+        f"{model['trained_parameters'] if setup.stages else 0:,} were trained |",
         f"| licence | {'that of the base model: ' if licence != 'unknown' else ''}{licence} |",
         *(f"| data: {cell(name)} | {cell(entry['problems'])}, revision "
           f"{cell(entry['revision'] or 'none')} |" for name, entry in manifest["data"].items()),

@@ -35,7 +35,7 @@ REAL_SOURCES = {"gsm8k": gsm8k.SOURCE, "math500": math500.SOURCE}
 # (whether the preset is made for a GPU, main memory in GiB that a machine should have).
 NEEDS = {"tiny": (False, 2), "smollm2": (False, 6), "colab": (True, 8), "paper": (True, 12)}
 
-DTYPES = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 Row = tuple[str, str, str]
 
 
@@ -149,7 +149,7 @@ def budget_rows(preset: str, machine: Machine) -> list[Row]:
         expected = estimate(shape, chosen, precision, device)
         advice = str(error) if room else ""
     where = "of the GPU" if device == "cuda" else "beside the program itself"
-    rows = [("needs memory", f"estimated {expected.peak / GIB:.1f} GiB {where} at most, in "
+    rows = [("needs memory", f"estimated {expected.peak / GIB:.1f} GiB {where} at its peak, in "
              f"{precision} with micro-batches of {chosen.training.micro_batch_tokens} tokens",
              advice)]
     rows += [(f"  {phase}", f"{expected.total(phase) / GIB:.2f} GiB: {in_words(parts)}", "")
@@ -174,7 +174,7 @@ def precision_for(preset: str, machine: Machine) -> str:
     colab is judged for a T4, which has no bf16, and paper for a GPU that has it.
     """
     if machine.device == "cuda" or not NEEDS[preset][0]:
-        return machine.precision if machine.precision in DTYPES else "fp32"
+        return machine.precision if machine.precision in PRECISIONS else "fp32"
     return "fp32" if preset == "colab" else "bf16"
 
 
@@ -197,7 +197,8 @@ def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str
     if settings.model.path == "tiny":
         if not machine.tiny_model:
             problems.append("the tiny model is missing: hybridrl pretrain-tiny")
-    elif machine.hub and not in_hub_cache(settings.model.path):
+    elif machine.hub and not in_hub_cache(settings.model.path,
+                                                  settings.model.revision):
         problems.append(f"{settings.model.path} cannot be fetched: give a model folder or a GGUF "
                         "file with --set model.path=...")
     if set(settings.data.benchmarks) & set(REAL_SOURCES) and machine.data and machine.hub:

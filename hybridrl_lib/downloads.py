@@ -114,13 +114,14 @@ def _fetch_file(name: str, commit: str, file: str, say: Callable[[str], None]) -
 
 def _receive(url: str, part: Path, size: int) -> Iterator[int]:
     """Adds to a file what it lacks of an address; yields its size so far."""
-    from huggingface_hub import get_session
+    from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
     headers = build_hf_headers() | ({"Range": f"bytes={size}-"} if size else {})
     # Plain bytes: a packed answer has another length, and half of it cannot be gone on with.
     with get_session().stream("GET", url, headers=headers | {"Accept-Encoding": "identity"},
-                              follow_redirects=True) as answer:
+                              follow_redirects=True,
+                              timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
         hf_raise_for_status(answer)
         goes_on = answer.status_code == 206
         with part.open("ab" if goes_on else "wb") as stream:

@@ -62,12 +62,14 @@ def cache_only_if_unreachable() -> Iterator[str]:
         constants.HF_HUB_OFFLINE = before
 
 
-def in_hub_cache(name: str) -> bool:
+def in_hub_cache(name: str, revision: str | None = None) -> bool:
     """Whether config and weights of a hub model were fetched before."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        return all(isinstance(try_to_load_from_cache(name, part), str)
-                   for part in ("config.json", "model.safetensors"))
+        config, whole, shards = (
+            isinstance(try_to_load_from_cache(name, part, revision=revision), str)
+            for part in ("config.json", "model.safetensors", "model.safetensors.index.json"))
+        return config and (whole or shards)
     except ValueError:  # not a hub name
         return False

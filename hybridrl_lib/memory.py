@@ -5,7 +5,10 @@ answer as long as allowed, and no answer that ends early. What a run takes is th
 of the time. `benchmarks/memory.py` compares with what is measured where the caps are reached.
 """
 
+import gc
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +23,7 @@ TO_USE = 0.9  # of the free memory: an allocator leaves gaps, and products need 
 # Tokens, the largest first; more than these make nothing faster.
 MICRO_BATCHES = tuple(2**power for power in range(14, 7, -1))
 OWN = 48 * 2**20  # of a process on a CPU beside its large tensors: measured, benchmarks/memory.py
+CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container or batch job may take
 GPU_BLOCK = 2**26  # logits of which tokens are chosen at once (rollouts.py)
 
 
@@ -153,7 +157,7 @@ class Estimate:
 
 
 def estimate(shape: Shape, settings: Settings, precision: str, device: str) -> Estimate:
-    """What a run needs at most.
+    """What a run needs at its peak, if prompts and answers are as long as the settings allow.
 
     Args:
         shape: of the model.
@@ -316,12 +320,13 @@ def columns(length: int, device: str) -> tuple[int, int]:
 
 
 def fit(settings: Settings, shape: Shape, precision: str, device: str,
-        room: float) -> tuple[Settings, Estimate]:
+        room: float, refuse: bool = True) -> tuple[Settings, Estimate]:
     """Settings whose micro-batches fit, and what they need; sampling alone may need more.
 
     Args:
         settings: `training.micro_batch_tokens` is chosen if it is 0, and else checked.
         room: bytes to be had.
+        refuse: False takes the smallest micro-batches where none is small enough.
 
     Raises:
         UserError: no micro-batch is small enough.
@@ -332,6 +337,8 @@ def fit(settings: Settings, shape: Shape, precision: str, device: str,
         expected = estimate(shape, chosen, precision, device)
         if expected.total(expected.surely) <= room:
             return chosen, expected
+    if not refuse:
+        return chosen, expected
     raise UserError(too_much(expected, settings, device, room))
 
 
@@ -375,8 +382,8 @@ def in_words(parts: Mapping[str, int]) -> str:
         ", ".join(f"{name} {size / GIB:.3f}" for name, size in shown[:3]))
 
 
-def fit_to_device(settings: Settings, room: float, shape: Shape | None = None
-                  ) -> tuple[Settings, Estimate | None]:
+def fit_to_device(settings: Settings, room: float, shape: Shape | None = None, *,
+                  refuse: bool = True) -> tuple[Settings, Estimate | None]:
     """`fit` for the device that the settings choose.
 
     Args:
@@ -392,7 +399,7 @@ def fit_to_device(settings: Settings, room: float, shape: Shape | None = None
     if shape is None:
         return settings, None
     return fit(settings, shape, choose_precision(settings.model.precision, device), device.type,
-               room)
+               room, refuse)
 
 
 def free_memory(device: str) -> int:
@@ -400,10 +407,22 @@ def free_memory(device: str) -> int:
     if device == "cuda":
         import torch
 
-        return torch.cuda.mem_get_info()[0]
+        gc.collect()  # what an earlier run of this process left is there for this one
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
     import psutil
 
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, container_memory())
+
+
+def container_memory() -> float:
+    """Bytes that the container or batch job may still take; infinite without a limit."""
+    try:
+        limit, taken = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):  # no limit is the word "max"
+        return math.inf
+    return max(0, limit - taken + (int(cache[1]) if cache else 0))
 
 
 class PeakMemory:

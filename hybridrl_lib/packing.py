@@ -114,6 +114,8 @@ def pack(sequences: Sequence[PromptCompletion], budget_tokens: int,
     """
     if any(not item.completion or not item.prompt for item in sequences):
         raise ValueError("a prompt and a completion have at least one token each")
+    if budget_tokens < 1:
+        raise ValueError("a micro-batch has room for at least one token")
     rows = sorted(_rows(sequences, budget_tokens), key=lambda row: _row_length(sequences, row))
     batches, current = [], []
     for row in rows:

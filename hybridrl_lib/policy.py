@@ -264,12 +264,13 @@ def load_policy(settings: ModelSettings,
     if settings.sampler == "vllm" and not find_spec("vllm"):
         raise UsageError("model.sampler=vllm needs the package vllm; install it with "
                          "'pip install hybridrl_lib[vllm]' or set model.sampler=own.")
-    folders, base = adapters.unfold(settings.path)
+    folders, base, commit = adapters.unfold(settings.path)
+    revision = settings.revision or commit
     source, arguments, name = _locate(replace(settings, path=base) if folders else settings)
     device = choose_device(settings.device)
     on_hub = not source
     if on_hub:
-        source = str(fetch_description(name, settings.revision))
+        source = str(fetch_description(name, revision))
     if "gguf_file" not in arguments:
         refuse_redirections(Path(source), base)
         refuse_wrong_architecture(Path(source), base)
@@ -294,6 +295,7 @@ def load_policy(settings: ModelSettings,
     model.eval()  # dropout off in all passes: sampling and training must see the same policy
     if settings.adapter == "lora":
         model = _add_adapter(model, settings)
+        adapters.remember_base(model, settings.path, Path(source).name if on_hub else None)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; dropout is refused below
@@ -436,11 +438,9 @@ def _add_adapter(model: PreTrainedModel, settings: ModelSettings):
         # PEFT asks for what transformers has renamed: nothing that a user could mend.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         torch.manual_seed(0)  # the same adapter in every run, as the base model
-        both = get_peft_model(model, LoraConfig(
+        return get_peft_model(model, LoraConfig(
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0,
             target_modules=targets, task_type="CAUSAL_LM"))
-    adapters.remember_base(both, settings.path)
-    return both
 
 
 def _refuse_dropout(model: torch.nn.Module) -> None:

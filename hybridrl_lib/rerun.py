@@ -40,8 +40,12 @@ def rerun(manifest: Path, experiment: str | None = None, settings: Sequence[str]
         raise UserError(f"The record in {first.path} is damaged ("
                         + (f"config.json lacks {', '.join(missing)}" if missing else
                            f"threads cannot be {threads!r}") + "); get it back from where it came.")
+    # Of micro_batch_tokens=0 what the first run made: another size adds in another order.
+    chosen = config.get("micro_batch_tokens")
     overrides = [*(f"{key}={value}" for key, value, _ in
-                   describe(settings_from_dict(config["settings"]))), *settings]
+                   describe(settings_from_dict(config["settings"]))),
+                 *([f"training.micro_batch_tokens={chosen}"] if isinstance(chosen, int) else ()),
+                 *settings]
     experiment = experiment or f"{config['experiment']}-rerun"
     # Somebody's record names these: none of them may lead out of the results.
     second = run_folder(experiment_folder(experiment), config["setup"], config["seed"])

@@ -35,6 +35,7 @@ from .memory import (
     free_memory,
     shape_from,
     tight,
+    with_micro_batches,
 )
 from .methods import make_method
 from .methods.method import Method
@@ -126,21 +127,28 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         torch.set_num_threads(1)  # the order of sums, hence the record, must not vary with cores
     clock = Stopwatch()
     parts = from_first(lambda: load_parts(resolved.data))
-    device = choose_device(resolved.model.device).type
-    peak, room = PeakMemory(device), from_first(lambda: TO_USE * free_memory(device))
-    resolved, expected = fit_to_device(resolved, room)  # before a model is loaded
+    device, asked = choose_device(resolved.model.device).type, resolved.training.micro_batch_tokens
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device == "cpu" else 1
+    peak, room = PeakMemory(device), from_first(lambda: TO_USE * free_memory(device) / here)
+    resolved = from_first(lambda: _with_kept_micro_batches(resolved, folder))
+    # The estimate is of a process that holds all weights: under FSDP none does.
+    refuse = not wants_shards()
+    resolved, expected = fit_to_device(resolved, room, refuse=refuse)  # before a model is loaded
     policy = load_policy(resolved.model, observer.note)
     if wants_shards() and policy.model.config.model_type not in KNOWN:
         raise UsageError(f"FSDP works with the architectures {' and '.join(KNOWN)}, and this model "
                          f"is {policy.model.config.model_type}; launch it without --use_fsdp.")
     if expected is None:
         shape = shape_from(policy.model.config.to_dict())
-        resolved, expected = fit_to_device(resolved, room, shape)
+        resolved, expected = fit_to_device(resolved, room, shape, refuse=refuse)
     if expected is None and not resolved.training.micro_batch_tokens:
         raise UserError(f"How much memory {policy.name} needs is not known, so training."
                         "micro_batch_tokens cannot be 0; set it to a number, such as 4096.")
     if expected is not None and (note := tight(expected, room)):
         observer.note(note)
+    if not asked:
+        from_first(lambda: folder.write("config.json", folder.read("config.json") | {
+            "micro_batch_tokens": resolved.training.micro_batch_tokens}))
     parts = fit_to_policy(parts, policy, resolved, observer)
     with Verifier(resolved.verifier.workers, resolved.verifier.time_limit) as own_verifier:
         verifier = own_verifier if size() == 1 else SharedVerifier(own_verifier)
@@ -171,6 +179,14 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         with whole(policy.model):
             from_first(finish)
     observer.note(f"done in {seconds[0]:.0f} s")
+
+
+def _with_kept_micro_batches(settings: Settings, folder: RunFolder) -> Settings:
+    """A resumed run goes on with the micro-batches that it began with, whatever is free now."""
+    kept = folder.read("config.json").get("micro_batch_tokens")
+    known = isinstance(kept, int) and kept > 0 and folder.has_begun
+    return settings if settings.training.micro_batch_tokens or not known else with_micro_batches(
+        settings, kept)
 
 
 def _manifest(trainer: Trainer, parts: ProblemParts, preset: str, seconds: list[float]) -> dict:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
@@ -211,8 +211,8 @@ class Learner:
         device = self.policy.device.type
         with self.policy.autocast():  # around all micro-batches: weights are cast once for them
             for packed, counts in self._passes(update.sequences, mine, keep[:1]):
-                loss = self._loss(update, mine if counts else keep[:1], packed,
-                                  totals if counts else Totals())
+                loss = (self._loss(update, mine, packed, totals) if counts else self._loss(
+                    replace(update, demonstration_loss=None), keep[:1], packed, Totals()))
                 with torch.autocast(device, enabled=False):
                     self.accelerator.backward(loss if counts else 0 * loss)
 
@@ -279,7 +279,8 @@ class Learner:
             raise UserError(
                 f"The gradient was not finite {self.non_finite_in_a_row} updates in a row"
                 + (f", the last at {self.place}" if self.place else "") + "; lower the learning "
-                "rate or set model.precision=fp32, then delete the run's folder.")
+                + ("rate" if self.policy.precision == "fp32" else
+                   "rate or set model.precision=fp32") + ", then delete the run's folder.")
         return norm
 
     def has_gradient(self, update: Update) -> Tensor:

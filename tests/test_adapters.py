@@ -8,7 +8,7 @@ from hostile import Pickled
 from safetensors.torch import save_file
 from test_policy import move, scores_of
 
-from hybridrl_lib.adapters import merge
+from hybridrl_lib.adapters import merge, remember_base, unfold
 from hybridrl_lib.cli import main
 from hybridrl_lib.config import ModelSettings
 from hybridrl_lib.errors import UserError
@@ -90,6 +90,11 @@ def test_merged_is_unmerged(adapter, tmp_path):
     ({"target_modules": "(a+)+$"}, "target_modules"),
     ({"r": 10**9}, "target_modules, r or lora_alpha"),
     ({"r": 4}, "cannot be added"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights"),  # it changes the base weights too
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"an_option_of_tomorrow": "on"}, "an_option_of_tomorrow"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "embeddings"),
     ({"target_modules": ["q_proj"]}, "cannot be added"),
 ])
 def test_an_adapter_that_cannot_be_used_is_one_sentence(adapter, entries, words):
@@ -98,6 +103,20 @@ def test_an_adapter_that_cannot_be_used_is_one_sentence(adapter, entries, words)
     with pytest.raises(UserError, match="(?s)") as caught:
         load(adapter[1])
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_commit_of_a_hub_model_stays_with_its_adapter(adapter):
+    """A pinned base is loaded again, and not the newest of its name."""
+    policy, folder = adapter
+    remember_base(policy.model, "someone/model", "c0ffee")
+    policy.save(folder)
+    assert unfold(str(folder)) == ([folder], "someone/model", "c0ffee")
+
+
+def test_a_configuration_nested_without_end_is_one_sentence(adapter):
+    (adapter[1] / "adapter_config.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="adapter_config.json of .* cannot be read"):
+        load(adapter[1])
 
 
 def test_an_adapter_of_itself_is_refused(adapter):

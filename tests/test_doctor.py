@@ -19,7 +19,7 @@ LAPTOP = replace(GPU_BOX, device="cpu", device_name="CPU", precision="fp32", gpu
 def no_network(monkeypatch):
     """The tests say themselves whether there is a hub, and nothing was fetched from it before."""
     monkeypatch.setattr(doctor, "hub_problem", lambda: "no answer")
-    monkeypatch.setattr(doctor, "in_hub_cache", lambda name: False)
+    monkeypatch.setattr(doctor, "in_hub_cache", lambda *_: False)
 
 
 def problems(preset: str, machine: doctor.Machine) -> str:
@@ -48,7 +48,7 @@ def test_a_data_folder_stands_in_for_the_hub():
 
 def test_a_model_fetched_before_needs_no_hub(monkeypatch):
     """A warm hub cache counts as having the model."""
-    monkeypatch.setattr(doctor, "in_hub_cache", lambda name: True)
+    monkeypatch.setattr(doctor, "in_hub_cache", lambda *_: True)
     assert problems("smollm2", replace(LAPTOP, data="")) == ""
 
 

@@ -136,6 +136,16 @@ def test_a_lost_connection_is_gone_on_with(hub, loader, good):
     assert not loader.parts()
 
 
+def test_a_connection_that_goes_silent_is_given_up(hub, good, tmp_path):
+    """Protects against a wait without an end: after a time-out it is tried again, then said."""
+    hub.fault = "stall"
+    loader = Loader(hub, tmp_path / "silent", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    try:
+        assert "goes on where it broke off" in loader.refused(good)
+    finally:
+        loader.kill()
+
+
 def test_a_download_that_broke_off_is_gone_on_with(hub, good, loader, tmp_path, model_folders):
     """A process is killed in mid-download: the next one fetches the rest, no more."""
     hub.fault = "stall"

@@ -1,5 +1,6 @@
 """The memory model: shapes, what it says against what is measured, and what it does with it."""
 
+import math
 import multiprocessing
 import sys
 from dataclasses import replace
@@ -160,6 +161,32 @@ def test_micro_batches_by_memory_change_no_number_beyond_rounding(make_trainer, 
         trainer.train()
         losses.append([row["grad_norm"] for row in trainer.folder.lines("metrics.jsonl")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_resumed_run_keeps_its_micro_batches(results, monkeypatch):
+    """Protects "bit for bit, however often it was cut off": what is free now decides once."""
+    monkeypatch.setenv("HYBRIDRL_SMOKE", "1")
+    small = ("training.micro_batch_tokens=0", "data.train_limits=[2]", "data.test_limits=[2]",
+             "evaluation.samples=0", "evaluation.train_samples=0", "probe.samples=2",
+             "probe.prompts=1")
+    folder = run("sft", "tiny", 0, "kept", small)
+    chosen = folder.read("manifest.json")["memory"]["micro_batch_tokens"]
+    assert folder.read("config.json")["micro_batch_tokens"] == chosen > 0
+    folder.write("config.json", folder.read("config.json") | {"micro_batch_tokens": 384})
+    (folder.path / "manifest.json").unlink()  # as if it had been cut off
+    assert run("sft", "tiny", 0, "kept", small).read("manifest.json")["memory"][
+        "micro_batch_tokens"] == 384
+
+
+def test_a_container_with_less_memory_than_the_machine(monkeypatch, tmp_path):
+    """A limit of the container or batch job counts; without one the machine's memory does."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.container_memory() == math.inf
+    for name, text in (("max", "3000"), ("current", "1200"), ("stat", "inactive_file 200\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.free_memory("cpu") == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.container_memory() == math.inf
 
 
 def test_a_model_of_unknown_shape_needs_a_number(results, monkeypatch, make_policy, tmp_path):

@@ -128,10 +128,10 @@ class PEAR(Staged):
         from ..behaviour import behaviour_policy, sample_demonstrations
 
         trainer, own, problems = self.trainer, self.own, self.trainer.parts.train
-        policy = behaviour_policy(own.behaviour, trainer.policy, problems, self.settings,
+        policy = behaviour_policy(own.behaviour, trainer.policy, problems, trainer.settings,
                                   own.behaviour_epochs, trainer.seed)
         self.demonstrations, tokens = sample_demonstrations(
-            policy, trainer.policy, problems, trainer.verifier, self.settings, own.samples,
+            policy, trainer.policy, problems, trainer.verifier, trainer.settings, own.samples,
             trainer.seed)
         without = len(problems) - len(self.demonstrations)
         trainer.tokens["behaviour"] = tokens
