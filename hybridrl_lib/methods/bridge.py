@@ -80,7 +80,7 @@ class Bridge(Method):
         before = set(trainer.policy.trained_weights())
         trainer.policy.train_base()
         self.trained = trainer.policy.trained_weights()  # kept: to look them up takes milliseconds
-        self.base = [name for name in self.trained if name not in before]
+        self.base = {name: None for name in self.trained if name not in before}  # in order
         self._follow()
 
     def weights(self, progress: Progress) -> Weights:
@@ -149,8 +149,7 @@ class Bridge(Method):
         return g_hat, totals.sums.get("loss/rl", 0.0)
 
     def _of_adapter(self, whole: Gradient) -> Gradient:
-        names = set(self.base)
-        return {name: g for name, g in whole.items() if name not in names}
+        return {name: g for name, g in whole.items() if name not in self.base}
 
     def _follow(self) -> None:
         """Makes hat a copy of theta."""
@@ -159,8 +158,10 @@ class Bridge(Method):
 
     def _distance(self) -> float:
         """||theta - hat||."""
-        return sum(float((self.trained[name].detach() - hat).double().pow(2).sum())
-                   for name, hat in self.hat.items()) ** 0.5
+        from torch.nn.utils import get_total_norm
+
+        return float(get_total_norm([self.trained[name].detach() - hat
+                                     for name, hat in self.hat.items()]))
 
     def _gradient(self, learner: "Learner", update: "Update", totals: "Totals") -> Gradient:
         """The gradient of an update's loss, taken off the weights."""
@@ -174,8 +175,7 @@ class Bridge(Method):
     def _move(self, learner: "Learner", wanted: Gradient, base: bool, rate: float,
               optimizer: str) -> float | None:
         """One step of the base weights, or of the adapter; None where there is no gradient."""
-        names = set(self.base)
-        mine = {name: g for name, g in wanted.items() if (name in names) == base}
+        mine = {name: g for name, g in wanted.items() if (name in self.base) == base}
         if not mine:
             return None
         for name, weight in self.trained.items():
