@@ -56,6 +56,9 @@ def write_page(found: dict[str, Any], path: Path) -> None:
         parts += ["## What methods add", "Processor time of a method's own code in a step, its own "
                   "passes through the model excepted, beyond that of SFT, then RL: at the tiny "
                   f"model, where a step is shortest ({milliseconds}).", overhead_table(record)]
+    for record in by_kind.get("full_size", ()):
+        parts += ["## The paper's model size", f"{record['model']}: two steps a stage, evaluation "
+                  "and saving included.", full_size_table(record)]
     for record in by_kind.get("verdicts", ()):
         parts += ["## Verifier", markdown_table(
             ["verdicts", "a second", "a second of processor time"],
@@ -137,6 +140,16 @@ def ceiling_table(records: Sequence[dict[str, Any]]) -> str:
          "large copy, GB/s", "sampling, share of its products alone",
          "update, share of its products alone", "update, share of the large product"], rows,
         range(2, 8))
+
+
+def full_size_table(record: dict[str, Any]) -> str:
+    """A line a setup, with all weights or with LoRA."""
+    return markdown_table(
+        ["setup", "adapter", "steps", "weights trained", "peak memory, MiB", "estimated, MiB",
+         "minutes", "all gradients finite"],
+        [[r["setup"], r["adapter"], str(r["steps"]), f"{r['trained']:,}",
+          f"{r['measured_peak_mib']:,}", f"{r['estimated_peak_mib']:,}", f"{r['minutes']:.1f}",
+          "yes" if r["finite"] else "no"] for r in record["runs"]], range(2, 7))
 
 
 def overhead_table(record: dict[str, Any]) -> str:

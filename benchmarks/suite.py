@@ -51,6 +51,8 @@ def cases(model: str | None) -> dict[str, Case]:
         "scaling": Case("scaling", gigabytes=6.0),
         "verdicts": Case("verdicts"),
     }
+    if model:
+        found["full_size"] = Case("full_size", gigabytes=20.0)
     for precision in ("fp32", "bf16") if model else ():
         own = ("--model", str(model), "--precision", precision)
         found |= {

@@ -131,6 +131,8 @@ class Learner:
         self.optimizers[name] = self.accelerator.prepare(torch.optim.AdamW(
             self.parameters, lr=0.0, betas=tuple(training.betas),
             weight_decay=training.weight_decay, fused=self.policy.precision != "fp16"))
+        # accelerate would keep every optimiser that it has prepared, with its moments.
+        self.accelerator._optimizers.clear()
 
     def optimizer_states(self) -> dict[str, dict]:
         """The state of every optimiser, by its name."""

@@ -1,6 +1,8 @@
 """The training loop: gradients of whole steps against textbook formulas, and what is recorded."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -554,3 +556,14 @@ def test_a_problem_the_model_always_or_never_solves_is_kept(make_trainer):
     trainer = make_trainer("rl", train=twins)
     trainer.train()
     assert all(row["updates"] == 2 for row in trainer.folder.lines("metrics.jsonl"))
+
+
+def test_the_moments_of_a_stage_that_is_over_are_freed(make_trainer):
+    """Twice the weights' memory: SFT's AdamW is gone when RL has its own."""
+    learner = make_trainer("sft_then_rl").learner
+    learner.new_optimizer()
+    before = weakref.ref(learner.optimizer.optimizer)
+    learner.optimizers.clear()  # as at the end of a stage
+    learner.new_optimizer()
+    gc.collect()
+    assert before() is None
