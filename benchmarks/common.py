@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -105,6 +106,13 @@ def machine(name: str, device: torch.device) -> dict[str, Any]:
     return {"benchmark": name, "device": device_name(device), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "transformers": transformers.__version__,
             "git_commit": provenance()["git_commit"]}
+
+
+def current_memory() -> float:
+    """MiB in use now: on the GPU, or the resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def timed(function: Callable[[int], Any], number: int) -> tuple[float, Any]:

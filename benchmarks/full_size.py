@@ -16,16 +16,13 @@ from pathlib import Path
 
 import torch
 from common import add_threads_and_json, finish, machine, print_table, run
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+from networks import make_network, tiny_tokenizer
 
 from hybridrl_lib.errors import UserError
-from hybridrl_lib.policy import tiny_model_folder
+from hybridrl_lib.memory import KNOWN_SHAPES
 from hybridrl_lib.records import RunFolder
 from hybridrl_lib.setups import get_setup, paper_setups
 
-QWEN = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151_936,
-        "tie_word_embeddings": True, "max_position_embeddings": 32_768}
 SMALL = ("data.train_limits=1,1", "data.validation_limits=1,1", "data.test_limits=1,1",
          "sft.batch_size=2", "rl.prompts_per_step=2", "rl.group_size=2", "rl.max_new_tokens=16",
          "evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=1",
@@ -37,13 +34,10 @@ SMALL = ("data.train_limits=1,1", "data.validation_limits=1,1", "data.test_limit
 
 
 def make_model(folder: Path) -> None:
-    """A model folder of that shape; the tokenizer is the tiny model's, whose words are fewer."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder())
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(Qwen2Config(
-        **QWEN, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tiny_model_folder() / name).read_bytes())
+    """A model folder of that shape, with the tiny model's tokenizer."""
+    tokenizer = tiny_tokenizer()
+    make_network(KNOWN_SHAPES["Qwen/Qwen2.5-0.5B"], tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def take(setup: str, adapter: str, model: Path, results: Path) -> RunFolder:

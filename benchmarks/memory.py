@@ -15,24 +15,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil
 import torch
-from common import add_threads_and_json, finish, machine, print_table, run
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from common import add_threads_and_json, current_memory, finish, machine, print_table, run
+from networks import make_policy
 
-from hybridrl_lib import attention
-from hybridrl_lib import policy as policies
 from hybridrl_lib.config import Settings, load_settings
 from hybridrl_lib.memory import KNOWN_SHAPES, Shape, estimate
 from hybridrl_lib.packing import PromptCompletion
-from hybridrl_lib.policy import Policy, choose_device, tiny_model_folder
-from hybridrl_lib.products import use_fast_products
+from hybridrl_lib.policy import choose_device
 from hybridrl_lib.rollouts import sample
 from hybridrl_lib.updates import Learner, Totals, Update
 
@@ -72,36 +62,12 @@ FULL_SIZE: dict[str, tuple[Shape, tuple[str, ...]]] = {
 }
 
 
-def make_policy(shape: Shape, settings: Settings) -> Policy:
-    """A model of this shape with random weights, held as `load_policy` would, that never stops."""
-    model, tokenizer = settings.model, PreTrainedTokenizerFast.from_pretrained(tiny_model_folder())
-    kind, config = ((Qwen2ForCausalLM, Qwen2Config) if shape.biases else
-                    (LlamaForCausalLM, LlamaConfig))
-    torch.manual_seed(0)
-    network = kind(config(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads,
-        intermediate_size=shape.feed_forward, tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
-    use_fast_products(network).set_attn_implementation(attention.NAME)
-    network.eval()
-    if model.adapter == "lora":
-        network = policies._add_adapter(network, model)
-    if model.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-        network.train()
-    device = choose_device(model.device)
-    return Policy(network.to(device), tokenizer, "random", "",
-                  policies.choose_precision(model.precision, device),
-                  stop_ids=(shape.vocabulary,), pad_id=0, adapter=model.adapter)
-
-
 class Run:
     """The phases of a run with random problems whose prompts and answers are as long as allowed."""
 
     def __init__(self, shape: Shape, settings: Settings):
         self.settings = settings
-        self.policy = make_policy(shape, settings)
+        self.policy = make_policy(shape, settings.model)
         self.policy.keep_reference()
         self.learner = Learner(self.policy, settings)
         self.draw = torch.Generator().manual_seed(0)
@@ -190,13 +156,6 @@ def begin_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def current_memory() -> float:
-    """MiB in use now: on the GPU, or the resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 2**20
-    return psutil.Process().memory_info().rss / 2**20
 
 
 def peak_memory() -> float:

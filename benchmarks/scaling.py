@@ -15,13 +15,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-import psutil
 import torch
-from common import add_threads_and_json, finish, machine, print_table, run, timed
+from common import add_threads_and_json, current_memory, finish, machine, print_table, run, timed
 from grpo_step import GRPOStep
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from networks import make_policy, tiny_tokenizer
 
-from hybridrl_lib.policy import DTYPES, Policy, choose_device, tiny_model_folder
+from hybridrl_lib.config import ModelSettings
+from hybridrl_lib.memory import Shape
+from hybridrl_lib.policy import DTYPES, Policy, choose_device
 from hybridrl_lib.rollouts import Completion, Group
 
 
@@ -59,24 +60,20 @@ SMALLEST = {
                            micro_batch_tokens=128) for n in (4, 8)]}
 
 
-def make_policy(sizes: Sizes) -> Policy:
+def policy_of(sizes: Sizes) -> Policy:
     """A Qwen2 of these sizes with random weights whose answers never end by themselves."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_model_folder())
-    vocabulary = max(sizes.vocabulary, len(tokenizer))
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocabulary, hidden_size=sizes.width, intermediate_size=3 * sizes.width,
-        num_hidden_layers=sizes.layers, num_attention_heads=max(2, sizes.width // 32),
-        num_key_value_heads=max(1, sizes.width // 64), max_position_embeddings=4096,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
-    return Policy(model.eval().to(choose_device()), tokenizer, "random", "", sizes.precision,
-                  stop_ids=(vocabulary,), pad_id=tokenizer.pad_token_id)
+    heads = max(2, sizes.width // 32)
+    shape = Shape(
+        vocabulary=max(sizes.vocabulary, len(tiny_tokenizer())), width=sizes.width,
+        layers=sizes.layers, heads=heads, key_value_heads=max(1, sizes.width // 64),
+        head_size=sizes.width // heads, feed_forward=3 * sizes.width, tied=True, biases=True)
+    return make_policy(shape, ModelSettings(path="random", precision=sizes.precision))
 
 
 def measure(part: str, sizes: Sizes, threads: int, repeats: int) -> dict:
     """Seconds (median) and peak memory of one part at these sizes; in a process of its own."""
     torch.set_num_threads(threads)
-    policy = make_policy(sizes)
+    policy = policy_of(sizes)
     question = "1" * max(1, sizes.prompt_tokens - len(policy.encode_prompt("")))
     step = GRPOStep(policy, [question] * sizes.prompts, samples=sizes.samples,
                     max_new_tokens=sizes.length, micro_batch_tokens=sizes.micro_batch_tokens)
@@ -95,13 +92,6 @@ def measure(part: str, sizes: Sizes, threads: int, repeats: int) -> dict:
             "prompt_tokens": len(prompts[0]),
             "seconds": round(statistics.median(seconds[1:] or seconds), 4),
             "resting_mib": round(resting, 1), "peak_mib": round(peak_memory(), 1)}
-
-
-def current_memory() -> float:
-    """MiB in use now: on the GPU, or the resident memory of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 2**20
-    return psutil.Process().memory_info().rss / 2**20
 
 
 def peak_memory() -> float:

@@ -1,11 +1,14 @@
-"""Adapter folders, as a LoRA run leaves them: whose adapter it is, and adding it to those weights.
+"""Adapters: the model beneath one, and folders of them, as a LoRA run leaves them.
 
-What the folder says is not trusted: its weights are read from safetensors alone, of its
-configuration a handful of numbers and names is used, and its base model is loaded like any other.
+Whose adapter a folder holds, and adding it to those weights. What the folder says is not trusted:
+its weights are read from safetensors alone, of its configuration a handful of numbers and names is
+used, and its base model is loaded like any other.
 """
 
 import json
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -24,6 +27,29 @@ HARMLESS = {"base_model_name_or_path", "revision", "task_type", "peft_type", "au
 OFF = (None, False, [], {})
 # Other ways to begin (PiSSA, OLoRA, CorDA, ...) change the base weights, too.
 BEGINNINGS = (True, False, "gaussian")
+
+
+def inner_model(model) -> PreTrainedModel:
+    """The model of `transformers` in a `PeftModel`; without an adapter the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def in_embeddings(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of the layers' names that an embedding or the output layer has.
+
+    Scores and sampler read these weights directly, and the two may be one: no adapter goes there.
+    """
+    words = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in words}
+    return [name for name in names if name in found]
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks for what transformers has renamed: nothing that a user could mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        yield
 
 
 def is_adapter(folder: Path) -> bool:
@@ -108,9 +134,7 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if odd:
         raise UserError(f"The adapter {folder} is no plain LoRA adapter ({', '.join(odd)}); merge "
                         "it with the tool that made it and give the folder of the whole model.")
-    words = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(module in words for name, module in model.named_modules()
-           if name.rsplit(".", 1)[-1] in targets):
+    if in_embeddings(model, targets):
         raise UserError(f"The adapter {folder} is one of the embeddings too, which may be tied to "
                         "each other; merge it with the tool that made it and give the folder of "
                         "the whole model.")
@@ -120,9 +144,7 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         weights = load_file(folder / WEIGHTS)
         # By name, not by pattern: a pattern out of a file could keep a machine busy for ever.
-        with warnings.catch_warnings():
-            # PEFT asks for what transformers has renamed: nothing that a user could mend.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        with quiet_peft():
             both = get_peft_model(model, LoraConfig(
                 r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=sorted(set(targets)),
                 use_rslora=bool(config.get("use_rslora", False)), task_type="CAUSAL_LM"))

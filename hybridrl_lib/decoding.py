@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from .adapters import inner_model
 from .policy import DTYPES, KNOWN, Policy
 from .products import linear
 
@@ -94,7 +95,7 @@ class Decoder:
 
     def __init__(self, policy: Policy):
         model = policy.model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = inner_model(model)
         config, body = base.config, base.get_decoder()
         self.dtype = DTYPES[policy.precision]
         self.embedding = body.embed_tokens.weight
@@ -296,7 +297,7 @@ class TransformersDecoder:
     def __init__(self, policy: Policy):
         self.policy = policy
         model = policy.model
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = inner_model(model)
 
     def read(self, ids: Tensor, present: Tensor) -> tuple[Tensor, tuple]:
         longest = ids.shape[1]

@@ -35,6 +35,11 @@ def wants_shards() -> bool:
     return _sharded or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
 
 
+def launched() -> int:
+    """How many processes the launcher started, whether they have met or not."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def begin(device: str) -> None:
     """Joins the processes that `accelerate launch` has started; nothing if this one is alone.
 
@@ -45,7 +50,7 @@ def begin(device: str) -> None:
         UsageError: the launcher was asked for what it does not do, or FSDP for its first version.
     """
     global _sharded
-    alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+    alone = launched() == 1
     if alone and "LOCAL_RANK" not in os.environ and "MASTER_PORT" in os.environ and (
             os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"):
         raise UsageError("'accelerate launch --cpu' starts a single process however many it is "
@@ -100,7 +105,7 @@ def is_first() -> bool:
 
 def may_complain() -> bool:
     """Whether this process is the one to say why the run ended: the first that asks."""
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if launched() == 1:
         return True
     if size() == 1:  # they have not met yet, and all fail alike
         return os.environ.get("RANK", "0") == "0"

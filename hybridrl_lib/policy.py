@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,7 +144,7 @@ class Policy:
             (N,) and (N,), nats, fp32.
         """
         model = model or self.model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = adapters.inner_model(model)
         if packed.segments is not None and base.config._attn_implementation == attention.NAME:
             groups = base.config.num_attention_heads // base.config.num_key_value_heads
             more = (0, len(packed.segments.back) - packed.input_ids.numel())
@@ -203,7 +202,7 @@ class Policy:
         It is what to compare speed with: the model itself has this project's.
         """
         model = use_plain_products(copy.deepcopy(self.model))
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = adapters.inner_model(model)
         if base.config._attn_implementation == attention.NAME:
             base.set_attn_implementation("sdpa")
         return model
@@ -425,18 +424,14 @@ def _add_adapter(model: PreTrainedModel, settings: ModelSettings):
     from peft import LoraConfig, get_peft_model
 
     layers = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()}
-    words = (model.get_input_embeddings(), model.get_output_embeddings())
     targets = [target for target in settings.lora_targets if target in layers]
-    for target in targets:
-        if layers[target] in words:  # scores and sampler read these two weights directly
-            raise UserError(f"model.lora_targets names {target}, but an adapter goes into the "
-                            "linear layers between the embeddings only; leave it out.")
+    for target in adapters.in_embeddings(model, targets):
+        raise UserError(f"model.lora_targets names {target}, but an adapter goes into the linear "
+                        "layers between the embeddings only; leave it out.")
     if not targets:
         raise UserError("None of model.lora_targets is a layer of this model; its layers are "
                         + ", ".join(sorted(layers)[:20]) + ".")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # PEFT asks for what transformers has renamed: nothing that a user could mend.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    with torch.random.fork_rng(devices=[]), adapters.quiet_peft():
         torch.manual_seed(0)  # the same adapter in every run, as the base model
         return get_peft_model(model, LoraConfig(
             r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=0.0,

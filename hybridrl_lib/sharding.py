@@ -12,6 +12,7 @@ from types import MethodType
 import torch
 from torch import Tensor
 
+from .adapters import inner_model
 from .distributed import wants_shards
 
 
@@ -21,7 +22,7 @@ def shard(model: torch.nn.Module) -> None:
 
     if units(model):
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     for layer in base.get_decoder().layers:
         fully_shard(layer)
     fully_shard(model)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .adapters import inner_model
 from .decoding import effective
 from .packing import PromptCompletion, pack
 from .policy import DTYPES, Policy
@@ -22,7 +23,7 @@ SCORED_AT_ONCE = 8192  # tokens of a forward pass when completions are scored
 def plain_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """Name and value of all weights as a model without an adapter has them."""
     model = policy.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
     for place, module in base.named_modules():
         if "lora_" in place or place.endswith("base_layer"):
@@ -44,7 +45,7 @@ def make_engine(policy: Policy):
     from vllm import LLM
 
     model = policy.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder, state_dict=dict(plain_weights(policy)))
         policy.tokenizer.save_pretrained(folder)
