@@ -389,6 +389,23 @@ def merge_command(arguments: argparse.Namespace) -> None:
     print(f"the whole model is in {arguments.out}; use it with --set model.path={arguments.out}")
 
 
+# publish ----------------------------------------------------------------------------------------
+
+
+def add_publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="a name under results/runs/")
+    parser.add_argument("--to", type=Path, metavar="FOLDER",
+                        help="results/published unless given; a folder of the experiment's name is "
+                             "made there, or replaced")
+
+
+def publish_command(arguments: argparse.Namespace) -> None:
+    from .catalogue import published_folder
+    from .publish import publish
+
+    print(f"published in {publish(arguments.experiment, arguments.to or published_folder())}")
+
+
 # list, doctor, pretrain-tiny --------------------------------------------------------------------
 
 
@@ -453,6 +470,9 @@ COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
               "hybridrl rerun results/published/tiny/rl/seed-0/manifest.json"),
     "merge": (merge_command, add_merge, "add the adapter of a LoRA run into its model's weights",
               "hybridrl merge results/runs/lora/sft/seed-0 my-model"),
+    "publish": (publish_command, add_publish,
+                "copy the records of an experiment to where they stay, packed",
+                "hybridrl publish tiny --to results/published"),
     "list": (list_command, add_json, "show setups, methods and presets with what each costs",
              "hybridrl list --json"),
     "doctor": (doctor_command, add_doctor, "show what this machine has and what will work on it",

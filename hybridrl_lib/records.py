@@ -6,6 +6,7 @@ checkpoint knows how far the logs went (`checkpoints.py`). The README describes 
 """
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -26,6 +27,8 @@ NUMERICS_VERSION = 2
 PLAIN_NAME = re.compile(r"\w[\w.+-]*")
 
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl")
+ANSWERS = "eval.jsonl"
+PACKED, LARGEST_LOG = ".gz", 2**30  # bytes; a packed file could hold far more than the disk
 WRITING, REMOVING = "writing", "removing"  # folders that are not yet, or no longer
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some network and user-space folders
@@ -205,21 +208,47 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a log. A last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().splitlines()  # of a text it would split at U+2028 too
-    rows = []
-    for number, line in enumerate(lines):
+def log_bytes(path: Path) -> bytes | None:
+    """What is in a log; a published one may be packed, as `<name>.gz`. None where there is neither.
+
+    Raises:
+        UserError: the packed file is damaged, or holds more than `LARGEST_LOG` bytes.
+    """
+    packed = path.with_name(path.name + PACKED)
+    if path.exists() or not packed.exists():
+        return path.read_bytes() if path.exists() else None
+    try:
+        with gzip.open(packed) as stream:
+            content = stream.read(LARGEST_LOG + 1)
+        if len(content) > LARGEST_LOG:
+            raise OSError(f"it unpacks to more than {LARGEST_LOG:,} bytes")
+        return content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{packed.name} in {path.parent} cannot be unpacked ({error}); get it back "
+                        "from where it came.") from error
+
+
+def parse_lines(content: bytes) -> list[dict]:
+    """The lines of a log. A last line that was cut off is left out.
+
+    Raises:
+        DamagedLine: another line is not a JSON object.
+    """
+    lines, rows = content.splitlines(), []  # of a text it would split at U+2028 too
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:  # no JSON, or no UTF-8
-            if number + 1 == len(lines):
-                break
-            raise UserError(f"Line {number + 1} of {path.name} is damaged; delete the run folder "
-                            f"{path.parent.name} and run it again.") from error
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no object")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+            if number < len(lines):
+                raise DamagedLine(number) from error
     return rows
+
+
+class DamagedLine(ValueError):
+    """The line of a log, from 1 on, that is not a JSON object."""
 
 
 class RunFolder:
@@ -258,7 +287,16 @@ class RunFolder:
                             "damaged; delete the run's folder and run it again.") from error
 
     def lines(self, name: str) -> list[dict]:
-        return read_lines(self.path / name)
+        """The lines of a log; none where there is no such log.
+
+        Raises:
+            UserError: a line before the last is damaged.
+        """
+        try:
+            return parse_lines(log_bytes(self.path / name) or b"")
+        except DamagedLine as line:
+            raise UserError(f"Line {line} of {name} is damaged; delete the run folder "
+                            f"{self.path.name} and run it again.") from line
 
     @property
     def is_complete(self) -> bool:
@@ -270,12 +308,13 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Whether anything was recorded beside the settings."""
         return any((self.path / name).exists()
-                   for name in (*LOGS, "eval.jsonl", "manifest.json", "checkpoint"))
+                   for name in (*LOGS, ANSWERS, "manifest.json", "checkpoint"))
 
     def checksums(self) -> dict[str, str]:
-        """{name: sha256} of the logs and answers that are there."""
-        return {name: sha256_of(self.path / name) for name in (*LOGS, "eval.jsonl")
-                if (self.path / name).exists()}
+        """{name: sha256} of the logs and answers that are there; packing them changes none."""
+        contents = {name: log_bytes(self.path / name) for name in (*LOGS, ANSWERS)}
+        return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
+                if content is not None}
 
     def altered(self) -> list[str]:
         """Logs and answers of a finished run that are not what its manifest says.

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from .config import describe, settings_from_dict
 from .errors import UserError
-from .records import RunFolder, experiment_folder, run_folder
-
-ANSWERS = "eval.jsonl"
+from .records import ANSWERS, RunFolder, experiment_folder, log_bytes, run_folder
 
 
 def rerun(manifest: Path, experiment: str | None = None, settings: Sequence[str] = ()) -> int:
@@ -30,7 +28,7 @@ def rerun(manifest: Path, experiment: str | None = None, settings: Sequence[str]
     """
     first = RunFolder(manifest.parent if manifest.suffix == ".json" else manifest)
     config, record = first.read("config.json"), first.read("manifest.json")
-    if not config or not record or not (first.path / ANSWERS).is_file():
+    if not config or not record or log_bytes(first.path / ANSWERS) is None:
         raise UserError(f"There is no finished run in {first.path} (config.json, manifest.json and "
                         f"{ANSWERS}); name the manifest.json of one.")
     missing = [name for name in ("setup", "preset", "seed", "experiment", "settings")
@@ -64,8 +62,7 @@ def rerun(manifest: Path, experiment: str | None = None, settings: Sequence[str]
 
 def compare(first: RunFolder, second: RunFolder) -> int:
     """Says if two runs' answers are the same; if not, what else differs between the two."""
-    same = (first.path / ANSWERS).read_bytes() == (second.path / ANSWERS).read_bytes()
-    if same:
+    if log_bytes(first.path / ANSWERS) == log_bytes(second.path / ANSWERS):
         print(f"{ANSWERS} is identical: every answer of {second.path} is that of {first.path}")
         return 0
     mine, theirs = first.lines(ANSWERS), second.lines(ANSWERS)

@@ -23,7 +23,15 @@ from .config import (
     settings_from_dict,
     settings_to_dict,
 )
-from .distributed import SharedVerifier, begin, from_first, is_first, size, wants_shards
+from .distributed import (
+    SharedVerifier,
+    begin,
+    from_first,
+    is_first,
+    launched,
+    size,
+    wants_shards,
+)
 from .errors import UsageError, UserError
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
@@ -42,7 +50,14 @@ from .methods.method import Method
 from .policy import KNOWN, Policy, choose_device, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer, Stopwatch
-from .records import NUMERICS_VERSION, RunFolder, experiment_folder, run_folder, write_folder
+from .records import (
+    ANSWERS,
+    NUMERICS_VERSION,
+    RunFolder,
+    experiment_folder,
+    run_folder,
+    write_folder,
+)
 from .rewards import Verifier
 from .setups import get_setup
 from .sharding import whole
@@ -108,7 +123,7 @@ def refuse_processes(settings: Settings) -> None:
     Raises:
         UsageError: the run was started in several, or with FSDP.
     """
-    if settings.model.sampler == "vllm" and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if settings.model.sampler == "vllm" and launched() > 1:
         settings.model.refuse("sampler", "vllm samples for a single process; set it to own")
     if not wants_shards():
         return
@@ -158,7 +173,7 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         trainer.train()
         observer.note("evaluating")
         rows = _evaluate(trainer, parts, resolved, verifier, seed)
-        folder.write_lines("eval.jsonl", rows)
+        folder.write_lines(ANSWERS, rows)
         if not trainer.step:
             for line in signal_lines(rows, resolved.rl.group_size):
                 observer.note(line)

@@ -10,7 +10,7 @@ from faults.power import Recorder, rebuild
 from hybridrl_lib.checkpoints import Checkpoints
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.locks import only_writer
-from hybridrl_lib.records import RunFolder, read_lines, write_folder, write_whole
+from hybridrl_lib.records import RunFolder, write_folder, write_whole
 from hybridrl_lib.report.loading import read_lines as read_for_report
 
 
@@ -102,7 +102,8 @@ def test_a_checkpoint_without_checksums_is_not_used(tmp_path):
         "damaged-step-000004", "damaged-step-000004-1"}
 
 
-@pytest.mark.parametrize("read", [read_lines, lambda path: list(read_for_report(path))])
+@pytest.mark.parametrize(
+    "read", [lambda path: RunFolder(path.parent).lines(path.name), read_for_report])
 def test_a_log_is_split_at_line_ends_alone(tmp_path, read):
     """Answers hold whatever a model writes, U+2028 and U+0085 too."""
     rows = [{"step": 1, "epoch": 1, "text": "a\u2028b\x85c\x1cd\r\n"}, {"step": 2, "epoch": 1}]
@@ -116,7 +117,7 @@ def test_a_log_that_is_no_text_is_refused_in_one_sentence(tmp_path):
     content = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff" + content[1:])
     with pytest.raises(UserError, match="Line 1 of metrics.jsonl is damaged"):
-        read_lines(tmp_path / "metrics.jsonl")
+        RunFolder(tmp_path).lines("metrics.jsonl")
 
 
 def test_the_report_leaves_out_a_record_that_was_changed(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..records import RunFolder, is_plain_name
+from ..records import DamagedLine, RunFolder, is_plain_name, log_bytes, parse_lines
 from ..setups import SETUPS, paper_setups
 from .text import literal
 
@@ -225,30 +225,23 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; its last one may be cut off, since a log is written line by line.
 
     Raises:
-        BrokenRecord: a line before the last is not a JSON object.
+        BrokenRecord: a line before the last is not a JSON object, or a packed log is damaged.
     """
-    if not path.is_file():
-        return
-    lines = path.read_bytes().splitlines()  # of a text it would split at U+2028 too
-    for number, line in enumerate(lines, start=1):
-        try:
-            content = json.loads(line)
-            if not isinstance(content, dict):
-                raise ValueError
-        except ValueError:
-            if number == len(lines):
-                return
-            raise BrokenRecord(f"line {number} of {path.name} is not a JSON object") from None
-        yield content
+    try:
+        return parse_lines(log_bytes(path) or b"")
+    except DamagedLine as line:
+        raise BrokenRecord(f"line {line} of {path.name} is not a JSON object") from None
+    except UserError as error:
+        raise BrokenRecord(str(error)) from None
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
     """The lines of a log over training, each with a step and an epoch."""
-    lines = list(read_lines(path))
+    lines = read_lines(path)
     for line in lines:
         if not all(isinstance(line.get(key), int | float) for key in ("step", "epoch")):
             raise BrokenRecord(f"a line of {path.name} has no step or no epoch")
