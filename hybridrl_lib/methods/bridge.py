@@ -56,9 +56,12 @@ class BridgeSettings(Section):
         "persistent", "the weights that the gain compares with: persistent = a copy that RL alone "
         "has trained since the start; one_step = the base weights after one RL update from where "
         "they are", "sources disagree", choices=("persistent", "one_step"))
+    base_learning_rate: float | None = setting(
+        None, "alpha, the learning rate of the base weights; none = rl.learning_rate, which a "
+        "preset with LoRA has for the adapter", "second-hand: the same everywhere", above=0)
     adapter_learning_rate: float | None = setting(
-        None, "beta, the adapter's learning rate; decays as the base weights'; none = "
-        "rl.learning_rate", "second-hand: the same everywhere", above=0)
+        None, "beta, the adapter's; both have the schedule of rl.learning_rate; none = the same",
+        "second-hand: the same everywhere", above=0)
 
 
 class Bridge(Method):
@@ -98,9 +101,9 @@ class Bridge(Method):
         learner, own, lam = step.learner, self.own, self.own.rl_weight
         for update in updates[1::2]:
             update.old = learner.scores(update.sequences)
-        rate = step.learning_rate
-        adapter_rate = rate if own.adapter_learning_rate is None else (
-            rate * own.adapter_learning_rate / self.settings.rl.learning_rate)
+        usual = self.settings.rl.learning_rate
+        rate, adapter_rate = (step.learning_rate * (own_rate or usual) / usual for own_rate in
+                              (own.base_learning_rate, own.adapter_learning_rate))
         norms: list[float] = []
         gains: list[float] = []
         for taught, sampled in zip(updates[::2], updates[1::2], strict=True):
