@@ -90,12 +90,27 @@ class Cluster:
         stop_file(job.log).unlink(missing_ok=True)
         given = json.dumps({"command": job.command, "folder": str(job.folder), "log": str(job.log),
                             "record": None if job.record is None else str(job.record.path)})
-        task = ray.remote(num_cpus=int(environment["OMP_NUM_THREADS"]),
-                          num_gpus=1 if self.gpus else 0, max_retries=RETRIES)(on_node)
-        environment = {k: v for k, v in environment.items() if not k.startswith("RAY_")}
+        threads = fitting(int(environment["OMP_NUM_THREADS"]), ray.nodes())
+        task = ray.remote(num_cpus=threads, num_gpus=1 if self.gpus else 0,
+                          max_retries=RETRIES)(on_node)
+        environment = {k: v for k, v in environment.items() if not k.startswith("RAY_")} | {
+            "OMP_NUM_THREADS": str(threads)}
         return RemoteProcess(job.log, task.options(name=job.name).remote(
             [sys.executable, "-m", "hybridrl_lib.cluster", given],
             environment | ({"ON_GPU": "1"} if self.gpus else {})))
+
+
+def fitting(threads: int, nodes: list[dict]) -> int:
+    """So many threads, or as many as the largest node has for a job: Ray would wait for more.
+
+    Args:
+        nodes: what `ray.nodes()` says. A node with GPUs has a share of its CPUs for each, and where
+            there are such nodes no other takes jobs.
+    """
+    found = [(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
+             for there in (node["Resources"] for node in nodes if node["Alive"])]
+    shares = [cpus // gpus for cpus, gpus in found if gpus] or [cpus for cpus, _ in found]
+    return max(1, min(threads, max(shares, default=0) or threads))
 
 
 class RemoteProcess:
@@ -118,6 +133,7 @@ class RemoteProcess:
                 with self.log.open("a", encoding="utf-8") as stream:
                     stream.write(f"the cluster lost the job: {reason(error)}\n")
                 self.returncode = 1
+            stop_file(self.log).unlink(missing_ok=True)
         return self.returncode
 
     def wait(self) -> int:

@@ -1,6 +1,7 @@
 """A folder that one process at a time may write."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,7 +65,7 @@ def _open_locked(path: Path, what: str):
     while True:
         stream = path.open("a+", encoding="utf-8")
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(stream)
         except BlockingIOError:
             stream.seek(0)
             owner = stream.read().strip() or "unknown"
@@ -81,6 +82,17 @@ def _open_locked(path: Path, what: str):
         stream.truncate(0)
         os.write(stream.fileno(), str(os.getpid()).encode())
     return stream
+
+
+def _take(stream) -> None:
+    """Locks a file; not at the first try, perhaps: `is_locked` may hold it for an instant."""
+    for again in (True, True, True, True, False):
+        try:
+            return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not again:
+                raise
+            time.sleep(0.02)
 
 
 def _is_current(stream, path: Path) -> bool:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from hybridrl_lib import cluster
+from hybridrl_lib import cluster, locks
 from hybridrl_lib.cli import main
 from hybridrl_lib.errors import UsageError
 from hybridrl_lib.locks import is_locked, only_writer
@@ -138,6 +138,21 @@ def test_jobs_fill_the_cluster():
     assert found.slots(1) == 2
 
 
+@pytest.mark.parametrize("threads, nodes, fits", [
+    (16, [{"CPU": 4.0}, {"CPU": 8.0}], 8),  # Ray would wait for ever for a node of 16
+    (2, [{"CPU": 4.0}, {"CPU": 8.0}], 2),
+    (16, [{"CPU": 64.0}, {"CPU": 8.0, "GPU": 2.0}], 4),  # the 64 are of a node without GPUs
+    (3, [{"CPU": 0.0}], 3),  # others may still join
+    (3, [{}], 3), (3, [], 3),
+    (4, [{"GPU": 1.0}], 4),
+])
+def test_a_job_never_asks_for_more_than_a_node_has(threads, nodes, fits):
+    """Protects against a command that waits without a word, for ever."""
+    there = [{"Alive": True, "Resources": node} for node in nodes]
+    gone = {"Alive": False, "Resources": {"CPU": 1000.0}}
+    assert cluster.fitting(threads, [*there, gone]) == fits
+
+
 def keep(tmp_path, program: str, record: Path | None = None) -> subprocess.Popen:
     """The program that runs a job on a node, for a job that is a little Python program."""
     given = {"command": [sys.executable, "-c", program], "folder": str(tmp_path),
@@ -197,3 +212,26 @@ def test_a_job_that_the_cluster_lost_has_failed(tmp_path, monkeypatch):
     log = tmp_path / "job.log"
     process = cluster.RemoteProcess(log, "task")
     assert process.poll() == 1 and "the node died" in log.read_text()
+
+
+def test_a_look_at_a_lock_keeps_no_run_out(tmp_path, monkeypatch):
+    """`is_locked` holds the lock for an instant, in which a run may want to begin."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / ".lock").touch()
+    looking = (tmp_path / ".lock").open("r+")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: looking.close())
+    with only_writer(tmp_path, "It"):
+        assert is_locked(tmp_path)
+
+
+def test_an_ended_job_leaves_no_stop_file(tmp_path, monkeypatch):
+    """Protects the folder of logs from files that mean nothing any more."""
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
+        wait=lambda tasks, timeout: (tasks, []), get=lambda task: 130))
+    log = tmp_path / "job.log"
+    log.write_text("begun\n")
+    process = cluster.RemoteProcess(log, "task")
+    process.interrupt()
+    assert cluster.stop_file(log).exists()
+    assert process.poll() == 130 and not cluster.stop_file(log).exists()
