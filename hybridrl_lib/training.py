@@ -10,32 +10,32 @@ updates of them (`methods/method.py`); everything else is the same for all metho
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoints, Snapshot
-from .config import RLSettings, Settings
+from .config import Settings
 from .distributed import any_of, from_first, is_first, together
 from .entropy_control import EntropyControl
 from .errors import Stopped, UserError, reason
 from .evaluation import accuracy, distinct_answers, evaluate, verdicts_of
 from .health import Health, replay
 from .interrupt import Interrupt
+from .judging import Judge, reward_metrics
 from .methods.method import Method, Progress, Stage
-from .objectives import group_advantages, k3, overlong_punishment
+from .objectives import k3
 from .packing import PromptCompletion
 from .policy import Policy
 from .problems import Problem, ProblemParts, in_turn
 from .progress import Observer, Stopwatch
 from .records import RunFolder, seed_of
-from .rewards import Verifier, steps_hold
+from .rewards import Verifier
 from .rollouts import Group, sample
 from .sharding import like, whole
-from .steps import Rollout, Step
+from .steps import Step
 from .updates import Learner, Totals, Update
 
 
@@ -62,6 +62,7 @@ class Trainer:
         self.policy, self.method, self.parts, self.settings = policy, method, parts, settings
         self.with_entropy, self.seed, self.folder = with_entropy, seed, folder
         self.verifier, self.observer = verifier, observer
+        self.judge = Judge(policy, method, parts.train, settings, verifier, self._count_and_show)
         self.clock = clock or Stopwatch()
         policy.keep_reference()
         method.begin(self)  # before the learner, which trains what the method lets it train
@@ -174,7 +175,7 @@ class Trainer:
         if weights.sft > 0:
             step.demonstrations = self._batch(stage, progress.step, "demonstrations", size)
         if weights.rl > 0:
-            step.rollouts = self._roll_out(
+            step.rollouts = self.judge.roll_out(
                 self._batch(stage, progress.step, "prompts", size), progress, row)
             step.gamma += self.entropy_control.begin_step(self.step, row["entropy"])
             row["gamma"] = step.gamma
@@ -215,69 +216,14 @@ class Trainer:
         floor = training.final_learning_rate_fraction
         return peak * warm * (floor + (1 - floor) * left)
 
-    # 3. Rollouts, rewards, advantages ----------------------------------------------------------
+    # 3. Beside the updates ---------------------------------------------------------------------
 
-    def _roll_out(self, problems: list[Problem], progress: Progress, row: dict) -> list[Rollout]:
-        """Samples G answers a problem and judges them.
-
-        With dynamic sampling (DAPO) groups without signal make way for those of further problems;
-        after the last round a step goes on with what there is.
-        """
-        rl, asked, reasons = self.settings.rl, {p.id for p in problems}, Counter()
-        rollouts = self._judge(problems, progress, 0, reasons)
-        sampled, kept = rollouts, rollouts
-        if rl.dynamic_sampling_rounds > 1:
-            others = [p for p in self.parts.train if p.id not in asked]
-            progress.random("dynamic sampling").shuffle(others)
-            kept = [rollout for rollout in sampled if 0 < rollout.solved < 1]
-            for number in range(1, rl.dynamic_sampling_rounds):
-                further, others = others[:len(problems)], others[len(problems):]
-                if not further or len(kept) >= len(problems):
-                    break
-                rollouts = self._judge(further, progress, number, reasons)
-                sampled = sampled + rollouts
-                kept = kept + [rollout for rollout in rollouts if 0 < rollout.solved < 1]
-            kept = kept[:len(problems)]
-            row |= {"groups/sampled": len(sampled), "groups/kept": len(kept)}
-        row |= reward_metrics([r.group for r in sampled], torch.stack([r.rewards for r in sampled]))
-        if rl.overlong_share:
-            row["reward/overlong"] = float(torch.stack(
-                [overlong_of(r.group, rl) for r in sampled]).mean())
-        row["verdicts"] = dict(sorted(reasons.items()))
-        if rl.reward != "answer":
-            row["reward/answer"] = reasons["right"] / sum(reasons.values())
-        return kept
-
-    def _judge(self, problems: list[Problem], progress: Progress, number: int,
-               reasons: Counter) -> list[Rollout]:
-        """One round of sampling; `reasons` counts the verdicts'."""
-        rl, prompts = self.settings.rl, [self.policy.encode_prompt(p.question) for p in problems]
-        hints = self.method.hints(problems, progress)
-        if hints:
-            prompts = [prompt + hint for prompt, hint in zip(prompts, hints, strict=True)]
-        groups = sample(
-            self.policy, prompts,
-            samples=rl.group_size, max_new_tokens=rl.max_new_tokens, temperature=rl.temperature,
-            seed=seed_of(self.seed, "rollouts", self.step, *([number] if number else [])),
-            batch_size=self.settings.evaluation.batch_size)
-        judged = groups if not hints else [
-            with_hint(self.policy, group, hint) for group, hint in zip(groups, hints, strict=True)]
-        verdicts = verdicts_of(problems, judged, self.verifier)
-        reasons.update(v.reason for v in verdicts)
-        rewards = torch.tensor([float(v.strict) for v in verdicts]).view(-1, rl.group_size)
-        if rl.reward == "answer_and_steps":
-            rewards *= torch.tensor([
-                [right > 0 and steps_hold(completion.text, problem.solution, problem.answer)
-                 for completion, right in zip(group.completions, mine, strict=True)]
-                for problem, group, mine in zip(problems, judged, rewards.tolist(), strict=True)])
-        shaped = rewards
-        if rl.overlong_share:
-            shaped = rewards + torch.stack([overlong_of(group, rl) for group in groups])
-        advantages = group_advantages(shaped, rl.advantage_scale)
+    def _count_and_show(self, problems: Sequence[Problem], groups: Sequence[Group],
+                        rewards: Tensor, first: bool) -> None:
+        """Counts the tokens of a round of sampling; now and then its first answers are kept."""
         self.tokens["rollouts"] += sum(len(c.token_ids) for g in groups for c in g.completions)
-        if self.step % self.settings.training.samples_every == 0 and not number:
-            self._log_samples(problems[0], judged[0], rewards[0])
-        return [Rollout(*item) for item in zip(problems, groups, rewards, advantages, strict=True)]
+        if first and self.step % self.settings.training.samples_every == 0:
+            self._log_samples(problems[0], groups[0], rewards[0])
 
     def _log_samples(self, problem: Problem, group: Group, rewards: Tensor) -> None:
         for completion, reward in list(zip(group.completions, rewards.tolist(), strict=True))[:2]:
@@ -465,50 +411,12 @@ class Trainer:
             self.learner.accelerator.scaler.load_state_dict(snapshot.scaler)
 
 
-def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:
-    """What rollouts say about a policy, by the names of the record.
-
-    Args:
-        groups: P groups of G completions.
-        rewards: (P, G) of 0 and 1.
-    """
-    completions = [c for group in groups for c in group.completions]
-    lengths = [len(c.token_ids) for c in completions]
-    size = rewards.shape[1]
-    right = rewards.sum(1).round().long().tolist()
-    return {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std(dim=1).mean()) if size > 1 else 0.0,
-        "frac_reward_zero_std": sum(n in (0, size) for n in right) / len(right),
-        "entropy": sum(sum(c.entropies) for c in completions) / max(1, sum(lengths)),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
-        "groups/correct_counts": [right.count(n) for n in range(size + 1)],
-    }
-
-
 def place_of(step: Step, number: int) -> str:
     """`step 12 (rl) with the problems a, b, c and 13 more`, for an error."""
     ids = [p.id for p in step.demonstrations] + [r.problem.id for r in step.rollouts]
     more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
     first = ", ".join(ids[:3])
     return f"step {number} ({step.progress.stage.name}) with the problems {first}{more}"
-
-
-def with_hint(policy: Policy, group: Group, hint: list[int]) -> Group:
-    """The group with texts that begin with the hint that the answers went on from.
-
-    Both are decoded as one: a character may begin in the hint and end in the answer.
-    """
-    return replace(group, completions=[replace(c, text=policy.decode([*hint, *c.token_ids]))
-                                       for c in group.completions])
-
-
-def overlong_of(group: Group, rl: RLSettings) -> Tensor:
-    """(G,) the punishment of a group's long completions, 0 or less."""
-    return overlong_punishment(torch.tensor([len(c.token_ids) for c in group.completions]),
-                               torch.tensor([c.finished for c in group.completions]),
-                               rl.max_new_tokens, rl.overlong_share)
 
 
 def measured(totals: Totals, updates: Sequence[Update], with_rollouts: bool) -> dict:

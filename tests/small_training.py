@@ -126,15 +126,16 @@ def watch(trainer) -> SimpleNamespace:
 
 def watch_rollouts(monkeypatch) -> list:
     """A list that takes up the groups of every step's rollouts (and of every probe)."""
-    import hybridrl_lib.training as training
+    from hybridrl_lib import judging, training
 
-    taken, sample = [], training.sample
+    taken, sample = [], judging.sample
 
     def noted(*arguments, **more):
         taken.append(sample(*arguments, **more))
         return taken[-1]
 
-    monkeypatch.setattr(training, "sample", noted)
+    for module in (judging, training):
+        monkeypatch.setattr(module, "sample", noted)
     return taken
 
 

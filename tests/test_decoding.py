@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from hybridrl_lib import training
+from hybridrl_lib import judging
 from hybridrl_lib.decoding import Decoder, TransformersDecoder
 from hybridrl_lib.packing import PromptCompletion, pack
 from hybridrl_lib.rollouts import choose_tokens, sample
@@ -100,7 +100,7 @@ def test_in_half_precision_the_sampler_s_log_probabilities_are_not_used(make_pol
                                                                         monkeypatch):
     """The record's KL to the reference: wrong numbers from the sampler show in fp32 alone."""
     found = {}
-    honest = training.sample
+    honest = judging.sample
     for precision in ("fp32", "bf16"):
         for shift in (0.0, 1.0):
             def shifted(*arguments, shift=shift, **more):
@@ -108,7 +108,7 @@ def test_in_half_precision_the_sampler_s_log_probabilities_are_not_used(make_pol
                     replace(c, log_probabilities=[x + shift for x in c.log_probabilities])
                     for c in group.completions]) for group in honest(*arguments, **more)]
 
-            monkeypatch.setattr(training, "sample", shifted)
+            monkeypatch.setattr(judging, "sample", shifted)
             trainer = make_trainer("rl", policy=replace(make_policy(), precision=precision),
                                    folder=f"{precision}-{shift}")
             trainer.train()

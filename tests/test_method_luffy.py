@@ -56,7 +56,7 @@ def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup):
     trainer = make_trainer(setup, *ONE_UPDATE)
     order = trainer._batch(trainer.method.stages[0], 0, "prompts", 8)
     wrong = {order[1].id, order[4].id}
-    trainer.verifier = trainer.method.verifier = Judge(MIXED, trainer.parts.train, wrong)
+    trainer.judge.verifier = trainer.method.verifier = Judge(MIXED, trainer.parts.train, wrong)
     seen = watch(trainer)
     trainer.train()
     trainer.load_weights(seen.weights[0])
@@ -73,7 +73,7 @@ def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup):
 def test_the_advantage_of_the_only_right_one_of_eight(make_trainer, scale, advantage):
     """7 answers are wrong and the demonstration is right: the paper's group."""
     trainer = make_trainer("luffy", *ONE_UPDATE, "rl.group_size=7", f"rl.advantage_scale={scale}")
-    trainer.verifier = trainer.method.verifier = Judge([0], trainer.parts.train)
+    trainer.judge.verifier = trainer.method.verifier = Judge([0], trainer.parts.train)
     trainer.train()
     row = trainer.folder.lines("metrics.jsonl")[0]
     assert row["luffy/demonstration_advantage"] == pytest.approx(advantage, abs=1e-3)
@@ -83,7 +83,7 @@ def test_the_advantage_of_the_only_right_one_of_eight(make_trainer, scale, advan
 def test_a_token_learns_most_where_its_probability_is_gamma(make_trainer, gamma):
     """The gradient with respect to log pi is A gamma pi / (pi + gamma)^2."""
     trainer = make_trainer("luffy", f"luffy.gamma={gamma}", *ONE_UPDATE)
-    trainer.verifier = trainer.method.verifier = Judge([0], trainer.parts.train)
+    trainer.judge.verifier = trainer.method.verifier = Judge([0], trainer.parts.train)
     kept, compose = [], trainer.method.compose
 
     def noted(step):
@@ -103,7 +103,7 @@ def test_a_token_learns_most_where_its_probability_is_gamma(make_trainer, gamma)
 
 def test_where_everything_is_right_nobody_learns(make_trainer):
     trainer = make_trainer("luffy", *ONE_UPDATE)
-    trainer.verifier = trainer.method.verifier = Judge([1], trainer.parts.train)
+    trainer.judge.verifier = trainer.method.verifier = Judge([1], trainer.parts.train)
     trainer.train()
     row = trainer.folder.lines("metrics.jsonl")[0]
     assert (row["updates"], row["luffy/demonstrations"]) == (0, 0)
@@ -128,7 +128,8 @@ def test_a_group_without_anything_right_teaches_nothing(make_trainer):
     """Its demonstration is wrong too: it must not be imitated for being a demonstration."""
     trainer = make_trainer("luffy", *ONE_UPDATE)
     problems = trainer.parts.train
-    trainer.verifier = trainer.method.verifier = Judge([0], problems, {p.id for p in problems})
+    trainer.judge.verifier = trainer.method.verifier = Judge([0], problems,
+                                                             {p.id for p in problems})
     trainer.train()
     assert trainer.folder.lines("metrics.jsonl")[0]["updates"] == 0
 

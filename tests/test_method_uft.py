@@ -9,12 +9,12 @@ import torch
 from small_training import Coin, Fixed, distance, watch, watch_rollouts
 from textbook import gradient, plain_mean, plain_rl, plain_scores
 
-from hybridrl_lib import training
+from hybridrl_lib import judging
 from hybridrl_lib.errors import UsageError
+from hybridrl_lib.judging import with_hint
 from hybridrl_lib.methods.method import Progress
 from hybridrl_lib.rewards import Verifier
 from hybridrl_lib.rollouts import Completion, Group
-from hybridrl_lib.training import with_hint
 
 REWARDS = [0, 0, 0, 0] * 2 + [1, 0, 0, 1] * 6
 ONE_UPDATE = ("rl.updates_per_rollout=1", "rl.beta=0")
@@ -88,11 +88,11 @@ def test_the_verifier_reads_hint_and_answer_as_one(make_trainer, monkeypatch):
                                                 policy.decode(ids))] * 4)
                 for prompt, ids in zip(prompts, rest, strict=True)]
 
-    monkeypatch.setattr(training, "sample", ends)
+    monkeypatch.setattr(judging, "sample", ends)
     row = {}
     with Verifier() as verifier:
-        trainer.verifier = verifier
-        rollouts = trainer._roll_out(first_batch(trainer), trainer._progress(), row)
+        trainer.judge.verifier = verifier
+        rollouts = trainer.judge.roll_out(first_batch(trainer), trainer._progress(), row)
         alone = verifier.verify([p.answer for p in first_batch(trainer)],
                                 [r.group.completions[0].text for r in rollouts], [True] * 8)
     assert row["reward"] == 1 and not any(verdict.strict for verdict in alone)

@@ -130,10 +130,10 @@ def test_a_hostile_text_costs_little(text):
 
 def test_the_reward_of_a_run(make_trainer, monkeypatch):
     """The verdicts stay those of the answer; the reward behind advantages is stricter."""
-    import hybridrl_lib.training as training
+    from hybridrl_lib import judging
 
     texts = []
-    monkeypatch.setattr(training, "steps_hold", lambda text, solution, answer: (
+    monkeypatch.setattr(judging, "steps_hold", lambda text, solution, answer: (
         texts.append((text, solution, answer)) or len(texts) % 4 == 1))
     trainer = make_trainer("rl", "rl.reward=answer_and_steps", verifier=Fixed([1, 1, 1, 0]))
     trainer.train()

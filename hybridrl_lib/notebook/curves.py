@@ -65,26 +65,26 @@ def draw_run(metrics: Rows, probe: Rows, validation: Rows) -> Figure:
     _steps(one, metrics, "reward", "training, each step")
     _probe(one, probe, "reward", "probe (validation, sampled)")
     _points(one, validation, "strict", "validation (greedy answer, or loss)")
-    _finish(one, "reward: share of right answers", floor=True)
+    finish(one, "reward: share of right answers", floor=True)
     if any("loss/sft" in row for row in metrics):
         _steps(two, metrics, "loss/sft", "training, each step")
         _points(two, validation, "loss", "")
-        _finish(two, "SFT loss (nat per token)", floor=True)
+        finish(two, "SFT loss (nat per token)", floor=True)
     else:
         _steps(two, metrics, "loss/rl", "")
-        _finish(two, "RL loss (near 0 is normal)")
+        finish(two, "RL loss (near 0 is normal)")
     _steps(three, metrics, "entropy", "")
     _probe(three, probe, "entropy", "")
-    _finish(three, "entropy (nat per token)", floor=True)
+    finish(three, "entropy (nat per token)", floor=True)
     _probe(four, probe, "kl/base", "")
-    _finish(four, "KL to the base model (nat per token)", floor=True)
+    finish(four, "KL to the base model (nat per token)", floor=True)
     _steps(five, metrics, "completions/mean_length", "")
     _probe(five, probe, "completions/mean_length", "")
-    _finish(five, "length of answers (tokens)")
+    finish(five, "length of answers (tokens)")
     _steps(six, metrics, "frac_reward_zero_std", "")
     _probe(six, probe, "frac_reward_zero_std", "")
-    _finish(six, "groups without signal (share)", floor=True)
-    _mark_stages(panels.flat, metrics)
+    finish(six, "groups without signal (share)", floor=True)
+    mark_stages(panels.flat, metrics)
     _legend(figure, panels.flat)
     return figure
 
@@ -96,19 +96,19 @@ def draw_live(metrics: Rows, probe: Rows) -> Figure:
     if any("reward" in row for row in metrics):
         _steps(panels[0], metrics, "reward", "each step")
         _probe(panels[0], probe, "reward", "probe")
-        _finish(panels[0], "reward", floor=True)
+        finish(panels[0], "reward", floor=True)
     else:
         _steps(panels[0], metrics, "loss/sft", "each step")
-        _finish(panels[0], "SFT loss", floor=True)
+        finish(panels[0], "SFT loss", floor=True)
     _steps(panels[1], metrics, "entropy", "each step")
     _probe(panels[1], probe, "entropy", "probe")
-    _finish(panels[1], "entropy", floor=True)
+    finish(panels[1], "entropy", floor=True)
     _probe(panels[2], probe, "kl/base", "probe")
-    _finish(panels[2], "KL to the base model", floor=True)
+    finish(panels[2], "KL to the base model", floor=True)
     _steps(panels[3], metrics, "completions/mean_length", "each step")
     _probe(panels[3], probe, "completions/mean_length", "probe")
-    _finish(panels[3], "tokens an answer")
-    _mark_stages(panels, metrics)
+    finish(panels[3], "tokens an answer")
+    mark_stages(panels, metrics)
     _legend(figure, panels)
     return figure
 
@@ -128,10 +128,10 @@ def plot_against(record: RunFolder, other: str) -> None:
     figure, panels = new_panels(2.7, columns=len(columns))
     for panel, (key, title) in zip(panels, columns.items(), strict=True):
         for name, rows in probes.items():
-            epochs, values = _column(rows, key)
+            epochs, values = column(rows, key)
             panel.plot(epochs, values, label=figure_text(setup_title(name)),
                        markevery=max(1, len(epochs) // 6), **line_style(name))
-        _finish(panel, title, floor=True)
+        finish(panel, title, floor=True)
     _legend(figure, panels)
     show(figure, alt=f"Probe of {figure_text(setup)} and of {figure_text(other)} over epochs")
 
@@ -139,7 +139,7 @@ def plot_against(record: RunFolder, other: str) -> None:
 # Parts of a panel -------------------------------------------------------------------------------
 
 
-def _column(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+def column(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and values of the lines that have the key."""
     found = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
     return (np.array([epoch for epoch, _ in found], dtype=float),
@@ -158,27 +158,27 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 def _steps(panel: Axes, rows: Rows, key: str, label: str) -> None:
     for stage in dict.fromkeys(row["stage"] for row in rows):  # each with a mean of its own
-        epochs, values = _column([row for row in rows if row["stage"] == stage], key)
+        epochs, values = column([row for row in rows if row["stage"] == stage], key)
         if len(values):
             panel.plot(epochs, values, color=STEPS, alpha=0.25, linewidth=0.8)
             panel.plot(epochs, _running_mean(values), color=STEPS, label=label or None)
 
 
 def _probe(panel: Axes, rows: Rows, key: str, label: str) -> None:
-    epochs, values = _column(rows, key)
+    epochs, values = column(rows, key)
     if len(values):
         panel.plot(epochs, values, color=PROBE, marker="s", markersize=2.5, linewidth=1.0,
                    label=label or None)
 
 
 def _points(panel: Axes, rows: Rows, key: str, label: str) -> None:
-    epochs, values = _column(rows, key)
+    epochs, values = column(rows, key)
     if len(values):
         panel.plot(epochs, values, color=VALIDATION, marker="^", markersize=4.5, linestyle="none",
                    label=label or None)
 
 
-def _finish(panel: Axes, title: str, floor: bool = False) -> None:
+def finish(panel: Axes, title: str, floor: bool = False) -> None:
     panel.set_title(title, loc="left")
     panel.set_xlabel("epoch")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -195,7 +195,7 @@ def _below_zero(panel: Axes) -> bool:
     return any(len(line.get_ydata()) and np.min(line.get_ydata()) < 0 for line in panel.lines)
 
 
-def _mark_stages(panels: Iterable[Axes], metrics: Rows) -> None:
+def mark_stages(panels: Iterable[Axes], metrics: Rows) -> None:
     """A dotted line where the second stage starts."""
     stages = [(row["stage"], row["epoch"]) for row in metrics]
     for (stage, epoch), (following, _) in zip(stages, stages[1:], strict=False):

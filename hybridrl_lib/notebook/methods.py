@@ -9,7 +9,7 @@ from IPython.display import Markdown, display
 from ..records import RunFolder
 from ..report.style import figure_text, style
 from ..setups import SETUPS
-from .curves import _column, _finish, _mark_stages, new_panels, show
+from .curves import column, finish, mark_stages, new_panels, show
 
 MOST_PANELS = 9
 
@@ -44,10 +44,10 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     figure, panels = new_panels(2.3 * down, columns=across, rows=down)
     flat = list(getattr(panels, "flat", [panels]))
     for panel, key in zip(flat, columns, strict=False):
-        epochs, values = _column(metrics, key)
+        epochs, values = column(metrics, key)
         panel.plot(epochs, values, color="#0072B2", marker=".", markersize=3, linewidth=0.9)
-        _finish(panel, figure_text(key))
+        finish(panel, figure_text(key))
     for panel in flat[len(columns):]:
         panel.set_visible(False)
-    _mark_stages(flat[:len(columns)], metrics)
+    mark_stages(flat[:len(columns)], metrics)
     show(figure, alt="The method's own columns over epochs: " + ", ".join(columns))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..problems import BENCHMARKS
 from ..records import DamagedLine, RunFolder, is_plain_name, log_bytes, parse_lines
 from ..setups import SETUPS, paper_setups
 from .text import literal
@@ -33,14 +34,6 @@ class BenchmarkTitle:
     def paper_key(self, name: str) -> str:
         """The benchmark of the paper's column that is printed beside this one."""
         return self.stands_for or name
-
-
-BENCHMARKS: dict[str, BenchmarkTitle] = {
-    "tiny_word": BenchmarkTitle("tiny word problems", "gsm8k"),
-    "tiny_symbolic": BenchmarkTitle("tiny symbolic maths", "math500"),
-    "gsm8k": BenchmarkTitle("GSM8K"),
-    "math500": BenchmarkTitle("MATH-500"),
-}
 
 
 class BrokenRecord(Exception):
@@ -123,7 +116,8 @@ def setup_title(name: str) -> str:
 
 def benchmark_title(name: str) -> BenchmarkTitle:
     """How a benchmark is called."""
-    return BENCHMARKS.get(name, BenchmarkTitle(name))
+    known = BENCHMARKS.get(name)
+    return BenchmarkTitle(known.title, known.stands_for) if known else BenchmarkTitle(name)
 
 
 def paper_value(setup: str, benchmark: str) -> float | None:
