@@ -8,7 +8,7 @@ file.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -26,9 +26,8 @@ from common import (
     rounded,
     run,
     show,
-    timed,
 )
-from grpo_step import GRPOStep
+from grpo_step import GRPOStep, fastest, sizes_to_try
 from trl_step import LOSS_TYPES, TRLStep
 
 from hybridrl_lib.rollouts import Group
@@ -36,8 +35,6 @@ from hybridrl_lib.rollouts import Group
 # Largest distance of the clipped gradients over their norm, and of the losses. Both sides of fp32
 # differ by rounding; in bf16 the order of rounding differs, since one packs and one pads.
 TOLERANCES = {"fp32": (1e-4, 1e-5), "bf16": (5e-2, 2e-3)}
-TOKENS = (1024, 2048, 4096, 16384)  # of a micro-batch, tried in turn
-LARGE = 1e7  # weights from which on more than 2,048 tokens a micro-batch are not tried
 
 
 def compare(ours: GRPOStep, trl: TRLStep, groups: Sequence[Group]) -> dict[str, float]:
@@ -69,39 +66,19 @@ def compare(ours: GRPOStep, trl: TRLStep, groups: Sequence[Group]) -> dict[str, 
     return found
 
 
-def fastest(candidates: Sequence[int], take: Callable[[int], Any]) -> tuple[int, dict[str, float]]:
-    """The candidate whose second run takes the least time, and the seconds of each."""
-    if len(candidates) == 1:
-        return candidates[0], {}
-    seconds = {}
-    for candidate in candidates:
-        take(candidate)
-        seconds[candidate] = timed(take, candidate)[0]
-    return (min(seconds, key=seconds.__getitem__),
-            {str(key): round(value, 4) for key, value in seconds.items()})
-
-
 def tune(ours: GRPOStep, trl: TRLStep, groups: Sequence[Group],
          arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Gives each side the size of micro-batch that is fastest for it, within the same tokens."""
-    small = sum(p.numel() for p in trl.parameters) < LARGE
-    tokens = [n for n in TOKENS if small or n <= 2048]
+    tried = ours.use_fastest_micro_batches(groups, arguments.micro_batch_tokens)
     longest = max(len(g.prompt_ids) for g in groups) + arguments.max_new_tokens
     rows = sorted({max(n for n in range(1, trl.completions + 1)
                        if trl.completions % n == 0 and (n == 1 or n * longest <= most))
-                   for most in tokens})
-
-    def mine(candidate: int) -> None:
-        ours.use_micro_batches_of(candidate)
-        ours.update(groups)
+                   for most in sizes_to_try(trl.parameters)})
 
     def other(candidate: int) -> None:
         trl.rows = candidate
         trl.update(groups)
 
-    best, tried = fastest([arguments.micro_batch_tokens] if arguments.micro_batch_tokens
-                          else tokens, mine)
-    ours.use_micro_batches_of(best)
     trl.rows, also = fastest([arguments.trl_rows] if arguments.trl_rows else rows, other)
     return {"ours_seconds_by_tokens": tried, "trl_seconds_by_rows": also}
 
@@ -147,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     policy, questions = load_questions(arguments)
     ours = GRPOStep(policy, questions, samples=arguments.samples, which=arguments.groups,
                     max_new_tokens=arguments.max_new_tokens,
-                    loss_normalisation=arguments.loss_normalisation,
-                    micro_batch_tokens=arguments.micro_batch_tokens or TOKENS[0])
+                    loss_normalisation=arguments.loss_normalisation)
     trl = TRLStep(policy, questions, ours.settings, arguments.groups,
                   arguments.trl_rows or arguments.samples)
     groups = ours.sample(seed=0)

@@ -32,6 +32,10 @@ from hybridrl_lib.products import linear
 from hybridrl_lib.rollouts import Group
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the large product
+# What cannot be spared, told by parts of the names that torch's profiler has: on a CPU those of
+# torch's operations, on a GPU those of kernels.
+KERNELS = {"products": ("linear", "mm", "cutlass", "nvjet"),
+           "attention": ("scaled_dot_product", "flash_", "fmha"), "activation": ("silu",)}
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 REPEATS = 8
 
@@ -155,6 +159,29 @@ def shares(part: Callable[[int], Any], ceiling: Callable[[int], Any], pairs: int
             "share_best": round(work * min(seconds[1]) / min(seconds[0]), 4)}
 
 
+def kernels(function: Callable[[int], Any], device: torch.device) -> dict[str, float]:
+    """Shares of a function's time in products, attention and activation, by torch's profiler.
+
+    The profiler costs every operation some time, so that many small ones look larger than they are
+    and these shares smaller.
+    """
+    gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if gpu else activity.CPU]) as profile:
+        function(0)
+    times = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total
+             for event in profile.key_averages()}
+
+    def kind_of(name: str) -> str | None:
+        if not gpu and not name.startswith(("aten::", "mkldnn::")):
+            return None  # a Python function around them
+        return next((kind for kind in ("attention", "products", "activation")
+                     if any(part in name for part in KERNELS[kind])), None)
+
+    return {kind: round(sum(time for name, time in times.items() if kind_of(name) == kind)
+                        / sum(times.values()), 4) for kind in KERNELS}
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
     """Measures, prints a table and the JSON line; returns what the line holds."""
     parser = make_parser("What this machine can do, and the share that is reached.",
@@ -169,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     speeds = {name: p.operations / best(p) / 1e9 for name, p in products.items()}
     copied = copy_speed(policy.device)
     groups = step.sample(seed=0)
+    tried = step.use_fastest_micro_batches(groups)
     rows, longest = len(questions) * arguments.samples, max(len(g.prompt_ids) for g in groups)
     sampling = shares(step.sample, lambda _: shapes.sampling(
         len(questions), longest, rows, arguments.max_new_tokens), arguments.pairs)
@@ -187,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "copy_gb_per_second": round(copied, 2), "sampling": sampling,
         "update": update | {"operations": operations,
                             "gflops": rounded([operations / s / 1e9 for s in update["seconds"]], 1),
-                            "micro_batch_tokens": step.settings.training.micro_batch_tokens},
+                            "micro_batch_tokens": step.settings.training.micro_batch_tokens,
+                            "seconds_by_tokens": tried},
+        "update_kernels": kernels(lambda _: step.update(groups), policy.device),
         "update_products": of_products | {
             "gflops": rounded([operations / s / 1e9 for s in of_products["ceiling_seconds"]], 1)}}
     print(f"{record['model']}, {record['device']}, {record['precision']}, threads: "

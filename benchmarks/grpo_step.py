@@ -5,10 +5,12 @@ a KL term. The rewards are a fixed pattern, so that no verifier decides how much
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from common import timed
 from torch import Tensor
 
 from hybridrl_lib.config import load_settings
@@ -19,6 +21,8 @@ from hybridrl_lib.rollouts import Group, sample
 from hybridrl_lib.updates import Learner, Totals, Update
 
 PATTERN = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # rewards of a group
+TOKENS = (1024, 2048, 4096, 16384)  # of a micro-batch, tried in turn
+LARGE = 1e7  # weights from which on more than 2,048 tokens a micro-batch are not tried
 LEARNING_RATE = 1e-6  # so low that the answers stay those of the model that was given
 
 
@@ -40,6 +44,24 @@ class Outcome:
     tokens: int
     loss: float
     norm: float
+
+
+def fastest(candidates: Sequence[int], take: Callable[[int], Any]) -> tuple[int, dict[str, float]]:
+    """The candidate whose second run takes the least time, and the seconds of each."""
+    if len(candidates) == 1:
+        return candidates[0], {}
+    seconds = {}
+    for candidate in candidates:
+        take(candidate)
+        seconds[candidate] = timed(take, candidate)[0]
+    return (min(seconds, key=seconds.__getitem__),
+            {str(key): round(value, 4) for key, value in seconds.items()})
+
+
+def sizes_to_try(parameters: Iterable[torch.Tensor]) -> list[int]:
+    """Tokens a micro-batch: a large model fills the machine with few."""
+    small = sum(p.numel() for p in parameters) < LARGE
+    return [n for n in TOKENS if small or n <= 2048]
 
 
 class GRPOStep:
@@ -69,6 +91,21 @@ class GRPOStep:
         """Sets training.micro_batch_tokens; weights and optimiser stay as they are."""
         self.settings = self.learner.settings = replace(
             self.settings, training=replace(self.settings.training, micro_batch_tokens=tokens))
+
+    def use_fastest_micro_batches(self, groups: Sequence[Group],
+                                  chosen: int | None = None) -> dict[str, float]:
+        """Sets those with which an update takes least time; the seconds of each that was tried.
+
+        Args:
+            chosen: take these, and try none.
+        """
+        def take(tokens: int) -> None:
+            self.use_micro_batches_of(tokens)
+            self.update(groups)
+
+        best, tried = fastest([chosen] if chosen else sizes_to_try(self.learner.parameters), take)
+        self.use_micro_batches_of(best)
+        return tried
 
     def sample(self, seed: int) -> list[Group]:
         """G completions of every question, all decoded together."""

@@ -47,7 +47,8 @@ def write_page(found: dict[str, Any], path: Path) -> None:
         parts += ["## Ratios", ratio_table(compared), parts_text(by_kind.get("against_trl", ())),
                   "## Settings of both sides", *map(settings_text, compared)]
     if "ceiling" in by_kind:
-        parts += ["## What the machine can do", ceiling_table(by_kind["ceiling"])]
+        parts += ["## What the machine can do", ceiling_table(by_kind["ceiling"]),
+                  bounds_text(by_kind["ceiling"], by_kind.get("against_trl", ()))]
     for record in by_kind.get("scaling", ()):
         parts += ["## How time and memory grow", *scaling_section(record, path)]
     for record in by_kind.get("overhead", ()):
@@ -140,6 +141,35 @@ def ceiling_table(records: Sequence[dict[str, Any]]) -> str:
          "large copy, GB/s", "sampling, share of its products alone",
          "update, share of its products alone", "update, share of the large product"], rows,
         range(2, 8))
+
+
+def bounds_text(ceilings: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) -> str:
+    """What the update cannot get below, from what was measured; a line a model and precision."""
+    lines = []
+    for r in ceilings:
+        if "update_kernels" not in r:
+            continue
+        shares = r["update_kernels"]
+        reached = statistics.median(r["update_products"]["gflops"]) / (
+            r["product_gflops"][r["precision"]])
+        line = (f"- {r['model']}, {r['precision']}: of an update's time products take "
+                f"{shares['products']:.2f}, attention {shares['attention']:.2f} and the activation "
+                f"function {shares['activation']:.2f}. Its products alone, of the same shapes, "
+                f"reach {reached:.2f} of the large product's speed: no update can reach more.")
+        same = [s for s in steps if (s["model"], s["precision"], s["groups"])
+                == (r["model"], r["precision"], "all")]
+        for step in same:
+            ours = {part: statistics.median(step[f"seconds_{part}"]["ours"])
+                    for part in ("sampling", "update")}
+            least = ours["sampling"] + ours["update"] * sum(shares.values())
+            theirs = statistics.median(step["seconds"]["trl"])
+            line += (f" If the rest of the update took no time, a GRPO step would be "
+                     f"{theirs / least:.1f} times as fast as TRL's.")
+        lines.append(line)
+    return "" if not lines else (
+        "What bounds the update (the rest are norms, rotary embedding, copies, the loss, the "
+        "optimiser and the calls themselves; the profiler that tells them apart makes the rest "
+        "look larger than it is):\n\n" + "\n".join(lines))
 
 
 def full_size_table(record: dict[str, Any]) -> str:

@@ -88,6 +88,21 @@ def test_ceiling_runs(measure):
     assert set(record["product_gflops"]) == {"fp32", "bf16"} and record["copy_gb_per_second"] > 0
     for part in ("sampling", "update", "update_products"):
         assert len(record[part]["share"]) == 2 and min(record[part]["share"]) > 0
+    shares = record["update_kernels"]
+    assert 0 < shares["products"] < sum(shares.values()) < 1 and 0 < shares["attention"]
+
+
+def test_the_bound_is_what_the_numbers_say(script):
+    """Protects the reason given for a bar that was missed."""
+    ceiling = {"model": "m", "precision": "fp32", "product_gflops": {"fp32": 400.0},
+               "update_products": {"gflops": [100.0, 100.0, 300.0]},
+               "update_kernels": {"products": 0.4, "attention": 0.1, "activation": 0.0}}
+    step = {"model": "m", "precision": "fp32", "groups": "all",
+            "seconds": {"ours": [1.5], "trl": [4.0]},
+            "seconds_sampling": {"ours": [0.5]}, "seconds_update": {"ours": [1.0]}}
+    text = script("page").bounds_text([ceiling], [step, step | {"groups": "signal"}])
+    assert "reach 0.25 of the large" in text and text.count("4.0 times as fast") == 1
+    assert script("page").bounds_text([{"model": "m"}], []) == ""
 
 
 def test_scaling_runs(measure):
