@@ -89,7 +89,11 @@ def cost(setup: Setup, settings: Settings, measured: tuple[Measured, ...] = ()) 
 
 
 def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]]:
-    """{(preset, setup): what its published runs took}; runs that were cut off do not count."""
+    """{(preset, setup): what its published runs took}; runs that were cut off do not count.
+
+    Those of the experiment that is named like the preset; others, whose settings may differ, only
+    where it has none.
+    """
     minutes: dict[tuple[str, str, str, str], list[float]] = {}
     for path in sorted(published.glob("*/*/seed-*/manifest.json")):
         try:
@@ -104,7 +108,8 @@ def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]
     for (preset, setup, experiment, device), values in minutes.items():
         found[preset, setup] = (*found.get((preset, setup), ()), Measured(
             experiment, device, len(values), round(sum(values) / len(values), 2)))
-    return found
+    return {key: tuple(m for m in all_of if m.experiment == key[0]) or all_of
+            for key, all_of in found.items()}
 
 
 def preset_description(name: str) -> str:

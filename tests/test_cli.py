@@ -246,8 +246,11 @@ def test_cost_of_tiny_is_exact():
 
 def test_minutes_come_from_published_runs_alone(tmp_path):
     """A time is the mean of finished runs in one go; without any it is not measured."""
-    build_experiment(tmp_path / "tiny", setups=("sft",), seeds=(0, 1, 2),
-                     test={"tiny_word": 4}, train={})
+    for name, setups in (("tiny", ("sft",)), ("tiny-compare", ("sft", "rl"))):
+        build_experiment(tmp_path / name, setups, seeds=(0, 1, 2), test={"tiny_word": 4}, train={})
+    other = tmp_path / "tiny-compare" / "rl" / "seed-0" / "manifest.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {
+        "preset": "tiny", "seconds/wall": 30.0, "resumed_from": []}))
     for seed, (seconds, resumed) in enumerate([(60.0, []), (120.0, []), (9000.0, [7])]):
         path = tmp_path / "tiny" / "sft" / f"seed-{seed}" / "manifest.json"
         manifest = json.loads(path.read_text())
@@ -256,6 +259,7 @@ def test_minutes_come_from_published_runs_alone(tmp_path):
     found = catalogue.read_measured(tmp_path)
     entry, = found.pop(("tiny", "sft"))
     assert (entry.minutes, entry.runs, entry.experiment) == (1.5, 2, "tiny")
+    assert [m.experiment for m in found.pop(("tiny", "rl"))] == ["tiny-compare"], "no other there"
     assert not found
     assert catalogue.minutes(()) == catalogue.NOT_MEASURED
 

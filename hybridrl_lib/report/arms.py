@@ -131,6 +131,22 @@ def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], basel
     Returns:
         The files, and the main table as text for a terminal.
     """
+    texts = arms_texts(experiment, arms, baseline, tuned, alone)
+    files = [write(folder / name, text) for name, text in texts.items()]
+    with style():
+        figures = {"forest": draw_forest(experiment, arms),
+                   "pass_at_k": draw_pass_at_k(experiment, baseline),
+                   **{f"diagnostics_{method}": draw_diagnostics(experiment, method)
+                      for method in dict.fromkeys(SETUPS[arm.setup].method for arm in arms)}}
+        files += [write(folder / "figures" / f"{name}.{kind}", as_bytes(figure, kind))
+                  for name, figure in figures.items() if figure is not None
+                  for kind in ("svg", "png")]
+    return files, plain_table(header(experiment), score_rows(experiment, arms))
+
+
+def arms_texts(experiment: Experiment, arms: Sequence[Arm], baseline: str, tuned: Sequence,
+               alone: Mapping[str, Experiment]) -> dict[str, str]:
+    """{file name: text} of all tables; arguments as for `report_arms`."""
     rows = transfer_rows(alone)
     texts = {"comparison.csv": arms_csv(arms),
              "comparison.tex": arms_tex(experiment, arms, baseline),
@@ -145,16 +161,7 @@ def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], basel
             ("setup", "trained_on", "tested_on", "mean", "ci_low", "ci_high", "seeds", "problems"),
             [(setup, trained, tested, percent(i.mean), percent(i.low), percent(i.high), i.seeds,
               i.problems) for (setup, trained, tested), i in rows.items()])
-    files = [write(folder / name, text) for name, text in texts.items()]
-    with style():
-        figures = {"forest": draw_forest(experiment, arms),
-                   "pass_at_k": draw_pass_at_k(experiment, baseline),
-                   **{f"diagnostics_{method}": draw_diagnostics(experiment, method)
-                      for method in dict.fromkeys(SETUPS[arm.setup].method for arm in arms)}}
-        files += [write(folder / "figures" / f"{name}.{kind}", as_bytes(figure, kind))
-                  for name, figure in figures.items() if figure is not None
-                  for kind in ("svg", "png")]
-    return files, plain_table(header(experiment), score_rows(experiment, arms))
+    return texts
 
 
 def chosen(arms: Sequence[Arm], setup: str) -> float | None:

@@ -29,10 +29,19 @@ def report_sweep(folder: Path, title: str, setup: str, experiments: Mapping[str,
     Returns:
         The files, and the table as text for a terminal.
     """
-    cells = {(value, benchmark, metric): mean_interval(found.values)
-             for value, experiment in experiments.items() for benchmark in experiment.benchmarks
-             for metric in METRICS
-             if (found := score(experiment, setup, benchmark, metric)) is not None}
+    cells = _cells(setup, experiments)
+    files = [write(folder / name, text)
+             for name, text in sweep_texts(title, setup, experiments).items()]
+    with style():
+        figure = draw_sweep(title, experiments, cells)
+        files += [write(folder / "figures" / f"sweep.{kind}", as_bytes(figure, kind))
+                  for kind in ("svg", "png")]
+    return files, plain_table(*_table(setup, experiments, cells))
+
+
+def sweep_texts(title: str, setup: str, experiments: Mapping[str, Experiment]) -> dict[str, str]:
+    """{file name: text} of the tables; arguments as for `report_sweep`."""
+    cells = _cells(setup, experiments)
     head, rows = _table(setup, experiments, cells)
     seeds = sorted({cell.seeds for cell in cells.values()})
     text = "\n".join([
@@ -44,15 +53,18 @@ def report_sweep(folder: Path, title: str, setup: str, experiments: Mapping[str,
             "Intervals cross seeds and problems; they are of each value by itself, and values that "
             "share problems differ by less than two intervals suggest.",
             "Choose a value on validation problems, not by this table."))])
-    files = [write(folder / "sweep.csv", csv_text(COLUMNS, [
-                 (*key, percent(i.mean), percent(i.low), percent(i.high), i.seeds, i.problems)
-                 for key, i in cells.items()])),
-             write(folder / "sweep.md", text)]
-    with style():
-        figure = draw_sweep(title, experiments, cells)
-        files += [write(folder / "figures" / f"sweep.{kind}", as_bytes(figure, kind))
-                  for kind in ("svg", "png")]
-    return files, plain_table(head, rows)
+    return {"sweep.md": text, "sweep.csv": csv_text(COLUMNS, [
+        (*key, percent(i.mean), percent(i.low), percent(i.high), i.seeds, i.problems)
+        for key, i in cells.items()])}
+
+
+def _cells(setup: str, experiments: Mapping[str, Experiment]
+           ) -> dict[tuple[str, str, str], Interval]:
+    """{(value, benchmark, metric): score}."""
+    return {(value, benchmark, metric): mean_interval(found.values)
+            for value, experiment in experiments.items() for benchmark in experiment.benchmarks
+            for metric in METRICS
+            if (found := score(experiment, setup, benchmark, metric)) is not None}
 
 
 def _table(setup: str, experiments: Mapping[str, Experiment],
