@@ -243,14 +243,17 @@ def factor_list(text: str) -> tuple[float, ...]:
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
+    from .compare import GRID
+
     add_preset(parser)
     add_seeds(parser)
     parser.add_argument("--methods", nargs="+", action="extend", default=[], metavar="NAME",
                         help="setups, or methods for all their setups; unless given the paper's "
                              "setups and one of each method")
-    parser.add_argument("--grid", type=factor_list, default=(0.5, 1.0, 2.0), metavar="FACTORS",
+    parser.add_argument("--grid", type=factor_list, default=GRID, metavar="FACTORS",
                         help="the preset's learning rates times these are tried on validation "
-                             "problems, for every arm; 0.5,1,2 unless given, and 1 tunes nothing")
+                             "problems, for every arm; 0.25,0.5,1,2 unless given, and 1 tunes "
+                             "nothing")
     parser.add_argument("--transfer", type=positive_number, default=0, metavar="N",
                         help="also train on each benchmark alone, with the first N seeds, and test "
                              "on all")

@@ -33,7 +33,7 @@ from .setups import SETUPS, Setup, paper_setups
 BASELINE = "sft_then_rl"
 # What a claim has to be held against: all of RL after SFT, and PEAR's demonstrations unweighted.
 CONTROLS = ("sft_then_full_rl", "sft_sampled_then_rl")
-GRID = (0.5, 1.0, 2.0)
+GRID = (0.25, 0.5, 1.0, 2.0)
 DEVELOPMENT_SEEDS = (1000, 1001)
 # A tuning run is judged on validation problems: it is hardly tested, and probed at its ends alone.
 TUNING = ("evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=0",

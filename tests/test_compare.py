@@ -58,7 +58,9 @@ def test_every_arm_is_tuned_on_the_same_grid(started, results):
     names = {path.name for path in files}
     assert {"comparison.csv", "comparison.md", "comparison.tex", "forest.svg",
             "pass_at_k.png"} <= names
-    assert "seeds 1000 and 1001" in (results / "cmp" / "comparison.md").read_text()
+    page = (results / "cmp" / "comparison.md").read_text()
+    assert "seeds 1000 and 1001" in page
+    assert "1 of 2 arms took the largest factor, 2: beyond it" in page and "smallest" not in page
     assert "rl" in said.lower()
 
 

@@ -262,7 +262,7 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
     if transfer:
         parts += ["## Transfer\n", "Greedy exact match of arms that were trained on one benchmark "
                   "alone, with the learning rates chosen on both.\n", transfer_table(transfer)]
-    return "\n".join([*parts, bullets(notes(experiment, tuned))])
+    return "\n".join([*parts, bullets(notes(experiment, arms, tuned))])
 
 
 def tuning_table(arms: Sequence[Arm], tuned: Sequence) -> str:
@@ -292,7 +292,7 @@ def transfer_table(transfer: Mapping[tuple[str, str, str], Interval]) -> str:
         range(1, len(head)))
 
 
-def notes(experiment: Experiment, tuned: Sequence) -> list[str]:
+def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[str]:
     """How the numbers were made and what they leave out."""
     found = [*interval_notes(experiment),
              "Differences count the seeds of the two arms as independent."]
@@ -305,6 +305,7 @@ def notes(experiment: Experiment, tuned: Sequence) -> list[str]:
             f"best mean of exact match on the validation problems with the seeds {seeds}, which "
             "are no test seeds. That choice is noisy with "
             + (f"{problems[0]} validation problems." if problems else "few validation problems."))
+        found += grid_ends(arms, tuned)
     else:
         found.append("Learning rates are the preset's, times one factor for all: nothing was "
                      "tuned for this comparison.")
@@ -312,6 +313,16 @@ def notes(experiment: Experiment, tuned: Sequence) -> list[str]:
     if any(run.manifest.get("resumed_from") for run in experiment.runs):
         found.append("Some runs were cut off and went on: their minutes leave out what was lost.")
     return found + ["Wall time holds evaluation, and depends on what else the machine did."]
+
+
+def grid_ends(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
+    """Sentences on arms that took the first or the last factor: a better one may lie beyond."""
+    factors = sorted({t.factor for t in tuned})
+    trained = [arm for arm in arms if SETUPS[arm.setup].stages]
+    return [f"{len(there)} of {len(trained)} arms took the {which} factor, {factor:g}: beyond it "
+            "nothing was tried."
+            for which, factor in (("smallest", factors[0]), ("largest", factors[-1]))
+            if (there := [arm for arm in trained if arm.rate_factor == factor])]
 
 
 def validation_problems(run: Run) -> int:
