@@ -149,23 +149,25 @@ def bounds_text(ceilings: Sequence[dict[str, Any]], steps: Sequence[dict[str, An
     for r in ceilings:
         if "update_kernels" not in r:
             continue
-        shares = r["update_kernels"]
-        reached = statistics.median(r["update_products"]["gflops"]) / (
+        shares, update = r["update_kernels"], r["update"]["share_median"]
+        kernels = sum(shares.values())
+        alone = statistics.median(r["update_products"]["gflops"]) / (
             r["product_gflops"][r["precision"]])
         line = (f"- {r['model']}, {r['precision']}: of an update's time products take "
                 f"{shares['products']:.2f}, attention {shares['attention']:.2f} and the activation "
                 f"function {shares['activation']:.2f}. Its products alone, of the same shapes, "
-                f"reach {reached:.2f} of the large product's speed: no update can reach more.")
-        same = [s for s in steps if (s["model"], s["precision"], s["groups"])
-                == (r["model"], r["precision"], "all")]
-        for step in same:
+                f"reach {alone:.2f} of the large product's speed. If the rest took no time, the "
+                f"update would reach {update / kernels:.2f} of it")
+        for step in steps:
+            if (step["model"], step["precision"]) != (r["model"], r["precision"]):
+                continue
             ours = {part: statistics.median(step[f"seconds_{part}"]["ours"])
                     for part in ("sampling", "update")}
-            least = ours["sampling"] + ours["update"] * sum(shares.values())
             theirs = statistics.median(step["seconds"]["trl"])
-            line += (f" If the rest of the update took no time, a GRPO step would be "
-                     f"{theirs / least:.1f} times as fast as TRL's.")
-        lines.append(line)
+            line += (f", and a step with {step['groups']} groups "
+                     if step["groups"] == "all" else ", one with half of them without signal "
+                     ) + f"{theirs / (ours['sampling'] + ours['update'] * kernels):.1f} times TRL's"
+        lines.append(line + ".")
     return "" if not lines else (
         "What bounds the update (the rest are norms, rotary embedding, copies, the loss, the "
         "optimiser and the calls themselves; the profiler that tells them apart makes the rest "

@@ -95,13 +95,16 @@ def test_ceiling_runs(measure):
 def test_the_bound_is_what_the_numbers_say(script):
     """Protects the reason given for a bar that was missed."""
     ceiling = {"model": "m", "precision": "fp32", "product_gflops": {"fp32": 400.0},
+               "update": {"share_median": 0.2},
                "update_products": {"gflops": [100.0, 100.0, 300.0]},
                "update_kernels": {"products": 0.4, "attention": 0.1, "activation": 0.0}}
     step = {"model": "m", "precision": "fp32", "groups": "all",
             "seconds": {"ours": [1.5], "trl": [4.0]},
             "seconds_sampling": {"ours": [0.5]}, "seconds_update": {"ours": [1.0]}}
-    text = script("page").bounds_text([ceiling], [step, step | {"groups": "signal"}])
-    assert "reach 0.25 of the large" in text and text.count("4.0 times as fast") == 1
+    half = step | {"groups": "signal", "seconds_update": {"ours": [0.6]}}
+    text = script("page").bounds_text([ceiling], [step, half, step | {"model": "other"}])
+    assert "reach 0.25 of the large" in text and "would reach 0.40 of it" in text
+    assert "all groups 4.0 times TRL's, one with half of them without signal 5.0 times" in text
     assert script("page").bounds_text([{"model": "m"}], []) == ""
 
 
