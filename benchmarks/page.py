@@ -171,7 +171,9 @@ def bounds_text(ceilings: Sequence[dict[str, Any]], steps: Sequence[dict[str, An
     return "" if not lines else (
         "What bounds the update (the rest are norms, rotary embedding, copies, the loss, the "
         "optimiser and the calls themselves; the profiler that tells them apart makes the rest "
-        "look larger than it is):\n\n" + "\n".join(lines))
+        "look larger than it is). Measured with answers as long as the cap, in the fastest "
+        "micro-batches; the steps above have answers and micro-batches of their own, so that their "
+        "numbers are near, not exact:\n\n" + "\n".join(lines))
 
 
 def full_size_table(record: dict[str, Any]) -> str:

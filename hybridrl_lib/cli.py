@@ -252,8 +252,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
                              "setups and one of each method")
     parser.add_argument("--grid", type=factor_list, default=GRID, metavar="FACTORS",
                         help="the preset's learning rates times these are tried on validation "
-                             "problems, for every arm; 0.25,0.5,1,2 unless given, and 1 tunes "
-                             "nothing")
+                             "problems, for every arm; "
+                             + ",".join(f"{factor:g}" for factor in GRID)
+                             + " unless given, and 1 tunes nothing")
     parser.add_argument("--transfer", type=positive_number, default=0, metavar="N",
                         help="also train on each benchmark alone, with the first N seeds, and test "
                              "on all")
@@ -403,10 +404,12 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
 
 
 def publish_command(arguments: argparse.Namespace) -> None:
-    from .catalogue import published_folder
     from .publish import publish
+    from .records import from_here, project_folder
 
-    print(f"published in {publish(arguments.experiment, arguments.to or published_folder())}")
+    folder = publish(arguments.experiment,
+                     arguments.to or project_folder() / "results" / "published")
+    print(f"published in {from_here(folder)}")
 
 
 # list, doctor, pretrain-tiny --------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Cluster:
     """A Ray cluster that jobs are given to.
 
     Attributes:
-        cpus, gpus: of all nodes, when the cluster was reached.
+        cpus, gpus, nodes: as they were when the cluster was reached.
     """
 
     def __init__(self, address: str):
@@ -68,10 +68,11 @@ class Cluster:
                 "--address=...' on the other machines, or leave --executor out.") from error
         found = ray.cluster_resources()
         self.cpus, self.gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
+        self.nodes = ray.nodes()
 
     def slots(self, threads: int) -> int:
         """How many jobs of so many threads, or of a GPU each, have room at a time."""
-        return max(1, self.gpus or self.cpus // threads)
+        return max(1, self.gpus or self.cpus // fitting(threads, self.nodes))
 
     def start(self, job, environment: dict[str, str]) -> "RemoteProcess":
         """Gives a job to the cluster."""

@@ -9,15 +9,17 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .cluster import Cluster, connect
 from .config import (
+    Settings,
     default_experiment,
     difference,
     load_settings,
     resolve_preset,
+    sections_of,
     settings_from_dict,
     show,
     split_overrides,
@@ -151,7 +153,7 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
     settings = tuple(split_overrides(settings))
     for arm in arms:  # refuses impossible settings here, once, rather than in every run
         make_method(arm, load_settings(preset, own_settings(arm, settings), setup=arm))
-    seeds, grid = tuple(dict.fromkeys(seeds)), tuple(dict.fromkeys(grid))
+    seeds, grid = tuple(dict.fromkeys(seeds)), tuple(sorted(set(grid)))
     if not grid or not all(math.isfinite(factor) and factor > 0 for factor in grid):
         raise UsageError("The grid of learning rates is one or more factors above 0, such as "
                          "0.5,1,2.")
@@ -202,12 +204,19 @@ def seeds_of(plan: Plan, arm: Setup) -> tuple[int, ...]:
 
 
 def rates(plan: Plan, arm: Setup, factor: float) -> tuple[str, ...]:
-    """The settings that multiply an arm's two learning rates."""
+    """The settings that multiply an arm's learning rates."""
     if factor == 1 or not arm.stages:
         return ()
     chosen = load_settings(plan.preset, own_settings(arm, plan.settings), setup=arm)
-    return tuple(f"{stage}.learning_rate={show(getattr(chosen, stage).learning_rate * factor)}"
-                 for stage in ("sft", "rl"))
+    return tuple(f"{key}={show(rate * factor)}" for key, rate in learning_rates(chosen).items())
+
+
+def learning_rates(settings: Settings) -> dict[str, float]:
+    """{section.key: rate} of all that are set, a method's own among them."""
+    found = {f"{section.section}.{field.name}": getattr(section, field.name)
+             for section in sections_of(settings) for field in fields(section)
+             if field.name.endswith("learning_rate")}
+    return {key: rate for key, rate in found.items() if rate is not None}
 
 
 def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list[Tuned]]:
@@ -334,7 +343,7 @@ def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tune
     experiment = only_runs(plan, folder)
     arms = make_arms(experiment, BASELINE, factors)
     alone = {benchmark: only_runs(plan, experiment_folder(only(plan, benchmark)))
-             for benchmark in plan.benchmarks
+             for benchmark in experiment.benchmarks
              if any(experiment_folder(only(plan, benchmark)).glob("*/seed-*/manifest.json"))}
     files, table = report_arms(folder, experiment, arms, BASELINE, tuned, alone)
     say("\n" + table)

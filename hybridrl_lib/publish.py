@@ -1,15 +1,31 @@
 """Copies finished runs to where they stay: records, tables and figures, without checkpoints."""
 
+import csv
 import gzip
+import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from .compare import BASELINE, Tuned, last_validation
 from .errors import UserError
-from .records import ANSWERS, LOGS, PACKED, RunFolder, experiment_folder, write_folder
+from .locks import only_writer
+from .records import (
+    ANSWERS,
+    LOGS,
+    PACKED,
+    RunFolder,
+    experiment_folder,
+    results_folder,
+    write_folder,
+)
+from .report import load_experiment, make_table2, make_texts
+from .report.arms import arms_texts, make_arms
+from .report.sweeps import sweep_texts
+from .sweep import SWEEPS, part_of
 
 SHORT = 16_000  # bytes; longer logs are packed, to an eighth or so
-TABLES = ("comparison.csv", "sweep.csv")  # what only an experiment of several folders has
 
 
 def publish(experiment: str, to: Path) -> Path:
@@ -22,39 +38,69 @@ def publish(experiment: str, to: Path) -> Path:
         The new folder.
 
     Raises:
-        UserError: there is no finished run, one is not finished, or nobody could make it again: its
-            code was not committed, or its logs are not what the manifest says.
+        UserError: there is no finished run, one is not finished, nobody could make it again (its
+            code was not committed, or its logs are not what the manifest says), the tables are not
+            those of the runs, or published runs would be lost.
     """
     folder = experiment_folder(experiment)
-    parts = {"": folder, **{path.name.removeprefix(f"{folder.name}-"): path
-                            for path in parts_of(folder)}}
-    runs = {part: sorted(path.glob("*/seed-*")) for part, path in parts.items()}
-    if not any(runs.values()):
+    if to.resolve().is_relative_to(results_folder().resolve()):
+        raise UserError(f"{to} is in the folder of new runs, whose own records would be replaced; "
+                        "choose another --to.")
+    parts = {"": folder, **{name: folder.with_name(f"{folder.name}-{name}")
+                            for name in parts_of(folder)}}
+    runs = {Path(part) / run.parent.name / run.name: run for part, path in parts.items()
+            for run in sorted(path.glob("*/seed-*"))}
+    if not runs:
         raise UserError(f"There is no run of experiment {experiment!r} in {folder.parent}; train a "
                         "setup first, for example with 'hybridrl run sft'.")
-    wrong = [f"{run.relative_to(folder.parent).as_posix()} {why}" for some in runs.values()
-             for run in some if (why := why_not(RunFolder(run)))]
+    wrong = [f"{run.relative_to(folder.parent).as_posix()} {why}" for run in runs.values()
+             if (why := why_not(RunFolder(run)))]
     if wrong:
-        raise UserError(f"{len(wrong)} of {sum(map(len, runs.values()))} runs cannot be published: "
+        raise UserError(f"{len(wrong)} of {len(runs)} runs cannot be published: "
                         f"{'; '.join(wrong[:3])}{'; ...' if len(wrong) > 3 else ''}. Finish these "
                         "runs or delete their folders.")
+    final = to / folder.name
+    lost = [path.parent.relative_to(final).as_posix() for path in sorted(
+        final.rglob("manifest.json")) if path.parent.relative_to(final) not in runs]
+    if lost:
+        raise UserError(f"{len(lost)} published runs are not here and would be lost ({lost[0]}); "
+                        "choose another --to, or delete the published folder first.")
 
     def fill(new: Path) -> None:
-        for part, some in runs.items():
-            for run in some:
-                copy_run(run, new / part / run.parent.name / run.name)
+        for place, run in runs.items():
+            copy_run(run, new / place)
         copy_pages(folder, new)
+        for name, text in tables_of(new, folder.name).items():
+            if not (new / name).is_file() or (new / name).read_text(encoding="utf-8") != text:
+                raise UserError(f"{name} of {experiment} is not what its runs give; write it again "
+                                f"('hybridrl report {experiment}', or the compare or sweep with "
+                                "all arms, values and seeds), then publish.")
 
-    write_folder(to / folder.name, fill)
-    return to / folder.name
+    try:
+        with only_writer(to, "The folder of published records"), only_writer(
+                folder, f"The experiment {experiment}"):
+            write_folder(final, fill)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(f"Could not write to {to} ({error.__cause__.strerror}); free some "
+                            "space, or choose another --to. The experiment is as it was."
+                            ) from error
+        raise
+    return final
 
 
-def parts_of(folder: Path) -> Sequence[Path]:
-    """The folders beside an experiment that belong to it."""
-    if not any((folder / name).is_file() for name in TABLES):
-        return []
-    return [path for path in sorted(folder.parent.glob(f"{folder.name}-*")) if path.is_dir()
-            and not any((path / name).is_file() for name in TABLES)]
+def rows_of(path: Path) -> Iterator[dict[str, str]]:
+    """The lines of a CSV file, if it is there."""
+    if path.is_file():
+        yield from csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+
+
+def parts_of(folder: Path) -> list[str]:
+    """What the names of the folders beside an experiment that belong to it end in."""
+    return list(dict.fromkeys((
+        *(f"tuning-{row['rate_factor']}" for row in rows_of(folder / "tuning.csv")),
+        *(f"only-{row['trained_on']}" for row in rows_of(folder / "transfer.csv")),
+        *(part_of(row["value"]) for row in rows_of(folder / "sweep.csv")))))
 
 
 def why_not(run: RunFolder) -> str | None:
@@ -76,7 +122,9 @@ def copy_run(run: Path, new: Path) -> None:
             continue
         content = (run / name).read_bytes()
         if name.endswith(".jsonl") and len(content) > SHORT:
-            (new / (name + PACKED)).write_bytes(gzip.compress(content, 9, mtime=0))
+            with (new / (name + PACKED)).open("wb") as stream, gzip.GzipFile(
+                    filename="", fileobj=stream, mode="wb", mtime=0) as packed:
+                packed.write(content)
         else:
             (new / name).write_bytes(content)
 
@@ -87,3 +135,36 @@ def copy_pages(folder: Path, new: Path) -> None:
         if path.is_file() and path.suffix in (".md", ".csv", ".tex", ".svg", ".png"):
             (new / path.relative_to(folder)).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, new / path.relative_to(folder))
+
+
+def tables_of(folder: Path, name: str) -> dict[str, str]:
+    """{file name: text} of the tables of a published experiment, made again from its records.
+
+    Args:
+        name: of the experiment.
+    """
+    texts = {}
+    if (folder / "table2.csv").is_file():
+        experiment = replace(load_experiment(folder), name=name)
+        texts |= make_texts(experiment, make_table2(experiment))
+    if (folder / "comparison.csv").is_file():
+        experiment = replace(load_experiment(folder), name=name)
+        factors = {row["setup"]: float(row["rate_factor"])
+                   for row in rows_of(folder / "comparison.csv")}
+        tuned = [Tuned(row["setup"], float(row["rate_factor"]), int(row["seed"]), last_validation(
+                     RunFolder(folder / f"tuning-{row['rate_factor']}" / row["setup"]
+                               / f"seed-{row['seed']}")))
+                 for row in rows_of(folder / "tuning.csv")]
+        alone = {benchmark: load_experiment(folder / f"only-{benchmark}")
+                 for benchmark in experiment.benchmarks
+                 if (folder / f"only-{benchmark}").is_dir()}
+        texts |= arms_texts(experiment, make_arms(experiment, BASELINE, factors), BASELINE, tuned,
+                            alone)
+    swept = list(rows_of(folder / "sweep.csv"))
+    if swept:
+        experiments = {value: load_experiment(folder / part_of(value))
+                       for value in dict.fromkeys(row["value"] for row in swept)}
+        setup, = {setup for one in experiments.values() for setup in one.setups}
+        parameter = swept[0]["parameter"]
+        texts |= sweep_texts(parameter, SWEEPS[parameter].title, setup, experiments)
+    return texts

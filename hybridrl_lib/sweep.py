@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cluster import connect
-from .compare import Plan, only_runs, run_job, work_and_write
+from .compare import Plan, learning_rates, only_runs, run_job, work_and_write
 from .config import default_experiment, load_settings, resolve_preset, show, split_overrides
 from .errors import UsageError, unknown
 from .fields import as_number
@@ -105,7 +105,7 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
                 for value, texts in given.items() for seed in seeds]
         say(f"{len(runs)} runs of {arm.name}: {parameter} = {', '.join(values)}, {plan.jobs} at a "
             f"time, into {from_here(folder)}*; Ctrl-C stops, and the same command goes on")
-        return work_and_write(plan, runs, say, lambda: write_sweep(plan, chosen, values, say))
+        return work_and_write(plan, runs, say, lambda: write_sweep(plan, parameter, values, say))
 
 
 def as_settings(plan: Plan, chosen: Sweep, value: str) -> tuple[str, ...]:
@@ -117,6 +117,9 @@ def as_settings(plan: Plan, chosen: Sweep, value: str) -> tuple[str, ...]:
         raise UsageError(f"{value!r} is no factor; {chosen.title.split(', times')[0]} takes "
                          "numbers of 0 and up that multiply the preset's.")
     preset = load_settings(plan.preset, plan.settings, setup=plan.arms[0])
+    if chosen is SWEEPS["learning_rate"]:
+        return tuple(f"{key}={show(rate * factor)}"
+                     for key, rate in learning_rates(preset).items())
     texts = []
     for key in chosen.keys:
         section, _, name = key.partition(".")
@@ -125,11 +128,16 @@ def as_settings(plan: Plan, chosen: Sweep, value: str) -> tuple[str, ...]:
 
 
 def place(plan: Plan, value: str) -> str:
-    """The experiment of one value; a path is told by its last part."""
-    return f"{plan.experiment}-" + re.sub(r"[^\w.+-]", "_", Path(value).name or value)
+    """The experiment of one value."""
+    return f"{plan.experiment}-{part_of(value)}"
 
 
-def write_sweep(plan: Plan, chosen: Sweep, values: Sequence[str],
+def part_of(value: str) -> str:
+    """A value as part of a folder's name; a path is told by its last part."""
+    return re.sub(r"[^\w.+-]", "_", Path(value).name or value)
+
+
+def write_sweep(plan: Plan, parameter: str, values: Sequence[str],
                 say: Callable[[str], None]) -> list[Path]:
     """Writes table and figure from the records and prints the table."""
     from .report.sweeps import report_sweep
@@ -140,7 +148,8 @@ def write_sweep(plan: Plan, chosen: Sweep, values: Sequence[str],
                    if any(experiment_folder(place(plan, value)).glob("*/seed-*/manifest.json"))}
     if not experiments:
         return []
-    files, table = report_sweep(folder, chosen.title, plan.arms[0].name, experiments)
+    files, table = report_sweep(folder, parameter, SWEEPS[parameter].title, plan.arms[0].name,
+                                experiments)
     say("\n" + table)
     say(f"\n{len(files)} files in {from_here(folder)}; start with sweep.md.")
     return files

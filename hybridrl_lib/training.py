@@ -50,8 +50,7 @@ class Trainer:
         with_entropy: whether gamma of the stage is in the loss.
         seed: order of the problems and all sampling.
         folder: where logs and checkpoints go.
-        verifier: gives the verdicts; the reward is 1 for a strictly right answer (whose steps
-            hold, if `rl.reward` says so), else 0.
+        verifier: gives the verdicts.
         observer: told what happens.
         clock: runs since the run began; a new one unless given.
     """

@@ -132,8 +132,10 @@ def test_what_cannot_be_had_is_said_in_one_sentence(monkeypatch, capsys):
 def test_jobs_fill_the_cluster():
     """One a GPU; without one, as many as have their threads."""
     found = object.__new__(cluster.Cluster)
-    found.cpus, found.gpus = 16, 0
+    found.cpus, found.gpus, found.nodes = 16, 0, []
     assert found.slots(1) == 16 and found.slots(4) == 4 and found.slots(32) == 1
+    found.nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}] * 4
+    assert found.slots(16) == 4, "a job of 16 threads gets 4, and has three others beside it"
     found.gpus = 2
     assert found.slots(1) == 2
 

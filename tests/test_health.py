@@ -34,7 +34,8 @@ NAMES = {detector.name for detector in DETECTORS}
 def test_published_runs_are_silent():
     """Protects readers from false alarms: six setups, five seeds, not one warning in preset `tiny`.
 
-    Whoever moves a threshold sees here what it costs. `SAID` is all that published runs say.
+    Whoever moves a threshold sees here what it costs. `SAID` is all that the runs of `tiny` and
+    `smollm2` say.
     """
     said, runs = {}, sorted(
         path.parent for name in ("tiny", "smollm2")

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
+from made_up_runs import make_up_runs
 from synthetic_records import build_experiment
 
-from hybridrl_lib import records
+from hybridrl_lib import compare, records, sweep
 from hybridrl_lib.cli import main
 from hybridrl_lib.errors import UserError
-from hybridrl_lib.publish import publish
+from hybridrl_lib.publish import publish, tables_of
 from hybridrl_lib.records import RunFolder
 from hybridrl_lib.report import load_experiment, make_table2, make_texts
 from hybridrl_lib.report.loading import BrokenRecord, read_lines
@@ -39,7 +41,9 @@ def test_what_is_published_reads_the_same(experiment, tmp_path, capsys):
              for one in (load_experiment(experiment), load_experiment(copy))]
     assert texts[0] == texts[1] and texts[0]
     run = copy / "sft" / "seed-0"
-    assert (run / "eval.jsonl.gz").is_file() and not (run / "eval.jsonl").exists()
+    packed = (run / "eval.jsonl.gz").read_bytes()
+    assert packed[3:10] == b"\0\0\0\0\0\2\xff", "no name, no time, no system in its head"
+    assert not (run / "eval.jsonl").exists()
     assert not list(copy.rglob("checkpoint"))
     assert RunFolder(run).altered() == []
     assert RunFolder(run).lines("eval.jsonl") == RunFolder(
@@ -59,21 +63,60 @@ def test_the_same_records_are_the_same_bytes(experiment, tmp_path):
     assert content() == before
 
 
-def test_folders_beside_a_comparison_come_along(experiment, tmp_path):
-    """Protects the claim that each number of a comparison has its record, tuning included."""
-    beside = build_experiment(experiment.with_name("made-tuning-2"), ["sft"], [1000])
-    other = build_experiment(experiment.with_name("made-again"), ["sft"], [0])
-    for folder in (beside, other):
-        run = RunFolder(next(folder.glob("*/seed-*")))
+def finish(results):
+    """Made-up runs as finished ones of committed code."""
+    for path in results.glob("*/*/seed-*"):
+        run = RunFolder(path)
         run.write("manifest.json", run.read("manifest.json") | {
             "complete": True, "git_commit": "0" * 40, "git_dirty": False})
-    (other / "comparison.csv").touch()  # another comparison
-    copy = publish("made", tmp_path / "kept")
-    assert {path.name for path in copy.iterdir()} == {"base", "sft"}, "no comparison, no parts"
-    (experiment / "comparison.csv").write_text("a\n")
-    copy = publish("made", tmp_path / "kept")
-    assert {path.name for path in copy.iterdir()} == {"base", "sft", "comparison.csv", "tuning-2"}
-    assert (copy / "tuning-2" / "sft" / "seed-1000" / "manifest.json").is_file()
+
+
+def test_a_comparison_comes_with_all_that_it_rests_on(results, tmp_path, monkeypatch):
+    """Protects the claim that each number has its record: tuning and transfer are rebuilt, too."""
+    make_up_runs(monkeypatch, compare)
+    compare.compare("tiny", seeds=(0, 1), methods=["rl"], grid=(1, 0.5), transfer=1, jobs=2,
+                    experiment="cmp", say=lambda line: None)
+    compare.compare("tiny", methods=["rl"], grid=(1, 0.5), jobs=2, experiment="cmp-2",
+                    say=lambda line: None)
+    finish(results)
+    copy = publish("cmp", tmp_path / "kept")
+    assert {path.name for path in copy.iterdir() if path.is_dir()} == {
+        "base", "rl", "sft_then_rl", "figures", "tuning-0.5", "tuning-1", "only-tiny_word",
+        "only-tiny_symbolic"}
+    texts = tables_of(copy, "cmp")
+    assert set(texts) == {"comparison.csv", "comparison.md", "comparison.tex", "tuning.csv",
+                          "transfer.csv"}
+    assert len(list(copy.rglob("manifest.json"))) == 1 + 2 * 2 + 2 * 2 * 2 + 2 * 2
+    page = results / "cmp" / "comparison.md"
+    page.write_text(page.read_text().replace("tiny word", "tiny words"))
+    with pytest.raises(UserError, match="comparison.md of cmp is not what its runs give"):
+        publish("cmp", tmp_path / "kept")
+
+
+def test_a_sweep_comes_with_its_values(results, tmp_path, monkeypatch):
+    """As for a comparison; another sweep's folders, whose names begin alike, stay."""
+    make_up_runs(monkeypatch, sweep)
+    for name, values in (("swept", ["0", "0.02"]), ("swept-0", ["0.1"])):
+        sweep.sweep("beta", values, "tiny", (0, 1), experiment=name, say=lambda line: None)
+    finish(results)
+    copy = publish("swept", tmp_path / "kept")
+    assert {path.name for path in copy.iterdir()} == {"0", "0.02", "figures", "sweep.csv",
+                                                      "sweep.md"}
+    assert set(tables_of(copy, "swept")) == {"sweep.csv", "sweep.md"}
+
+
+def test_nothing_is_lost_by_publishing(experiment, tmp_path, monkeypatch):
+    """Neither the experiment itself, nor what was published before and is not here any more."""
+    with pytest.raises(UserError, match="choose another --to"):
+        publish("made", experiment.parent)
+    assert (experiment / "sft" / "seed-1" / "checkpoint").is_dir()
+    publish("made", tmp_path / "kept")
+    shutil.rmtree(experiment / "sft" / "seed-1")
+    with pytest.raises(UserError, match="1 published runs .*would be lost .sft/seed-1"):
+        publish("made", tmp_path / "kept")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="Could not write to .*choose another --to"):
+        publish("made", tmp_path / "file")
 
 
 @pytest.mark.parametrize("change, why", [
@@ -91,6 +134,16 @@ def test_what_nobody_could_make_again_is_not_published(experiment, tmp_path, cha
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_report_goes_on_past_a_damaged_packed_log(experiment, tmp_path):
+    """One file that came through a network in halves keeps no reader from the other runs."""
+    copy = publish("made", tmp_path / "kept")
+    path = copy / "sft" / "seed-1" / "eval.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    found = load_experiment(copy)
+    assert len(found.runs) == 2
+    assert any("seed 1" in note and "cannot be unpacked" in note for note in found.notes)
+
+
 def test_nothing_to_publish_is_said(experiment, tmp_path):
     """A misspelt name is a sentence."""
     with pytest.raises(UserError, match="no run of experiment 'maid'"):
@@ -99,7 +152,7 @@ def test_nothing_to_publish_is_said(experiment, tmp_path):
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}" * 1000)[:-9], b""])
 def test_a_damaged_packed_log_is_one_sentence(tmp_path, content):
-    """Protects a report over many runs from one file that came through a network in halves."""
+    """It is named, with what to do; an empty one is an empty log."""
     (tmp_path / "metrics.jsonl.gz").write_bytes(content)
     if content:
         with pytest.raises(UserError, match="metrics.jsonl.gz .* cannot be unpacked"):

@@ -60,7 +60,7 @@ class BridgeSettings(Section):
         None, "alpha, the learning rate of the base weights; none = rl.learning_rate, which a "
         "preset with LoRA has for the adapter", "second-hand: the same everywhere", above=0)
     adapter_learning_rate: float | None = setting(
-        None, "beta, the adapter's; both have the schedule of rl.learning_rate; none = the same",
+        None, "beta, the adapter's; none = rl.learning_rate, whose schedule both have",
         "second-hand: the same everywhere", above=0)
 
 
@@ -101,9 +101,10 @@ class Bridge(Method):
         learner, own, lam = step.learner, self.own, self.own.rl_weight
         for update in updates[1::2]:
             update.old = learner.scores(update.sequences)
-        usual = self.settings.rl.learning_rate
-        rate, adapter_rate = (step.learning_rate * (own_rate or usual) / usual for own_rate in
-                              (own.base_learning_rate, own.adapter_learning_rate))
+        rate, adapter_rate = (
+            step.learning_rate if peak is None else
+            step.learning_rate * peak / self.settings.rl.learning_rate
+            for peak in (own.base_learning_rate, own.adapter_learning_rate))
         norms: list[float] = []
         gains: list[float] = []
         for taught, sampled in zip(updates[::2], updates[1::2], strict=True):

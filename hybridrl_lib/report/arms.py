@@ -301,7 +301,7 @@ def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[
         problems = sorted({count for run in experiment.runs
                            if (count := validation_problems(run))})
         found.append(
-            "Learning rates: both of a setup times one factor, the same factors for every arm; the "
+            "Learning rates: all of a setup times one factor, the same factors for every arm; the "
             f"best mean of exact match on the validation problems with the seeds {seeds}, which "
             "are no test seeds. That choice is noisy with "
             + (f"{problems[0]} validation problems." if problems else "few validation problems."))

@@ -197,7 +197,11 @@ def _load_run(folder: Path) -> Run | None:
         raise BrokenRecord(f"{folder.name} is no seed's folder")
     if not is_plain_name(folder.parent.name):
         raise BrokenRecord("its folder is not named like a setup")
-    for name in RunFolder(folder).altered():
+    try:
+        altered = RunFolder(folder).altered()
+    except UserError as error:
+        raise BrokenRecord(str(error)) from None
+    for name in altered:
         raise BrokenRecord(f"{name} is not the file that its manifest names")
     return Run(
         setup=folder.parent.name, seed=int(seed), manifest=manifest,

@@ -14,15 +14,16 @@ from .style import as_bytes, legend_below, new_figure, style
 from .text import NOTHING, bracket, bullets, csv_text, markdown_table, percent, plain_table, write
 
 METRICS = {EXACT_MATCH: "exact match", "pass@1": "Pass@1"}
-COLUMNS = ("value", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds", "problems")
+COLUMNS = ("parameter", "value", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds",
+           "problems")
 
 
-def report_sweep(folder: Path, title: str, setup: str, experiments: Mapping[str, Experiment]
-                 ) -> tuple[list[Path], str]:
+def report_sweep(folder: Path, parameter: str, title: str, setup: str,
+                 experiments: Mapping[str, Experiment]) -> tuple[list[Path], str]:
     """Writes sweep.csv, sweep.md and the figure.
 
     Args:
-        title: of the parameter.
+        parameter, title: its name on the command line, and in words.
         setup: that was run with every value.
         experiments: by value, in the order to be shown.
 
@@ -31,7 +32,7 @@ def report_sweep(folder: Path, title: str, setup: str, experiments: Mapping[str,
     """
     cells = _cells(setup, experiments)
     files = [write(folder / name, text)
-             for name, text in sweep_texts(title, setup, experiments).items()]
+             for name, text in sweep_texts(parameter, title, setup, experiments).items()]
     with style():
         figure = draw_sweep(title, experiments, cells)
         files += [write(folder / "figures" / f"sweep.{kind}", as_bytes(figure, kind))
@@ -39,7 +40,8 @@ def report_sweep(folder: Path, title: str, setup: str, experiments: Mapping[str,
     return files, plain_table(*_table(setup, experiments, cells))
 
 
-def sweep_texts(title: str, setup: str, experiments: Mapping[str, Experiment]) -> dict[str, str]:
+def sweep_texts(parameter: str, title: str, setup: str,
+                experiments: Mapping[str, Experiment]) -> dict[str, str]:
     """{file name: text} of the tables; arguments as for `report_sweep`."""
     cells = _cells(setup, experiments)
     head, rows = _table(setup, experiments, cells)
@@ -54,7 +56,7 @@ def sweep_texts(title: str, setup: str, experiments: Mapping[str, Experiment]) -
             "share problems differ by less than two intervals suggest.",
             "Choose a value on validation problems, not by this table."))])
     return {"sweep.md": text, "sweep.csv": csv_text(COLUMNS, [
-        (*key, percent(i.mean), percent(i.low), percent(i.high), i.seeds, i.problems)
+        (parameter, *key, percent(i.mean), percent(i.low), percent(i.high), i.seeds, i.problems)
         for key, i in cells.items()])}
 
 
