@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelSettings, Settings
+from .distributed import launched
 from .errors import UserError
 
 FULL, HALF = 4, 2  # bytes of a number
@@ -156,7 +157,8 @@ class Estimate:
         return sum(self.phases[phase].values())
 
 
-def estimate(shape: Shape, settings: Settings, precision: str, device: str) -> Estimate:
+def estimate(shape: Shape, settings: Settings, precision: str, device: str,
+             processes: int = 1) -> Estimate:
     """What a run needs at its peak, if prompts and answers are as long as the settings allow.
 
     Args:
@@ -164,6 +166,8 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str) -> E
         settings: with `training.micro_batch_tokens` above 0.
         precision: `fp32`, `bf16` or `fp16`.
         device: `cuda` or `cpu`.
+        processes: that train together, each with the whole model; FSDP's division is not known
+            here.
     """
     model, data, rl, sft = settings.model, settings.data, settings.rl, settings.sft
     evaluation, probe = settings.evaluation, settings.probe
@@ -175,8 +179,10 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str) -> E
             ("SFT update", data.max_demonstration_tokens, sft.batch_size, False),
             ("RL update", rl.max_new_tokens,
              rl.prompts_per_step // rl.updates_per_rollout * rl.group_size, True)):
-        phases[name] = held | {"gradients": FULL * trained} | update(
-            shape, settings, precision, device, prompt, length, batch, groups)
+        parts = update(shape, settings, precision, device, prompt, length, batch, groups)
+        if processes > 1 and sum(parts.values()) < FULL * trained:
+            parts = {"gradients in one piece": FULL * trained}  # to be summed, activations gone
+        phases[name] = held | {"gradients": FULL * trained} | parts
     rows = {"sampling": (rl.prompts_per_step, rl.group_size, rl.max_new_tokens),
             "probe": (probe.prompts, probe.samples, rl.max_new_tokens),
             "evaluation": (evaluation.batch_size, 1, evaluation.max_new_tokens),
@@ -334,7 +340,7 @@ def fit(settings: Settings, shape: Shape, precision: str, device: str,
     asked = settings.training.micro_batch_tokens
     for tokens in (asked,) if asked else MICRO_BATCHES:
         chosen = with_micro_batches(settings, tokens)
-        expected = estimate(shape, chosen, precision, device)
+        expected = estimate(shape, chosen, precision, device, launched())
         if expected.total(expected.surely) <= room:
             return chosen, expected
     if not refuse:

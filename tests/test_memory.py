@@ -206,6 +206,20 @@ def test_bridge_holds_its_copy_of_the_weights():
     assert other - one >= 6 * 4 * shape.parameters
 
 
+def test_gradients_are_summed_in_one_piece():
+    """Several processes hold them twice for a moment, when the activations have gone."""
+    settings = load_settings("tiny", ("training.micro_batch_tokens=8", "sft.batch_size=1",
+                                      "data.max_prompt_tokens=4", "rl.prompts_per_step=2",
+                                      "data.max_demonstration_tokens=4"), smoke=False)
+    alone, two = (estimate(QWEN, settings, "fp32", "cpu", n).phases["SFT update"] for n in (1, 2))
+    assert two["gradients in one piece"] == two["gradients"] == 4 * QWEN.parameters
+    assert sum(two.values()) > sum(alone.values()) and "activations" not in two
+    large = load_settings("tiny", ("training.micro_batch_tokens=65536",
+                                   "sft.batch_size=512"), smoke=False)
+    alone, two = (estimate(QWEN, large, "fp32", "cpu", n).phases["SFT update"] for n in (1, 2))
+    assert two == alone and "activations" in two
+
+
 # Time ---------------------------------------------------------------------------------------------
 
 
