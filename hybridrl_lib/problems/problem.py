@@ -62,6 +62,11 @@ class Benchmark:
     stands_for: str | None
     load: Callable[[], BenchmarkData]
 
+    @property
+    def paper_key(self) -> str:
+        """The benchmark of the paper's column that is printed beside this one."""
+        return self.stands_for or self.name
+
 
 def answer_sentence(answer: str) -> str:
     r"""The closing sentence of a solution whose source has no box: `The answer is \boxed{72}.`"""

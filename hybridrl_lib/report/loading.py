@@ -15,25 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..problems import BENCHMARKS
+from ..problems import BENCHMARKS, Benchmark, get_benchmark
 from ..records import DamagedLine, RunFolder, is_plain_name, log_bytes, parse_lines
 from ..setups import SETUPS, paper_setups
 from .text import literal
 
 PAPER_MODEL = "Qwen2.5-0.5B"
 NOT_RECORDED = object()  # equals nothing
-
-
-@dataclass(frozen=True)
-class BenchmarkTitle:
-    """How a benchmark is called in tables, and in whose place it stands in the paper's table."""
-
-    title: str
-    stands_for: str | None = None
-
-    def paper_key(self, name: str) -> str:
-        """The benchmark of the paper's column that is printed beside this one."""
-        return self.stands_for or name
 
 
 class BrokenRecord(Exception):
@@ -114,17 +102,16 @@ def setup_title(name: str) -> str:
     return SETUPS[name].title if name in SETUPS else name
 
 
-def benchmark_title(name: str) -> BenchmarkTitle:
-    """How a benchmark is called."""
-    known = BENCHMARKS.get(name)
-    return BenchmarkTitle(known.title, known.stands_for) if known else BenchmarkTitle(name)
+def benchmark_title(name: str) -> Benchmark:
+    """The benchmark, for its titles; one that is not known here is called by its own name."""
+    return BENCHMARKS.get(name) or Benchmark(name, name, None, lambda: get_benchmark(name).load())
 
 
 def paper_value(setup: str, benchmark: str) -> float | None:
     """Exact match in percent that the paper prints there, None where it has no such cell."""
     if setup not in SETUPS:
         return None
-    return SETUPS[setup].paper.get(benchmark_title(benchmark).paper_key(benchmark))
+    return SETUPS[setup].paper.get(benchmark_title(benchmark).paper_key)
 
 
 def load_experiment(folder: Path) -> Experiment:

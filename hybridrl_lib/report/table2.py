@@ -92,7 +92,7 @@ def wide_header(experiment: Experiment) -> list[str]:
     header = ["setup", "seeds"]
     for benchmark in experiment.benchmarks:
         title = benchmark_title(benchmark)
-        column = benchmark_title(title.paper_key(benchmark)).title
+        column = benchmark_title(title.paper_key).title
         header += [title.title, f"paper, {column}"]
     return header
 
