@@ -34,8 +34,9 @@ from hybridrl_lib.rollouts import Group
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the large product
 # What cannot be spared, told by parts of the names that torch's profiler has: on a CPU those of
 # torch's operations, on a GPU those of kernels.
-KERNELS = {"products": ("linear", "mm", "cutlass", "nvjet"),
-           "attention": ("scaled_dot_product", "flash_", "fmha"), "activation": ("silu",)}
+# The first that matches counts.
+KERNELS = {"attention": ("scaled_dot_product", "flash_", "fmha"),
+           "products": ("linear", "mm", "cutlass", "nvjet"), "activation": ("silu",)}
 COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes
 REPEATS = 8
 
@@ -175,8 +176,8 @@ def kernels(function: Callable[[int], Any], device: torch.device) -> dict[str, f
     def kind_of(name: str) -> str | None:
         if not gpu and not name.startswith(("aten::", "mkldnn::")):
             return None  # a Python function around them
-        return next((kind for kind in ("attention", "products", "activation")
-                     if any(part in name for part in KERNELS[kind])), None)
+        return next((kind for kind, parts in KERNELS.items()
+                     if any(part in name for part in parts)), None)
 
     # A GPU may wait for the CPU between its kernels: there the whole is what passes on the clock.
     whole = 1e6 * seconds if gpu else sum(times.values())

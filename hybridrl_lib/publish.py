@@ -144,11 +144,13 @@ def tables_of(folder: Path, name: str) -> dict[str, str]:
         name: of the experiment.
     """
     texts = {}
-    if (folder / "table2.csv").is_file():
+    with_table, with_comparison = ((folder / table).is_file()
+                                   for table in ("table2.csv", "comparison.csv"))
+    if with_table or with_comparison:
         experiment = replace(load_experiment(folder), name=name)
+    if with_table:
         texts |= make_texts(experiment, make_table2(experiment))
-    if (folder / "comparison.csv").is_file():
-        experiment = replace(load_experiment(folder), name=name)
+    if with_comparison:
         factors = {row["setup"]: float(row["rate_factor"])
                    for row in rows_of(folder / "comparison.csv")}
         tuned = [Tuned(row["setup"], float(row["rate_factor"]), int(row["seed"]), last_validation(
