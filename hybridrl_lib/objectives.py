@@ -117,7 +117,7 @@ def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor 
         vocabulary.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # which does not reach into the function below
+    if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, head = hidden.to(dtype), head.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -126,8 +126,9 @@ def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor 
     hidden, targets = F.pad(hidden, (0, 0, *more)), F.pad(targets, more)
     if isinstance(temperature, Tensor):
         temperature = F.pad(temperature, more, value=1.0)
-    scores, entropies = _Scores.apply(hidden, head, bias, targets, temperature, chunk_tokens,
-                                      with_entropy)
+    with torch.autocast(device, enabled=False):  # the entropy's sum would be in half precision
+        scores, entropies = _Scores.apply(hidden, head, bias, targets, temperature, chunk_tokens,
+                                          with_entropy)
     return scores[:tokens], entropies[:tokens]
 
 

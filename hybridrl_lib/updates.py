@@ -107,6 +107,8 @@ class Learner:
         if policy.precision == "fp16":
             # accelerate's own is for GPUs only, and it allows one precision a process.
             self.accelerator.scaler = torch.amp.GradScaler(policy.device.type)
+            # It has a scale from its first loss on, and a process may have no completion at first.
+            self.accelerator.scaler.scale(torch.zeros((), device=policy.device))
         self.sharded = wants_shards()
         if self.sharded:
             for model in (policy.model, policy._frozen):
@@ -115,6 +117,7 @@ class Learner:
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.non_finite_in_a_row = 0
+        self.loss_is_finite = True  # since the last step
         self.place = ""  # the step and its batch in words, which the trainer sets
         self.entropy_control = None  # an `EntropyControl`, which the trainer sets
 
@@ -180,7 +183,7 @@ class Learner:
             it is not finite, the weights stayed as they are.
 
         Raises:
-            UserError: the gradient was not finite several updates in a row.
+            UserError: the loss or its gradient was not finite several updates in a row.
         """
         if not self.accumulate(update, totals):
             return None
@@ -194,29 +197,36 @@ class Learner:
             self.entropy_control.mark(update, self)
         self._count_skipped(update, keep, totals)
         if size() == 1 or not keep:
-            self._backward(update, keep, keep, totals)
+            self.loss_is_finite &= self._backward(update, keep, keep, totals)
             return bool(keep)
         mine = [keep[i] for i in my_sequences([update.sequences[i] for i in keep])]
         before, part = self._take_gradients(), Totals()
-        self._backward(update, keep, mine, part)
+        finite = self._backward(update, keep, mine, part)
         if not self.sharded:  # whose gradients are summed layer by layer, in the backward pass
             sum_gradients(self.parameters)
         for gradient, parameter in zip(before, self.parameters, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
-        for other in together(lambda: part):
+        for other, theirs in together(lambda: (part, finite)):
             totals.take_in(other)
+            self.loss_is_finite &= theirs
         return True
 
-    def _backward(self, update: Update, keep: list[int], mine: list[int], totals: Totals) -> None:
-        """Adds the gradient of this process's completions, `mine` of the update's `keep`."""
-        device = self.policy.device.type
+    def _backward(self, update: Update, keep: list[int], mine: list[int], totals: Totals) -> bool:
+        """Adds the gradient of this process's completions, `mine` of the update's `keep`.
+
+        Returns:
+            Whether the loss was finite.
+        """
+        device, finite = self.policy.device.type, True
         with self.policy.autocast():  # around all micro-batches: weights are cast once for them
             for packed, counts in self._passes(update.sequences, mine, keep[:1]):
                 loss = (self._loss(update, mine, packed, totals) if counts else self._loss(
                     replace(update, demonstration_loss=None), keep[:1], packed, Totals()))
                 with torch.autocast(device, enabled=False):
                     self.accelerator.backward(loss if counts else 0 * loss)
+                finite &= not counts or bool(loss.isfinite())
+        return finite
 
     def _take_gradients(self) -> list[Tensor | None]:
         """The gradients of the parameters, which have none afterwards."""
@@ -246,17 +256,18 @@ class Learner:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters
                                               if p.grad is not None])
         self._take_gradients()
-        scaler = self.accelerator.scaler
+        self.loss_is_finite, scaler = True, self.accelerator.scaler
         return float(plain(norm)) / (1.0 if scaler is None else scaler.get_scale())
 
     def step(self, learning_rate: float, optimizer: str = "main",
              largest_norm: float = math.inf) -> float:
         """Clips the gradient, moves the weights and clears it; returns its norm before clipping.
 
-        A gradient with a norm above `largest_norm` is cleared alone.
+        A gradient with a norm above `largest_norm` is cleared alone. Where the loss was not finite
+        the weights stay as they are, too, and the norm is not a number.
 
         Raises:
-            UserError: the gradient was not finite several times in a row.
+            UserError: the loss or its gradient was not finite several times in a row.
         """
         if optimizer not in self.optimizers:
             self.new_optimizer(optimizer)
@@ -268,9 +279,11 @@ class Learner:
             self.parameters, self.settings.training.gradient_clip)))
         for group in chosen.param_groups:
             group["lr"] = learning_rate
-        if norm > largest_norm:  # AdamW leaves alone what has no gradient
-            chosen.zero_grad(set_to_none=True)
-        finite = math.isfinite(norm)
+        if not self.loss_is_finite:  # its gradient may be finite all the same
+            norm = math.nan
+        if norm > largest_norm or not self.loss_is_finite:
+            chosen.zero_grad(set_to_none=True)  # AdamW leaves alone what has no gradient
+        self.loss_is_finite, finite = True, math.isfinite(norm)
         if finite or scaler is not None:  # which skips by itself, and finds another scale
             chosen.step()
         chosen.zero_grad(set_to_none=True)
@@ -279,10 +292,10 @@ class Learner:
         if self.non_finite_in_a_row >= (PATIENCE_WITH_SCALING if fp16 else
                                         PATIENCE_WITH_NON_FINITE):
             raise UserError(
-                f"The gradient was not finite {self.non_finite_in_a_row} updates in a row"
-                + (f", the last at {self.place}" if self.place else "") + "; lower the learning "
-                + ("rate" if self.policy.precision == "fp32" else
-                   "rate or set model.precision=fp32") + ", then delete the run's folder.")
+                f"The loss or its gradient was not finite {self.non_finite_in_a_row} updates in a "
+                "row" + (f", the last at {self.place}" if self.place else "") + "; lower the "
+                + ("learning rate" if self.policy.precision == "fp32" else
+                   "learning rate or set model.precision=fp32") + ", then delete the run's folder.")
         return norm
 
     def has_gradient(self, update: Update) -> Tensor:

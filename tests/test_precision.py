@@ -7,6 +7,7 @@ import torch
 from small_training import distance, watch
 
 from hybridrl_lib.errors import UserError
+from hybridrl_lib.objectives import score_tokens
 from hybridrl_lib.updates import PATIENCE_WITH_SCALING
 
 
@@ -71,3 +72,56 @@ def test_fp16_that_finds_no_scale_stops(in_precision, monkeypatch):
     with pytest.raises(UserError, match=rf"{PATIENCE_WITH_SCALING} updates in a row.*step "
                                         rf"{PATIENCE_WITH_SCALING} \(sft\).*tiny"):
         trainer.train()
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_even_with_a_finite_gradient(in_precision,
+                                                                             monkeypatch):
+    """A token of probability 0 costs infinitely much, and its gradient is a number."""
+    for precision in ("fp32", "fp16"):
+        trainer = in_precision(precision, "sft", "training.epochs=4")
+        seen, score, calls = watch(trainer), trainer.policy.score, []
+
+        def impossible(*arguments, score=score, calls=calls, **more):
+            scores, entropies = score(*arguments, **more)
+            calls.append(scores.requires_grad)
+            return (scores - math.inf if sum(calls) == 1 else scores), entropies
+
+        monkeypatch.setattr(trainer.policy, "score", impossible)
+        trainer.train()
+        rows = trainer.folder.lines("metrics.jsonl")
+        assert [row.get("updates_not_finite", 0) for row in rows] == [1] + [0] * (len(rows) - 1)
+        assert all(torch.equal(seen.weights[0][k], seen.weights[1][k]) for k in seen.weights[0])
+        assert any(not torch.equal(seen.weights[0][k], seen.weights[2][k])
+                   for k in seen.weights[0])
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_entropy_is_summed_in_fp32_whatever_the_products_are(precision):
+    """Autocast would take its sum over the vocabulary in half precision, and its gradient with it.
+
+    A word without any probability must not make it NaN either: -1e30 is infinite in fp16.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 16, generator=generator)
+    head = torch.randn(20_000, 16, generator=generator)
+    bias = torch.zeros(20_000)
+    bias[3] = -math.inf
+    targets = torch.arange(10, 16)
+    with torch.autocast("cpu", precision):
+        leaf = hidden.clone().requires_grad_()
+        scores, entropies = score_tokens(leaf, head, targets, bias=bias)
+    (entropies.sum() + scores.sum()).backward()
+    logits = torch.nn.functional.linear(hidden.to(precision), head.to(precision)).float() + bias
+    exact = torch.distributions.Categorical(logits=logits)
+    assert torch.allclose(entropies, exact.entropy(), atol=1e-3)
+    assert torch.allclose(scores, exact.log_prob(targets), atol=1e-2)
+    assert leaf.grad.isfinite().all()
+
+
+def test_fp16_has_a_scale_before_any_loss(in_precision):
+    """A process without completions takes the others' gradients, and unscales them."""
+    trainer = in_precision("fp16", "sft", "training.epochs=2")
+    trainer.learner.new_optimizer()
+    for parameter in trainer.learner.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert math.isfinite(trainer.learner.step(0.0))
