@@ -243,7 +243,7 @@ def factor_list(text: str) -> tuple[float, ...]:
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    from .compare import GRID
+    from .compare import GRID, TRANSFER
 
     add_preset(parser)
     add_seeds(parser)
@@ -255,9 +255,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
                              "problems, for every arm; "
                              + ",".join(f"{factor:g}" for factor in GRID)
                              + " unless given, and 1 tunes nothing")
-    parser.add_argument("--transfer", type=positive_number, default=0, metavar="N",
+    parser.add_argument("--transfer", type=whole_number, default=TRANSFER, metavar="N",
                         help="also train on each benchmark alone, with the first N seeds, and test "
-                             "on all")
+                             f"on all; {TRANSFER} unless given, 0 for none")
     add_jobs(parser, "runs")
     add_executor(parser)
     add_place(parser)

@@ -35,8 +35,10 @@ from .setups import SETUPS, Setup, paper_setups
 BASELINE = "sft_then_rl"
 # What a claim has to be held against: all of RL after SFT, and PEAR's demonstrations unweighted.
 CONTROLS = ("sft_then_full_rl", "sft_sampled_then_rl")
+VARIANTS = ("combined_cosine",)  # that change what a method is: here its lambda moves
 GRID = (0.25, 0.5, 1.0, 2.0)
 DEVELOPMENT_SEEDS = (1000, 1001)
+TRANSFER = 2  # seeds
 # A tuning run is judged on validation problems: it is hardly tested, and probed at its ends alone.
 TUNING = ("evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=0",
           "data.test_limits=1", "probe.every=1000000")
@@ -79,7 +81,7 @@ class Plan:
 
 
 def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence[str] = (),
-            grid: Sequence[float] = GRID, transfer: int = 0, jobs: int | None = None,
+            grid: Sequence[float] = GRID, transfer: int = TRANSFER, jobs: int | None = None,
             experiment: str | None = None, settings: Sequence[str] = (), say=None,
             executor: str = "local") -> list[Path]:
     """Tunes, trains and tests all arms, then writes the comparison.
@@ -91,7 +93,7 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
             whole budget after SFT, and the setup that each method gives its name.
         grid: factors that the preset's learning rates are multiplied with.
         transfer: with how many of the seeds every arm is also trained on each benchmark alone and
-            tested on all.
+            tested on all; 0 for none.
         jobs, experiment, settings, say, executor: as for `reproduce`; the experiment is the
             preset's name with `-compare` unless given.
 
@@ -179,7 +181,7 @@ def choose_arms(names: Sequence[str]) -> tuple[Setup, ...]:
     if not names:
         first = {setup.method: name for name, setup in reversed(SETUPS.items())}
         shown = {name for name, setup in SETUPS.items() if setup.notebook}
-        wanted |= {*paper_setups(), *CONTROLS, *first.values(), *shown}
+        wanted |= {*paper_setups(), *CONTROLS, *VARIANTS, *first.values(), *shown}
     for name in names:
         found = {name} if name in SETUPS else {
             setup.name for setup in SETUPS.values() if setup.method == name}
@@ -337,7 +339,8 @@ def environment(plan: Plan) -> dict[str, str]:
 def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tuned],
                      say: Callable[[str], None]) -> list[Path]:
     """Writes tables and figures from the records and prints the main table."""
-    from .report.arms import make_arms, report_arms
+    from .report.arm_tables import report_arms
+    from .report.arms import make_arms
 
     folder = experiment_folder(plan.experiment)
     experiment = only_runs(plan, folder)

@@ -21,7 +21,8 @@ from .records import (
     write_folder,
 )
 from .report import load_experiment, make_table2, make_texts
-from .report.arms import arms_texts, make_arms
+from .report.arm_tables import arms_texts
+from .report.arms import make_arms
 from .report.sweeps import sweep_texts
 from .sweep import SWEEPS, part_of
 

@@ -18,9 +18,11 @@ from hybridrl_lib.config import load_settings
 from hybridrl_lib.errors import UsageError, UserError
 from hybridrl_lib.methods import METHODS, make_method
 from hybridrl_lib.report import load_experiment
-from hybridrl_lib.report.arms import make_arms, report_arms, used
+from hybridrl_lib.report.arm_figures import draw_diagnostics
+from hybridrl_lib.report.arm_tables import report_arms
+from hybridrl_lib.report.arms import make_arms, used, verdict
 from hybridrl_lib.setups import SETUPS, get_setup, paper_setups
-from hybridrl_lib.statistics import holm, paired_difference
+from hybridrl_lib.statistics import Difference, holm, paired_difference
 
 
 @pytest.fixture()
@@ -32,7 +34,7 @@ def started(monkeypatch):
 def go(**more):
     lines = []
     files = compare("tiny", methods=["rl"], jobs=2, experiment="cmp", say=lines.append,
-                    **({"seeds": (0, 1)} | more))
+                    **({"seeds": (0, 1), "transfer": 0} | more))
     return files, "\n".join(map(str, lines))
 
 
@@ -61,7 +63,8 @@ def test_every_arm_is_tuned_on_the_same_grid(started, results):
     page = (results / "cmp" / "comparison.md").read_text()
     assert "seeds 1000 and 1001" in page
     assert "1 of 2 arms took the largest factor, 2: beyond it" in page and "smallest" not in page
-    assert "rl" in said.lower()
+    assert "optimiser updates" in said, "what each arm used is printed, too"
+    assert "Not run: `--transfer N`" in page
 
 
 def test_what_is_finished_is_not_run_again(started, results):
@@ -134,6 +137,16 @@ def test_the_arms():
     assert {s.name for s in choose_arms(["relift"])} == {"base", BASELINE, "relift"}
     with pytest.raises(UsageError, match="did you mean .relift"):
         choose_arms(["relft"])
+
+
+@pytest.mark.parametrize("setup", ["raft", "frpo", "prl", "prl_newline", "luffy", "combined"])
+def test_arms_without_a_stage_of_sft_have_the_rollouts_of_sft_then_rl(setup):
+    """The budget that is equal; RL alone has the paper's, twice as many."""
+    settings = [load_settings("tiny", smoke=False, setup=get_setup(name))
+                for name in (setup, BASELINE)]
+    mine, theirs = (make_method(get_setup(name), chosen).stages[-1]
+                    for name, chosen in zip((setup, BASELINE), settings, strict=True))
+    assert mine.name == theirs.name == "rl" and mine.epochs == theirs.epochs
 
 
 def test_the_full_rl_arm_takes_as_many_rl_steps_as_rl_alone():
@@ -228,9 +241,47 @@ def test_what_an_arm_used_is_counted_from_its_records(experiment):
     runs = experiment.of("relift")
     found = used(runs)
     assert found.rollouts == np.mean([sum(4 * 2 for _ in run.metrics) for run in runs])
+    beside = [replace(run, metrics=[line | {"groups/beside": 3} for line in run.metrics])
+              for run in runs]
+    assert used(beside).rollouts == found.rollouts + np.mean([3 * len(run.metrics) for run in runs])
     assert found.updates == np.mean([sum(line["updates"] for line in run.metrics) for run in runs])
     assert found.minutes == pytest.approx(np.mean([run.manifest["seconds/wall"] / 60
                                                    for run in runs]))
+
+
+def test_who_does_not_beat_the_baseline_is_named(experiment, tmp_path):
+    """By Holm's p and the sign: a significant loss must not look like a gain."""
+    def difference(mean, p):
+        return Difference(mean, mean - 0.1, mean + 0.1, p, 3, 60), p
+
+    cases = {"better": [(0.2, 0.01), (0.0, 0.9)], "worse": [(-0.2, 0.01), (0.3, 0.05)],
+             "not told apart": [(0.2, 0.2)], "better and worse": [(0.2, 0.01), (-0.2, 0.01)]}
+    for words, found in cases.items():
+        assert verdict([difference(*each) for each in found]) == words
+    arms = make_arms(experiment, BASELINE, {})
+    report_arms(tmp_path / "out", experiment, arms, BASELINE, [], {})
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    beaten = {line for line in text.splitlines() if line.startswith("- ")}
+    assert "- Better than SFT + RL somewhere and nowhere worse: ReLIFT." in beaten
+    assert "- Worse than SFT + RL somewhere and nowhere better: RL." in beaten
+    assert "- Not shown to beat SFT + RL: none." in beaten
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert {r["verdict"] for r in rows if r["setup"] == "rl"} <= {"worse", "not told apart"}
+    assert {r["verdict"] for r in rows if r["setup"] in (BASELINE, "base")} == {""}
+
+
+@pytest.mark.parametrize(("weights", "drawn"), [
+    ((0.5, 0.5), True), ((1.0, 0.25), True), ((1.0, 1.0), False), ((1.0, 0.0), False)])
+def test_the_weight_of_sft_is_drawn_where_losses_are_mixed(experiment, weights, drawn):
+    """lambda over time is the diagnostic of the combined loss, which has no column of its own."""
+    runs = tuple(replace(run, setup="combined", metrics=[
+        line | {"lambda/sft": weights[place % 2]} for place, line in enumerate(run.metrics)])
+        for run in experiment.of("rl"))
+    figure = draw_diagnostics(replace(experiment, runs=runs), "combined")
+    assert (figure is not None) == drawn
+    if drawn:
+        assert [panel.get_title(loc="left") for panel in figure.axes] == [
+            "λ, weight of the SFT loss"]
 
 
 def test_the_files_hold_every_arm(experiment, tmp_path):

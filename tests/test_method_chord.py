@@ -16,7 +16,7 @@ def flat(trainer):
     return torch.cat([w.flatten() for w in trainer.weights().values()])
 
 
-@pytest.mark.parametrize(("setup", "phi"), [("chord_mu", False), ("chord_phi", True)])
+@pytest.mark.parametrize(("setup", "phi"), [("chord", False), ("chord_phi", True)])
 def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup, phi):
     """The token's weight p (1 - p) carries no gradient; one update a step."""
     taken = watch_rollouts(monkeypatch)
@@ -51,7 +51,7 @@ def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup, phi):
 def test_what_it_equals_bit_for_bit(make_trainer, chord, other, updates):
     """mu = 0 is GRPO; phi = 1 with a constant mu is the combined loss."""
     ends = []
-    for setup, *more in (("chord_mu", "training.epochs=8", *chord), other):
+    for setup, *more in (("chord", "training.epochs=8", *chord), other):
         trainer = make_trainer(setup, *more, f"rl.updates_per_rollout={updates}", folder=setup)
         start = flat(trainer).clone()
         trainer.train()
@@ -62,7 +62,7 @@ def test_what_it_equals_bit_for_bit(make_trainer, chord, other, updates):
 
 def test_mu_rises_then_falls_along_a_cosine(make_trainer):
     """10 steps: 2 of warm-up, 4 of decay, then the valley."""
-    trainer = make_trainer("chord_mu", "training.epochs=20", "chord.warmup=0.2", "chord.decay=0.4")
+    trainer = make_trainer("chord", "training.epochs=20", "chord.warmup=0.2", "chord.decay=0.4")
     trainer.train()
     half = 0.85 / 2
     way = [0.05 + half * (1 + math.cos(math.pi * x)) for x in (0, 0.25, 0.5, 0.75)]
@@ -73,7 +73,7 @@ def test_mu_rises_then_falls_along_a_cosine(make_trainer):
 
 
 def test_without_warm_up_and_decay_it_is_the_valley(make_trainer):
-    trainer = make_trainer("chord_mu", "chord.warmup=0", "chord.decay=0")
+    trainer = make_trainer("chord", "chord.warmup=0", "chord.decay=0")
     assert trainer.method.mu(trainer._progress()) == 0.05
 
 
@@ -91,4 +91,4 @@ def test_the_adaptive_mu_follows_the_reward_of_the_step_before(make_trainer):
     ("chord.phi=focal", "one of none, uncertainty")])
 def test_wrong_settings_are_one_sentence(make_trainer, override, words):
     with pytest.raises(UsageError, match=words):
-        make_trainer("chord_mu", override)
+        make_trainer("chord", override)

@@ -76,6 +76,7 @@ class PrefixRFT(Method):
             self._share_out(rollout, hybrid)
         count = step.mini_batches
         step.row |= {
+            "groups/beside": len(hybrids),
             "prefix_rft/shortest": self.shortest(step.progress),
             "prefix_rft/prefix_length": sum(h.prefix for h in hybrids) / len(hybrids),
             "prefix_rft/hybrid_reward": sum(h.reward for h in hybrids) / len(hybrids)}

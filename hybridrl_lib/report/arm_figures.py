@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 GREY = "#777777"
 PANELS = 3  # in a row
+SFT_WEIGHT = "lambda/sft"
 
 
 def draw_forest(experiment: Experiment, arms: "Sequence[Arm]") -> Figure | None:
@@ -96,7 +97,10 @@ def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
 
 
 def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
-    """A panel each of a method's own columns in metrics.jsonl, a line each of its setups."""
+    """A panel each of a method's own columns in metrics.jsonl, a line each of its setups.
+
+    The weight of the SFT loss is among them where a method mixes the losses, or switches.
+    """
     setups = [name for name in experiment.setups if SETUPS[name].method == method]
     runs = {name: experiment.of(name) for name in setups}
     keys = sorted({key for found in runs.values() for run in found for line in run.metrics
@@ -104,6 +108,10 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
                    if key.startswith(f"{method}/") and isinstance(value, int | float)})
     keys = [key for key in keys if any(len(series(run, "metrics", key)[0]) > 1
                                        for found in runs.values() for run in found)]
+    weights = {line.get(SFT_WEIGHT) for found in runs.values() for run in found
+               for line in run.metrics}
+    if weights - {None, 0.0, 1.0} or (keys and {0.0, 1.0} <= weights):
+        keys.insert(0, SFT_WEIGHT)
     if not keys:
         return None
     columns = min(PANELS, len(keys))
@@ -116,7 +124,8 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
                 epochs, values = series(run, "metrics", key)
                 panel.plot(epochs, values, linewidth=0.8, alpha=0.8,
                            marker="o" if len(values) < 30 else None, markersize=2.0, **looks[name])
-        panel.set_title(key.partition("/")[2].replace("_", " "), loc="left")
+        panel.set_title("λ, weight of the SFT loss" if key == SFT_WEIGHT else
+                        key.partition("/")[2].replace("_", " "), loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         low, high = panel.get_ylim()
         if np.isfinite([low, high]).all() and low == high:

@@ -1,35 +1,13 @@
-"""Arms beside each other: scores, what each used, differences to the baseline; no torch needed."""
+"""An arm of a comparison: its scores, what it used, its differences to the baseline."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..setups import SETUPS
 from ..statistics import Difference, Interval, holm, mean_interval, paired_difference
-from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
-from .loading import Experiment, Run, benchmark_title, setup_title
+from .loading import Experiment, Run
 from .scores import EXACT_MATCH, pass_ks, score
-from .style import as_bytes, style
-from .table2 import interval_notes
-from .text import (
-    NOTHING,
-    bracket,
-    bullets,
-    csv_text,
-    markdown_table,
-    number,
-    p_text,
-    percent,
-    plain_table,
-    signed,
-    tex,
-    write,
-)
 
-BUDGET = ("rollouts", "updates", "demonstration_tokens")  # what an equal budget is equal in
-COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "difference", "diff_low",
-           "diff_high", "p_value", "p_holm", "seeds", "problems", "rate_factor", *BUDGET,
-           "generated_tokens", "minutes")
+SIGNIFICANT = 0.05  # Holm's p of a difference that counts
 
 
 @dataclass(frozen=True)
@@ -37,7 +15,7 @@ class Used:
     """What a run of an arm used, the mean over its seeds.
 
     Attributes:
-        rollouts: answers sampled to learn from.
+        rollouts: answers sampled to learn from, those beside the groups among them.
         updates: optimiser updates of the policy.
         demonstration_tokens: tokens of demonstrations in updates, epochs counted.
         generated_tokens: sampled while training, by the policy or a model that wrote
@@ -108,7 +86,8 @@ def used(runs: Sequence[Run]) -> Used:
         counts = [line["groups/correct_counts"] for line in run.metrics
                   if line.get("groups/correct_counts")]
         tokens = run.manifest.get("tokens") or {}
-        return (sum(sum(groups) * (len(groups) - 1) for groups in counts),
+        beside = sum(line.get("groups/beside", 0) for line in run.metrics)
+        return (sum(sum(groups) * (len(groups) - 1) for groups in counts) + beside,
                 sum(line.get("updates", 0) for line in run.metrics),
                 tokens.get("demonstrations", 0),
                 tokens.get("rollouts", 0) + tokens.get("behaviour", 0),
@@ -117,233 +96,8 @@ def used(runs: Sequence[Run]) -> Used:
     return Used(*(sum(column) / len(runs) for column in zip(*map(of, runs), strict=True)))
 
 
-# Files --------------------------------------------------------------------------------------------
-
-
-def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], baseline: str,
-                tuned: Sequence, alone: Mapping[str, Experiment]) -> tuple[list[Path], str]:
-    """Writes comparison.csv, .md and .tex, tuning.csv, transfer.csv and the figures.
-
-    Args:
-        tuned: what each tuning run scored (`compare.Tuned`).
-        alone: by benchmark, the arms that were trained on it alone.
-
-    Returns:
-        The files, and the main table as text for a terminal.
-    """
-    texts = arms_texts(experiment, arms, baseline, tuned, alone)
-    files = [write(folder / name, text) for name, text in texts.items()]
-    with style():
-        figures = {"forest": draw_forest(experiment, arms),
-                   "pass_at_k": draw_pass_at_k(experiment, baseline),
-                   **{f"diagnostics_{method}": draw_diagnostics(experiment, method)
-                      for method in dict.fromkeys(SETUPS[arm.setup].method for arm in arms)}}
-        files += [write(folder / "figures" / f"{name}.{kind}", as_bytes(figure, kind))
-                  for name, figure in figures.items() if figure is not None
-                  for kind in ("svg", "png")]
-    return files, plain_table(header(experiment), score_rows(experiment, arms))
-
-
-def arms_texts(experiment: Experiment, arms: Sequence[Arm], baseline: str, tuned: Sequence,
-               alone: Mapping[str, Experiment]) -> dict[str, str]:
-    """{file name: text} of all tables; arguments as for `report_arms`."""
-    rows = transfer_rows(alone)
-    texts = {"comparison.csv": arms_csv(arms),
-             "comparison.tex": arms_tex(experiment, arms, baseline),
-             "comparison.md": arms_markdown(experiment, arms, baseline, tuned, rows)}
-    if tuned:
-        texts["tuning.csv"] = csv_text(
-            ("setup", "rate_factor", "seed", "validation", "chosen"),
-            [(t.setup, f"{t.factor:g}", t.seed, percent(t.validation),
-              int(t.factor == chosen(arms, t.setup))) for t in tuned])
-    if rows:
-        texts["transfer.csv"] = csv_text(
-            ("setup", "trained_on", "tested_on", "mean", "ci_low", "ci_high", "seeds", "problems"),
-            [(setup, trained, tested, percent(i.mean), percent(i.low), percent(i.high), i.seeds,
-              i.problems) for (setup, trained, tested), i in rows.items()])
-    return texts
-
-
-def chosen(arms: Sequence[Arm], setup: str) -> float | None:
-    return next((arm.rate_factor for arm in arms if arm.setup == setup), None)
-
-
-def arms_csv(arms: Sequence[Arm]) -> str:
-    """Long form: a line an arm, benchmark and metric; percent and percentage points."""
-    rows = []
-    for arm in arms:
-        for key, interval in arm.scores.items():
-            difference, p = arm.differences.get(key, (None, None))
-            apart = ("",) * 5 if difference is None else (
-                percent(difference.mean), percent(difference.low), percent(difference.high),
-                number(difference.p_value, 6), number(p, 6))
-            rows.append((arm.setup, *key, percent(interval.mean), percent(interval.low),
-                         percent(interval.high), *apart, interval.seeds, interval.problems,
-                         f"{arm.rate_factor:g}", *(number(getattr(arm.used, name), 1)
-                                                   for name in COLUMNS[14:])))
-    return csv_text(COLUMNS, rows)
-
-
-def header(experiment: Experiment) -> list[str]:
-    """The columns of the wide table."""
-    names = {EXACT_MATCH: "exact match"}
-    return ["arm", *(f"{benchmark_title(benchmark).title}: "
-                     f"{names.get(metric, metric.replace('pass', 'Pass'))}"
-                     for benchmark in experiment.benchmarks for metric in metrics_of(experiment))]
-
-
-def score_rows(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
-    """One row an arm: `mean [low, high]` in percent."""
-    return [[setup_title(arm.setup), *(
-        bracket(i.mean, i.low, i.high) if (i := arm.scores.get((benchmark, metric))) else NOTHING
-        for benchmark in experiment.benchmarks for metric in metrics_of(experiment))]
-        for arm in arms]
-
-
-def difference_rows(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
-    """One row an arm that has a difference: `+mean [low, high] (Holm's p)`."""
-    def cell(arm: Arm, key: tuple[str, str]) -> str:
-        if key not in arm.differences:
-            return NOTHING
-        difference, p = arm.differences[key]
-        text = signed(difference.mean, difference.low, difference.high)
-        return f"{f'**{text}**' if p < 0.05 else text} (p {p_text(p)})"
-
-    return [[setup_title(arm.setup), *(
-        cell(arm, (benchmark, metric))
-        for benchmark in experiment.benchmarks for metric in metrics_of(experiment))]
-        for arm in arms if arm.differences]
-
-
-def used_rows(arms: Sequence[Arm], baseline: str) -> list[list[str]]:
-    """One row an arm: what it used, and each part of the budget as a multiple of the baseline's."""
-    first = next((arm.used for arm in arms if arm.setup == baseline), None)
-
-    def cell(arm: Arm, name: str) -> str:
-        value, whole = getattr(arm.used, name), getattr(first, name) if first else 0.0
-        return f"{value:,.0f}" + (f" ({value / whole:.2f})" if whole else "")
-
-    return [[setup_title(arm.setup), f"{arm.rate_factor:g}", *(cell(arm, name) for name in BUDGET),
-             f"{arm.used.generated_tokens:,.0f}", number(arm.used.minutes, 1)]
-            for arm in arms if SETUPS[arm.setup].stages]
-
-
-def transfer_rows(alone: Mapping[str, Experiment]) -> dict[tuple[str, str, str], Interval]:
-    """{(setup, trained on, tested on): greedy exact match}."""
-    rows = {}
-    for trained, experiment in alone.items():
-        for setup in experiment.setups:
-            for tested in experiment.benchmarks:
-                found = score(experiment, setup, tested, EXACT_MATCH)
-                if found is not None:
-                    rows[setup, trained, tested] = mean_interval(found.values)
-    return rows
-
-
-def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tuned: Sequence,
-                  transfer: Mapping[tuple[str, str, str], Interval]) -> str:
-    """All tables, and what to know before reading them."""
-    head, title = header(experiment), setup_title(baseline)
-    parts = [f"# Comparison, experiment `{experiment.name}`\n",
-             "Test problems, last checkpoint, strict; percent, mean [95 % interval].\n",
-             markdown_table(head, score_rows(experiment, arms), range(1, len(head))),
-             f"## Difference to {title}\n",
-             "Percentage points, paired over problems [95 % interval] (p after Holm's correction "
-             "over all arms and benchmarks of one metric); bold below 0.05.\n",
-             markdown_table(head, difference_rows(experiment, arms), range(1, len(head))),
-             "## What each arm used\n",
-             f"A run, mean over seeds; in brackets as a multiple of {title}'s. An arm that has "
-             "other numbers than 1.00 does not have its budget.\n",
-             markdown_table(["arm", "learning rates ×", "rollouts", "optimiser updates",
-                             "demonstration tokens", "generated tokens", "minutes"],
-                            used_rows(arms, baseline), range(1, 7))]
-    if tuned:
-        parts += ["## Learning rates\n", tuning_table(arms, tuned)]
-    if transfer:
-        parts += ["## Transfer\n", "Greedy exact match of arms that were trained on one benchmark "
-                  "alone, with the learning rates chosen on both.\n", transfer_table(transfer)]
-    return "\n".join([*parts, bullets(notes(experiment, arms, tuned))])
-
-
-def tuning_table(arms: Sequence[Arm], tuned: Sequence) -> str:
-    """Exact match on validation problems by arm and factor, the chosen one bold."""
-    factors = sorted({t.factor for t in tuned})
-    rows = []
-    for arm in arms:
-        scores = {factor: [t.validation for t in tuned
-                           if (t.setup, t.factor) == (arm.setup, factor)] for factor in factors}
-        if any(scores.values()):
-            texts = {f: percent(sum(s) / len(s), 1) if s else NOTHING for f, s in scores.items()}
-            rows.append([setup_title(arm.setup), *(
-                f"**{text}**" if factor == arm.rate_factor else text
-                for factor, text in texts.items())])
-    return markdown_table(["arm", *(f"× {factor:g}" for factor in factors)], rows,
-                          range(1, len(factors) + 1))
-
-
-def transfer_table(transfer: Mapping[tuple[str, str, str], Interval]) -> str:
-    """A row an arm, a column each pair of benchmarks."""
-    pairs = list(dict.fromkeys((trained, tested) for _, trained, tested in transfer))
-    head = ["arm", *(f"{benchmark_title(one).title} → {benchmark_title(other).title}"
-                     for one, other in pairs)]
-    return markdown_table(head, [[setup_title(setup), *(
-        bracket(i.mean, i.low, i.high) if (i := transfer.get((setup, *pair))) else NOTHING
-        for pair in pairs)] for setup in dict.fromkeys(setup for setup, _, _ in transfer)],
-        range(1, len(head)))
-
-
-def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[str]:
-    """How the numbers were made and what they leave out."""
-    found = [*interval_notes(experiment),
-             "Differences count the seeds of the two arms as independent."]
-    if tuned:
-        seeds = " and ".join(map(str, sorted({t.seed for t in tuned})))
-        problems = sorted({count for run in experiment.runs
-                           if (count := validation_problems(run))})
-        found.append(
-            "Learning rates: all of a setup times one factor, the same factors for every arm; the "
-            f"best mean of exact match on the validation problems with the seeds {seeds}, which "
-            "are no test seeds. That choice is noisy with "
-            + (f"{problems[0]} validation problems." if problems else "few validation problems."))
-        found += grid_ends(arms, tuned)
-    else:
-        found.append("Learning rates are the preset's, times one factor for all: nothing was "
-                     "tuned for this comparison.")
-    found += [note for note in experiment.notes if note.startswith("Left out")]
-    if any(run.manifest.get("resumed_from") for run in experiment.runs):
-        found.append("Some runs were cut off and went on: their minutes leave out what was lost.")
-    return found + ["Wall time holds evaluation, and depends on what else the machine did."]
-
-
-def grid_ends(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
-    """Sentences on arms that took the first or the last factor: a better one may lie beyond."""
-    factors = sorted({t.factor for t in tuned})
-    trained = [arm for arm in arms if SETUPS[arm.setup].stages]
-    return [f"{len(there)} of {len(trained)} arms took the {which} factor, {factor:g}: beyond it "
-            "nothing was tried."
-            for which, factor in (("smallest", factors[0]), ("largest", factors[-1]))
-            if (there := [arm for arm in trained if arm.rate_factor == factor])]
-
-
-def validation_problems(run: Run) -> int:
-    """How many validation problems a run had."""
-    data = run.manifest.get("data") or {}
-    return sum(((entry or {}).get("problems") or {}).get("validation", 0)
-               for entry in data.values())
-
-
-def arms_tex(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str:
-    """The scores and the differences for LaTeX with booktabs."""
-    head = header(experiment)
-    lines = [r"% needs \usepackage{booktabs}"]
-    for caption, rows in (("Scores, percent, mean [95 % interval].", score_rows(experiment, arms)),
-                          ("Difference to " + setup_title(baseline)
-                           + ", percentage points, p after Holm's correction.",
-                           difference_rows(experiment, arms))):
-        lines += [r"\begin{table}", r"\centering", rf"\caption{{{tex(caption)}}}",
-                  r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}", r"\toprule",
-                  " & ".join(map(tex, head)) + r" \\", r"\midrule",
-                  *(" & ".join(tex(cell.replace("*", "")) for cell in row) + r" \\"
-                    for row in rows),
-                  r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+def verdict(differences: Iterable[tuple[Difference, float]]) -> str:
+    """What differences with their Holm's p say together of an arm against the baseline."""
+    signs = {difference.mean > 0 for difference, p in differences if p < SIGNIFICANT}
+    return {(): "not told apart", (True,): "better", (False,): "worse"}.get(
+        tuple(signs), "better and worse")
