@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from .cluster import connect
@@ -24,7 +25,7 @@ class Sweep:
     Attributes:
         title: of the figure's axis.
         setup: the setup that it is swept in.
-        keys: the settings that take the value.
+        keys: the settings that take the value; empty for all learning rates of the setup.
         values: tried unless others are given; empty where only the user can know them.
         times: whether a value multiplies what the preset has.
     """
@@ -47,8 +48,7 @@ SWEEPS: dict[str, Sweep] = {
                         ("2", "4", "8", "16")),
     "lambda": Sweep("λ, weight of the SFT loss", "combined", ("combined.first", "combined.last"),
                     ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")),
-    "learning_rate": Sweep("learning rates, times the preset's", "sft_then_rl",
-                           ("sft.learning_rate", "rl.learning_rate"),
+    "learning_rate": Sweep("learning rates, times the preset's", "sft_then_rl", (),
                            ("0.25", "0.5", "1", "2", "4"), times=True),
     "updates_per_rollout": Sweep("updates a batch of rollouts", "sft_then_rl",
                                  ("rl.updates_per_rollout",), ("1", "2", "4")),
@@ -117,14 +117,8 @@ def as_settings(plan: Plan, chosen: Sweep, value: str) -> tuple[str, ...]:
         raise UsageError(f"{value!r} is no factor; {chosen.title.split(', times')[0]} takes "
                          "numbers of 0 and up that multiply the preset's.")
     preset = load_settings(plan.preset, plan.settings, setup=plan.arms[0])
-    if chosen is SWEEPS["learning_rate"]:
-        return tuple(f"{key}={show(rate * factor)}"
-                     for key, rate in learning_rates(preset).items())
-    texts = []
-    for key in chosen.keys:
-        section, _, name = key.partition(".")
-        texts.append(f"{key}={show(getattr(getattr(preset, section), name) * factor)}")
-    return tuple(texts)
+    own = {key: attrgetter(key)(preset) for key in chosen.keys} or learning_rates(preset)
+    return tuple(f"{key}={show(value * factor)}" for key, value in own.items())
 
 
 def place(plan: Plan, value: str) -> str:
