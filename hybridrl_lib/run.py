@@ -146,8 +146,8 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device == "cpu" else 1
     peak, room = PeakMemory(device), from_first(lambda: TO_USE * free_memory(device) / here)
     resolved = from_first(lambda: _with_kept_micro_batches(resolved, folder))
-    # The estimate is of a process that holds all weights: under FSDP none does.
-    refuse = not wants_shards()
+    # The estimate is of a process that trains and holds all weights: under FSDP none does.
+    refuse = bool(method.stages) and not wants_shards()
     resolved, expected = fit_to_device(resolved, room, refuse=refuse)  # before a model is loaded
     policy = load_policy(resolved.model, observer.note)
     if wants_shards() and policy.model.config.model_type not in KNOWN:

@@ -146,6 +146,13 @@ def test_a_run_that_cannot_fit_loads_no_model(results, monkeypatch):
         run("sft", "tiny", 0, "small")
 
 
+def test_the_base_model_is_scored_where_training_it_would_not_fit(results, monkeypatch):
+    """It needs no gradients and no optimiser, so their memory keeps it from nothing."""
+    monkeypatch.setattr("hybridrl_lib.run.free_memory", lambda device: 2**20)
+    record = run("base", "tiny", 0, "small", ["data.test_limits=2,2", "evaluation.samples=0"])
+    assert record.is_complete
+
+
 def test_micro_batches_by_memory_change_no_number_beyond_rounding(make_trainer, monkeypatch):
     """What `training.micro_batch_tokens=0` comes to moves the last digits at most."""
     settings = small_settings("training.micro_batch_tokens=0", setup="rl")
