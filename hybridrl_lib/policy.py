@@ -296,7 +296,10 @@ def load_policy(settings: ModelSettings,
         model = _add_adapter(model, settings)
         adapters.remember_base(model, settings.path, Path(source).name if on_hub else None)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The newer name first: the older one is to go with transformers 6.
+        enable = getattr(model, "activation_checkpointing_enable", None) or (
+            model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; dropout is refused below
         _refuse_dropout(model)
     return Policy(

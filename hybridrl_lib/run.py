@@ -159,7 +159,7 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
     if expected is None and not resolved.training.micro_batch_tokens:
         raise UserError(f"How much memory {policy.name} needs is not known, so training."
                         "micro_batch_tokens cannot be 0; set it to a number, such as 4096.")
-    if expected is not None and (note := tight(expected, room)):
+    if expected is not None and method.stages and (note := tight(expected, room)):
         observer.note(note)
     if not asked:
         from_first(lambda: folder.write("config.json", folder.read("config.json") | {
