@@ -1,7 +1,7 @@
 """How far and in which direction weights moved between two moments of a run.
 
-PEAR's three monitors. The paper's exact definitions were not to be had; these are the ones given
-here, over all weights that training moves, with an adapter those of the adapter.
+PEAR's three monitors. The paper's exact definitions are unverified; these are ours, over all
+weights that training moves, with an adapter those of the adapter.
 """
 
 import torch

@@ -6,6 +6,8 @@ from small_training import Fixed
 from hybridrl_lib.errors import UsageError
 from hybridrl_lib.evaluation import distinct_answers
 from hybridrl_lib.methods.method import Progress, Stage
+from hybridrl_lib.report.arm_figures import draw_diagnostics
+from hybridrl_lib.report.loading import Experiment, Run
 from hybridrl_lib.rollouts import Completion, Group
 
 OFF = ("switching.loss_fall=none", "switching.kl_change=none", "switching.distinct_answers=none",
@@ -98,12 +100,57 @@ def test_the_epochs_stay_the_runs(make_trainer):
     assert names == ["rl"] * 6 + ["sft"] * 3 + ["rl"] * 6
     assert rows[-1]["epoch"] == pytest.approx(6)
     assert [row["switching/switches"] for row in rows] == [0] * 6 + [1] * 3 + [2] * 6
-    told = {row["step"]: (row["switching/reason"], row["switching/value"] > 0)
-            for row in rows if "switching/reason" in row}
-    assert told == {7: ("entropy", True), 10: ("entropy", True)}
+    told = {row["step"]: row["switching/reason"] for row in rows if "switching/reason" in row}
+    assert told == {7: "entropy", 10: "entropy"}
     assert [stage.steps for stage in trainer.method.stages] == [6, 3, 6]
     # a stage ends with a validation and a checkpoint, as any other
     assert {6, 9, 15} <= {row["step"] for row in trainer.folder.lines("validation.jsonl")}
+
+
+def test_the_signs_are_in_the_record(make_trainer):
+    """Each stands once, in the line after it was measured, with the numbers of the two logs: what
+    the diagnostic figure draws. A sign that no setting looks at is recorded as well."""
+    trainer = alone(
+        make_trainer, "switching.loss_fall=1", "switching.loss_patience=2", "probe.every=2",
+        epochs=6, validation=make_trainer("rl", folder="other").parts.train[:2])
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    read = {name: {row["step"]: row[f"switching/{name}"] for row in rows
+                   if f"switching/{name}" in row}
+            for name in ("loss_fall", "kl_change", "distinct_answers", "entropy")}
+    losses = {row["step"]: row["loss"] for row in trainer.folder.lines("validation.jsonl")}
+    probes = {row["step"]: row for row in trainer.folder.lines("probe.jsonl")}
+    # SFT, a step an epoch: falls after the second and third validation, of which the latter ends it
+    assert [row["stage"] for row in rows] == ["sft"] * 3 + ["rl"] * 3
+    assert read["loss_fall"] == {
+        step + 1: (losses[step - 1] - losses[step]) / losses[step - 1] for step in (2, 3)}
+    for name in ("distinct_answers", "entropy"):
+        assert read[name] == {step + 1: probes[step][name] for step in (2, 4)}
+    assert read["kl_change"] == {}  # it takes two probes in a stage, and a step after them
+    assert {row["step"]: row["switching/reason"] for row in rows if "switching/reason" in row} == {
+        4: "loss_fall"}
+
+
+def test_the_change_of_the_divergence_is_in_the_record(make_trainer):
+    trainer = alone(make_trainer, "switching.entropy=0.001", "probe.every=2", epochs=8,
+                    validation=make_trainer("rl", folder="other").parts.train[:2])
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    kl = {row["step"]: row["kl/base"] for row in trainer.folder.lines("probe.jsonl")}
+    assert {row["step"]: row["switching/kl_change"] for row in rows
+            if "switching/kl_change" in row} == {
+        step + 1: abs(kl[step] - kl[step - 2]) / max(kl[step], kl[step - 2]) for step in (4, 6)}
+
+
+def test_the_comparisons_figure_shows_signs_and_thresholds():
+    metrics = [{"step": step, "stage": "sft", "epoch": step, "switching/entropy": 0.5 / step,
+                "switching/kl_change": 0.1} for step in (1, 2)]
+    run = Run("switching", 0, {"settings": {"switching": {"entropy": 0.05, "kl_change": None}}},
+              {}, metrics, [], {})
+    figure = draw_diagnostics(Experiment("made", (run,), ()), "switching")
+    found = {panel.get_title(loc="left"): [list(line.get_ydata()) for line in panel.lines]
+             for panel in figure.axes}
+    assert found == {"entropy": [[0.5, 0.25], [0.05, 0.05]], "kl change": [[0.1, 0.1]]}
 
 
 def test_not_before_the_least_epochs_and_not_at_the_end(make_trainer):

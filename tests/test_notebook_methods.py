@@ -12,19 +12,21 @@ from hybridrl_lib.records import RunFolder
 
 @pytest.fixture()
 def drawn(monkeypatch):
-    """The panels of every figure that is shown, as (title, number of points)."""
+    """The panels of every figure that is shown, as (title, number of points, dashed lines)."""
     panels = []
     monkeypatch.setattr(methods, "show", lambda figure, alt: panels.extend(
-        (axes.get_title(loc="left"), len(axes.lines[0].get_xdata()))
+        (axes.get_title(loc="left"), len(axes.lines[0].get_xdata()),
+         *(line.get_ydata()[0] for line in axes.lines[1:] if line.get_linestyle() == "--"))
         for axes in figure.axes if axes.lines))
     return panels
 
 
-def record(folder, setup, rows):
+def record(folder, setup, rows, **settings):
     (folder / "metrics.jsonl").write_text("".join(
         json.dumps({"step": i + 1, "stage": "rl", "epoch": i / 4, **row}) + "\n"
         for i, row in enumerate(rows)), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps({"setup": setup}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"setup": setup, "settings": settings}),
+                                        encoding="utf-8")
     return RunFolder(folder)
 
 
@@ -34,6 +36,15 @@ def test_the_methods_own_columns_are_drawn(tmp_path, drawn):
              **({"relift/once": 1} if i == 2 else {})} for i in range(5)]
     notebook.plot_diagnostics(record(tmp_path, "relift_code", rows), "lambda/rl", "not/there")
     assert drawn == [("lambda/rl", 5), ("relift/buffer", 5), ("relift/taught", 5)]
+
+
+def test_a_threshold_is_a_dashed_line(tmp_path, drawn):
+    """Without it a sign says nothing about how near the switch was; a sign that is off has none."""
+    rows = [{"switching/entropy": 0.5, "switching/loss_fall": 0.1, "switching/switches": 0}] * 2
+    notebook.plot_diagnostics(record(tmp_path, "switching", rows, switching={
+        "entropy": 0.05, "loss_fall": None}))
+    assert drawn == [("switching/entropy", 2, 0.05), ("switching/loss_fall", 2),
+                     ("switching/switches", 2)]
 
 
 @pytest.mark.parametrize("setup", ["sft", "a setup that is gone"])

@@ -9,15 +9,16 @@
 
 J_RL(theta, w) - J_RL(hat, w) is the cooperative gain: what joint training wins over RL alone.
 
-Second-hand: no official code; a note, reviews and abstracts. Not pinned down there: GRPO or PPO
-(here GRPO), LoRA's rank, beta (lr 5e-7 everywhere), whether lambda is annealed (0.5 in the
-appendix), and whether hat persists or is one step ahead of theta; that is a setting. A wrong answer
-has reward -1 there and 0 here, which GRPO's advantage makes the same. hat has not sampled the
-answers: its ratio, and its clip, are to the policy that did. Each of the three has an AdamW of its
-own and its gradient is clipped by itself. The KL anchor is the initial model without an adapter.
-Where hat persists, its gain has no gradient at the first update, since hat is theta. The second
-pass costs about as much again as an RL update; compare at equal compute. In memory there are the
-model, hat, the reference, two sets of moments and four gradients: eleven times the model in fp32.
+Second-hand: no official code; a note, reviews and abstracts. Ambiguous: the policy gradient, GRPO
+or PPO (here GRPO); LoRA's rank (`model.lora_rank`); beta, w's learning rate (5e-7 is said of all;
+`bridge.adapter_learning_rate`); whether lambda is annealed (0.5 in the appendix); and whether hat
+persists or is one step ahead of theta (`bridge.auxiliary`). A wrong answer has reward -1 there and
+0 here, which GRPO's advantage makes the same. hat has not sampled the answers: its ratio, and its
+clip, are to the policy that did. Each of the three has an AdamW of its own and its gradient is
+clipped by itself. The KL anchor is the initial model without an adapter. Where hat persists, its
+gain has no gradient at the first update, since hat is theta. The second pass costs about as much
+again as an RL update; compare at equal compute. In memory there are the model, hat, the reference,
+two sets of moments and four gradients: eleven times the model in fp32.
 
 `bridge_without_gain` keeps the adapter and drops the gain from what it learns, `bridge_joint` lets
 it learn what theta learns, and `bridge_without_adapter` leaves theta alone: (1 - lambda) SFT +

@@ -4,8 +4,8 @@
     P(q) > gamma:   the loss of Dr. GRPO on the G answers
     P(q) <= gamma:  the answers are dropped; L_SFT on the problem's demonstration
 
-Read from the released code and notes. gamma is 0 for Qwen and 2/8 for Llama; with 0 this is
-SuperRL's rule, whose code it shares, also in how the two losses are weighed (ours, see
+Read from the released code and second-hand notes. gamma is 0 for Qwen and 2/8 for Llama; with 0
+this is SuperRL's rule, whose code it shares, also in how the two losses are weighed (ours, see
 `superrl.py`). The setup `hpt` has the released code's loss: no division by the deviation, no clip,
 sums over a constant length, no KL, weight of the entropy 0.001. It skips an update whose gradient
 norm exceeds 80; that number belongs to its normalisation, so that other losses need another.

@@ -9,7 +9,7 @@ A demonstration's token has the gradient weight gamma pi / (pi + gamma)^2 on log
 pi = gamma and 0 at both ends. f is never clipped. Z is that of rl.loss_normalisation, over sampled
 answers and demonstrations together.
 
-Read from the released code and notes; the code differs from the paper and is the setup
+Read from the released code and second-hand notes; the code differs from the paper and is the setup
 `luffy_code`: no division by the deviation, no clip on the sampled answers either, a constant
 length. Its baselines keep the clip. Both have no KL; the entropy bonus (0.01 in the paper, 0.001 in
 the code) is left out. The paper has 7 answers and the demonstration; here all rl.group_size

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..steps import Step
     from ..updates import Totals, Update
 
-UNKNOWN = "the paper's value is unknown"
+UNKNOWN = "the paper's value was not found"
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@
     then the same GRPO as after plain SFT
 
 No official code. The formulas and clip bounds come second-hand, through a re-implementation with a
-mapping to the paper's sections. Unspecified there: what the weighted losses are divided by, so that
-is a setting; `weights` has the step size of SFT. T is the true length and EOS is in the product and
-the loss; the re-implementation took the padded length, and clamps G to [0.1, 10]. `pear_centred` is
-a replication's, which found that on long answers published PEAR trains their end alone: delta less
-its mean over the answer, weights of mean 1 (here over an update). Its clip is taken after that. The
-paper's negative examples are left out: their formula is not known.
+mapping to the paper's sections. Unspecified, not found: what the weighted losses are divided by;
+that is a setting, and `weights` has the step size of SFT. T is the true length and EOS is in the
+product and the loss; the re-implementation took the padded length, and clamps G to [0.1, 10].
+`pear_centred` is a replication's, which found that on long answers published PEAR trains their end
+alone: delta less its mean over the answer, weights of mean 1 (here over an update). Its clip is
+taken after that. The paper's negative examples are left out: their formula is unverified.
 
 Human solutions have no pi_beta, so the demonstrations are sampled: the first right one of
 `pear.samples` answers of the behaviour model. A problem without one is left out of SFT. That they

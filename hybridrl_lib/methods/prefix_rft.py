@@ -8,12 +8,12 @@
         L = the clipped surrogate of L_GRPO on all G + 1; of the prefix, only the 20 % of the
             tokens at which the policy's entropy is highest have a gradient
 
-From notes and the released code. The paper has N - 1 ordinary answers and the hybrid; here all
-rl.group_size answers are ordinary and the hybrid comes on top: the paper's group of 8 is
-rl.group_size=7. `prefix_rft.token_share=0` is a frozen prefix, 1 one that is learned whole. Prefix
-and answer together are cut at rl.max_new_tokens. The record counts the prefix as demonstration
-tokens and what was sampled behind it as rollout tokens; `loss/sft` is the surrogate of the hybrids.
-Its KL was not found: there is none.
+Read from the released code and second-hand notes. The paper has N - 1 ordinary answers and the
+hybrid; here all rl.group_size answers are ordinary and the hybrid comes on top: the paper's group
+of 8 is rl.group_size=7. `prefix_rft.token_share=0` is a frozen prefix, 1 one that is learned whole.
+Prefix and answer together are cut at rl.max_new_tokens. The record counts the prefix as
+demonstration tokens and what was sampled behind it as rollout tokens; `loss/sft` is the surrogate
+of the hybrids. Its KL was not found: there is none.
 """
 
 import math

@@ -45,7 +45,7 @@ class SASRSettings(Section):
 
     section: ClassVar[str] = "sasr"
     warmup_epochs: int = setting(1, "epochs of SFT before the first draw",
-                                 "the paper has a warm-up; its length is unknown", at_least=1)
+                                 "the paper has a warm-up; its length is unverified", at_least=1)
     gamma: float = setting(1.0, "balance: p = g / (g + gamma g_warm); 1 begins with p = 0.5",
                            "reconstruction", above=0)
     warm_norm: str = setting("last", "g_warm: last = of the last full batch of the warm-up; mean = "

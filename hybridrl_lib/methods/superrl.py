@@ -16,12 +16,12 @@ read. Each reading is a setting:
                    L = exp(-2 s_rl) L_GRPO + exp(-2 s_sft) L_SFT + s_rl + s_sft,
                and s_rl, s_sft follow their own gradients, 1 - 2 exp(-2 s) L, once a step with the
                step's mean losses. The notes give initial values 0 and 1, a decay of 0.99 and a
-               floor of -2, not which s has which value nor what decays: here s itself does.
+               floor of -2. Unclear: which s has which value, and what decays; here s itself does.
 
-The sources do not say how the two losses are normalised against each other. Our choice: each
-problem keeps its share of the update. With a share w of unsolved problems the loss is
+Not found, unverified: G, learning rates, batch sizes and lengths. Not found either: how the two
+losses are normalised against each other. Our choice: each problem keeps its share of the update.
+With a share w of unsolved problems the loss is
 w * (mean of L_SFT over their demonstrations) + (1 - w) * (mean of L_GRPO over the others' answers).
-G, learning rates, batch sizes and lengths were not found.
 """
 
 import math

@@ -10,6 +10,7 @@ The paper names the rate of change of the loss, the stability of the KL divergen
 of the answers, and gives no rule, threshold or direction: all of these are chosen here. Validation
 comes every `training.validate_every` epochs, the others with the probe, every `probe.every` steps.
 The learning rate decays as if a stage had all epochs that are left; the next starts at its peak.
+A sign that was measured after a step is in the next step's line, under its setting's name.
 """
 
 import math
@@ -71,32 +72,33 @@ class Switching(Method):
         self.switched: list[dict] = []  # step, to, reason and value of each switch
         self.before: dict[str, float] = {}  # loss and KL when last measured in this stage
         self.held: dict[str, int] = {}  # how many times in a row a reason has held
+        self.signs: dict[str, float] = {}  # measured since the last line of metrics.jsonl
 
     def begin(self, trainer) -> None:
         self.steps_per_epoch = trainer.steps_per_epoch
 
     def after_step(self, row: dict, progress: Progress) -> None:
         row["switching/switches"] = len(self.switched)
+        row |= {f"switching/{sign}": value for sign, value in self.signs.items()}
+        self.signs = {}
         if self.switched and progress.step == 0:
-            row |= {f"switching/{key}": self.switched[-1][key] for key in ("reason", "value")}
+            row["switching/reason"] = self.switched[-1]["reason"]
 
     def after_validation(self, row: dict, progress: Progress) -> None:
         own, before = self.own, self._exchange("loss", row["loss"], progress)
-        if progress.stage.name == "sft" and own.loss_fall is not None and before is not None:
+        if progress.stage.name == "sft" and before is not None:
             fall = (before - row["loss"]) / max(before, 1e-12)
-            self._look("loss", fall, fall < own.loss_fall, own.loss_patience, progress)
+            self._look("loss_fall", fall, own.loss_fall, own.loss_patience, progress)
 
     def after_probe(self, row: dict, progress: Progress) -> None:
         own, kl = self.own, row["kl/base"]
         before = self._exchange("kl", kl, progress)
-        if own.kl_change is not None and before is not None:
+        if before is not None:
             change = abs(kl - before) / max(kl, before, 1e-12)
-            self._look("kl", change, change < own.kl_change, own.kl_patience, progress)
-        for name, limit, patience in (
-                ("distinct_answers", own.distinct_answers, own.distinct_patience),
-                ("entropy", own.entropy, own.entropy_patience)):
-            if limit is not None:
-                self._look(name, row[name], row[name] < limit, patience, progress)
+            self._look("kl_change", change, own.kl_change, own.kl_patience, progress)
+        self._look("distinct_answers", row["distinct_answers"], own.distinct_answers,
+                   own.distinct_patience, progress)
+        self._look("entropy", row["entropy"], own.entropy, own.entropy_patience, progress)
 
     def _exchange(self, name: str, value: float, progress: Progress) -> float | None:
         """What was measured before in this stage; the new value takes its place."""
@@ -109,14 +111,15 @@ class Switching(Method):
         """Whether the stage is at its end, or another reason has just ended it."""
         return progress.step >= progress.steps or progress.stage != self.stages[-1]
 
-    def _look(self, reason: str, value: float, holds: bool, patience: int,
+    def _look(self, sign: str, value: float, limit: float | None, patience: int,
               progress: Progress) -> None:
-        """Counts how often a reason has held; ends the stage when that is often enough."""
-        if self._over(progress):
+        """Keeps a sign; ends the stage when it was below its limit often enough in a row."""
+        self.signs[sign] = value
+        if limit is None or self._over(progress):
             return
-        self.held[reason] = self.held.get(reason, 0) + 1 if holds else 0
-        if self.held[reason] >= patience and len(self.switched) < self.own.switches:
-            self._switch(reason, value, progress)
+        self.held[sign] = self.held.get(sign, 0) + 1 if value < limit else 0
+        if self.held[sign] >= patience and len(self.switched) < self.own.switches:
+            self._switch(sign, value, progress)
 
     def _switch(self, reason: str, value: float, progress: Progress) -> None:
         """Ends the stage here and appends the other one, unless no epochs are left for it."""
@@ -133,8 +136,8 @@ class Switching(Method):
                               "value": value})
 
     def state(self) -> dict:
-        return {"switched": self.switched, "before": self.before, "held": self.held}
+        return {name: getattr(self, name) for name in ("switched", "before", "held", "signs")}
 
     def load_state(self, state: dict) -> None:
-        self.switched, self.before, self.held = (state[name] for name in
-                                                 ("switched", "before", "held"))
+        self.switched, self.before, self.held, self.signs = (
+            state[name] for name in ("switched", "before", "held", "signs"))

@@ -25,6 +25,8 @@ def show_source(*things: object) -> None:
 def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     """Draws the columns that a run's method added to metrics.jsonl, each in a panel over epochs.
 
+    A column that is named as a setting of the method has that setting as a dashed line.
+
     Args:
         extra: further columns, such as `lambda/sft`.
     """
@@ -32,8 +34,10 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     counts = Counter(key for row in metrics for key, value in row.items()
                      if isinstance(value, int | float))
     known = {key for key, count in counts.items() if count > 1}  # one point is no curve
-    setup = SETUPS.get(record.read("config.json")["setup"])
+    config = record.read("config.json")
+    setup = SETUPS.get(config["setup"])
     method = setup.method if setup else ""
+    own = config.get("settings", {}).get(method) or {}
     columns = [*extra, *sorted(key for key in known if key.partition("/")[0] == method)]
     columns = [key for key in dict.fromkeys(columns) if key in known][:MOST_PANELS]
     if not columns:
@@ -46,6 +50,9 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     for panel, key in zip(flat, columns, strict=False):
         epochs, values = column(metrics, key)
         panel.plot(epochs, values, color="#0072B2", marker=".", markersize=3, linewidth=0.9)
+        limit = own.get(key.partition("/")[2])
+        if isinstance(limit, int | float):
+            panel.axhline(limit, color="#777777", linewidth=0.9, linestyle="--")
         finish(panel, figure_text(key))
     for panel in flat[len(columns):]:
         panel.set_visible(False)

@@ -97,9 +97,10 @@ def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
 
 
 def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
-    """A panel each of a method's own columns in metrics.jsonl, a line each of its setups.
+    """A panel each of a method's own columns in metrics.jsonl, a line each of its runs.
 
-    The weight of the SFT loss is among them where a method mixes the losses, or switches.
+    The weight of the SFT loss is among them where a method mixes the losses, or switches. Dashed:
+    the setting of the method that the column is named as, if there is one.
     """
     setups = [name for name in experiment.setups if SETUPS[name].method == method]
     runs = {name: experiment.of(name) for name in setups}
@@ -124,6 +125,10 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
                 epochs, values = series(run, "metrics", key)
                 panel.plot(epochs, values, linewidth=0.8, alpha=0.8,
                            marker="o" if len(values) < 30 else None, markersize=2.0, **looks[name])
+                limit = (run.config.get("settings", {}).get(method) or {}).get(
+                    key.partition("/")[2])
+                if isinstance(limit, int | float):
+                    panel.axhline(limit, color=GREY, linewidth=0.9, linestyle="--", zorder=0.5)
         panel.set_title("λ, weight of the SFT loss" if key == SFT_WEIGHT else
                         key.partition("/")[2].replace("_", " "), loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
