@@ -84,6 +84,7 @@ class PrefixRFT(Method):
 
     def _sample(self, step: "Step") -> list[Hybrid]:
         """One hybrid a problem, judged."""
+        from ..judging import rewards_of
         from ..packing import PromptCompletion
         from ..rollouts import sample
 
@@ -106,12 +107,13 @@ class PrefixRFT(Method):
             finished.append(answer.finished and len(prefix) + len(answer.token_ids) <= cap)
             self.trainer.tokens["demonstrations"] += len(prefix)
             self.trainer.tokens["rollouts"] += len(answer.token_ids)
-        verdicts = self.trainer.verifier.verify(
-            [rollout.problem.answer for rollout in step.rollouts],
-            [policy.decode(ids) for ids in whole], finished)
-        return [Hybrid(PromptCompletion(prompt, ids), len(prefix), float(verdict.strict))
-                for prompt, ids, prefix, verdict in zip(prompts, whole, prefixes, verdicts,
-                                                        strict=True)]
+        problems = [rollout.problem for rollout in step.rollouts]
+        texts = [policy.decode(ids) for ids in whole]
+        verdicts = self.trainer.verifier.verify([p.answer for p in problems], texts, finished)
+        rewards = rewards_of(problems, texts, verdicts, self.settings.rl.reward).tolist()
+        return [Hybrid(PromptCompletion(prompt, ids), len(prefix), reward)
+                for prompt, ids, prefix, reward in zip(prompts, whole, prefixes, rewards,
+                                                       strict=True)]
 
     def _share_out(self, rollout: "Rollout", hybrid: Hybrid) -> None:
         """Advantages in the joint group."""
