@@ -63,7 +63,7 @@ class Judge:
         row |= reward_metrics([r.group for r in sampled], torch.stack([r.rewards for r in sampled]))
         if rl.overlong_share:
             row["reward/overlong"] = float(torch.stack(
-                [overlong_of(r.group, rl) for r in sampled]).mean())
+                [r.shaped - r.rewards for r in sampled]).mean())
         row["verdicts"] = dict(sorted(reasons.items()))
         if rl.reward != "answer":
             row["reward/answer"] = reasons["right"] / sum(reasons.values())
@@ -90,10 +90,13 @@ class Judge:
                              rl.reward).view(-1, rl.group_size)
         shaped = rewards
         if rl.overlong_share:
-            shaped = rewards + torch.stack([overlong_of(group, rl) for group in groups])
+            shaped = rewards + torch.stack([
+                overlong_of([len(c.token_ids) for c in group.completions],
+                            [c.finished for c in group.completions], rl) for group in groups])
         advantages = group_advantages(shaped, rl.advantage_scale)
         self.seen(problems, judged, rewards, not number)
-        return [Rollout(*item) for item in zip(problems, groups, rewards, advantages, strict=True)]
+        return [Rollout(*item) for item in zip(problems, groups, rewards, shaped, advantages,
+                                               strict=True)]
 
 
 def rewards_of(problems: Sequence[Problem], texts: Sequence[str], verdicts: Sequence[Verdict],
@@ -141,8 +144,7 @@ def with_hint(policy: Policy, group: Group, hint: list[int]) -> Group:
                                        for c in group.completions])
 
 
-def overlong_of(group: Group, rl: RLSettings) -> Tensor:
-    """(G,) the punishment of a group's long completions, 0 or less."""
-    return overlong_punishment(torch.tensor([len(c.token_ids) for c in group.completions]),
-                               torch.tensor([c.finished for c in group.completions]),
-                               rl.max_new_tokens, rl.overlong_share)
+def overlong_of(lengths: Sequence[int], finished: Sequence[bool], rl: RLSettings) -> Tensor:
+    """(N,) the punishment of long completions, 0 or less; `finished`: that were not cut."""
+    return overlong_punishment(torch.tensor(lengths), torch.tensor(finished), rl.max_new_tokens,
+                               rl.overlong_share)

@@ -80,7 +80,7 @@ def fake_step(trainer, problems):
     progress = trainer._progress()
     zeros = torch.zeros(4)
     rollouts = [Rollout(trainer.parts.train[i], Group([1, 2], [
-        Completion([3], [0.0], [0.0], True, "")] * 4), zeros, zeros) for i in problems]
+        Completion([3], [0.0], [0.0], True, "")] * 4), zeros, zeros, zeros) for i in problems]
     return Step(progress, trainer.settings, trainer.learner, trainer.method.weights(progress), 0.0,
                 {"sft": 0.1, "rl": 0.1}, {}, rollouts=rollouts)
 
