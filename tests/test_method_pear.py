@@ -187,7 +187,7 @@ def test_the_behaviour_model_of_the_run_is_its_base_model_after_sft(make_trainer
     """More epochs make the reference solutions likelier; the student is not touched."""
     from hybridrl_lib.behaviour import behaviour_policy
 
-    trainer = make_trainer("pear", "sft.learning_rate=0.003")
+    trainer = make_trainer("pear")
     before = {name: weight.clone() for name, weight in trainer.weights().items()}
     problem = trainer.parts.train[0]
     prompt, solution = (trainer.policy.encode_prompt(problem.question),
@@ -195,10 +195,22 @@ def test_the_behaviour_model_of_the_run_is_its_base_model_after_sft(make_trainer
     likely = []
     for epochs in (1, 8, 8):
         policy = behaviour_policy("sft", trainer.policy, trainer.parts.train,
-                                  trainer.settings, epochs, 0)
+                                  trainer.settings, epochs, 0.003, 0)
         likely.append(float(plain_scores(policy.model, prompt, solution)[0].mean().detach()))
     assert likely[0] < likely[1] == likely[2]
     assert all(torch.equal(before[name], weight) for name, weight in trainer.weights().items())
+
+
+def test_the_arms_rate_leaves_the_demonstrations_as_they_are(make_trainer):
+    """Two arms of a comparison with different factors must not learn from different answers."""
+    found = []
+    for setup, rate in (("pear", 0.001), ("sft_sampled_then_rl", 0.01)):
+        trainer = make_trainer(setup, f"sft.learning_rate={rate}", "pear.behaviour_rate=0.003",
+                               folder=setup)
+        trainer.train()
+        found.append({name: (d.sequence, d.behaviour.tolist())
+                      for name, d in trainer.method.demonstrations.items()})
+    assert found[0] == found[1] and found[0]
 
 
 # The monitors -------------------------------------------------------------------------------------

@@ -68,6 +68,9 @@ class PEARSettings(Section):
         "sft", "the model that writes the demonstrations: a folder, hub name or GGUF file with the "
         "same tokenizer; sft = the base model after SFT on the reference solutions")
     behaviour_epochs: int = setting(5, "epochs of that SFT", at_least=1)
+    behaviour_rate: float | None = setting(
+        None, "its learning rate, which `hybridrl compare` does not tune, so that all arms learn "
+        "from the same demonstrations; none = sft.learning_rate", above=0)
     samples: int = setting(8, "answers sampled a problem, at temperature 1, of which the first "
                            "right one is the demonstration", at_least=1)
 
@@ -129,7 +132,9 @@ class PEAR(Staged):
 
         trainer, own, problems = self.trainer, self.own, self.trainer.parts.train
         policy = behaviour_policy(own.behaviour, trainer.policy, problems, trainer.settings,
-                                  own.behaviour_epochs, trainer.seed)
+                                  own.behaviour_epochs,
+                                  own.behaviour_rate or trainer.settings.sft.learning_rate,
+                                  trainer.seed)
         self.demonstrations, tokens = sample_demonstrations(
             policy, trainer.policy, problems, trainer.verifier, trainer.settings, own.samples,
             trainer.seed)
