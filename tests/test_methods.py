@@ -1,6 +1,8 @@
 """What must hold for every method alike: settings, resumption, adapters, and that it is a file."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,16 @@ def test_every_preset_has_settings_for_every_setup(preset, setup):
     assert (settings.method is None) == (own is None)
     assert own is None or own.section == chosen.method
     assert all(meaning for _, _, meaning in describe(settings))
+
+
+def test_methods_are_found_without_torch():
+    """Settings and `hybridrl list` start fast; and a file that is no method is no setting."""
+    code = ("import sys; from hybridrl_lib.methods import METHODS; "
+            "print('torch' in sys.modules, *METHODS)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    files = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "method")
+    assert done.stdout.split() == ["False", *files] == ["False", *METHODS]
+    assert method_class("superrl").__name__ == "SuperRL"  # not what it shares with HPT
 
 
 @pytest.mark.parametrize("name", METHODS)
