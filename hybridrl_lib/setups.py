@@ -65,15 +65,15 @@ SETUPS: dict[str, Setup] = {
               {"gsm8k": 33.0, "math500": 20.8}, "14_rl_entropy"),
         Setup("sft_then_rl_entropy", "SFT + RL + entropy reg.", ("sft", "rl"), True,
               {"gsm8k": 52.7, "math500": 37.4}, "15_sft_then_rl_entropy"),
-        # GRPO as others publish it, by settings alone (DeepSeekMath, Dr. GRPO, DAPO).
+        # GRPO as others publish it, by settings alone.
         Setup("deepseekmath", "DeepSeekMath (SFT + GRPO)", ("sft", "rl"),
-              notebook="32_deepseekmath",
+              notebook="32_deepseekmath", method="deepseekmath",
               settings=("rl.kl_anchor=stage", "rl.kl_estimator=k3", "rl.beta=0.04",
                         "rl.updates_per_rollout=1")),
-        Setup("dr_grpo", "Dr. GRPO", ("rl",),
+        Setup("dr_grpo", "Dr. GRPO", ("rl",), method="deepseekmath",
               settings=("rl.advantage_scale=none", "rl.loss_normalisation=constant", "rl.beta=0",
                         "rl.updates_per_rollout=1")),
-        Setup("dapo", "DAPO", ("rl",),
+        Setup("dapo", "DAPO", ("rl",), method="deepseekmath",
               settings=("rl.epsilon_high=0.28", "rl.loss_normalisation=token_mean", "rl.beta=0",
                         "rl.overlong_share=0.2", "rl.dynamic_sampling_rounds=10")),
         # RL with other ways to keep the entropy up than the paper's constant weight.
