@@ -123,7 +123,8 @@ def test_the_order_of_a_batch_changes_no_gradient(make_trainer, setup, overrides
     step, draws = steps[-1], random.Random(0)
     taught = step.demonstrations
     other = replace(step, demonstrations=draws.sample(taught, len(taught)), rollouts=[
-        reordered(rollout, draws.sample(range(4), 4)) for rollout in draws.sample(step.rollouts, 8)])
+        reordered(rollout, draws.sample(range(4), 4))
+        for rollout in draws.sample(step.rollouts, 8)])
     (one,), (two,) = compose(step), compose(other)
     assert one.sequences != two.sequences
     expected = gradient_of(trainer, one)

@@ -24,10 +24,12 @@ weights: that is the arm to compare with.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..config import Settings
 from ..fields import Section, setting
+from ..home import is_place, without_home
 from ..setups import Setup
 from .method import Progress
 from .staged import Staged
@@ -78,6 +80,7 @@ class PEARSettings(Section):
         if self.behaviour is None:
             self.refuse("behaviour", "human solutions have no log-probabilities under the model "
                         "that wrote them, which PEAR divides by; name a model, or sft")
+        object.__setattr__(self, "behaviour", without_home(self.behaviour))  # as model.path
 
 
 class PEAR(Staged):
@@ -88,6 +91,10 @@ class PEAR(Staged):
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
+        named = self.own.behaviour
+        if is_place(named) and not Path(named).expanduser().exists():
+            self.own.refuse("behaviour", "there is no such file or folder; give a model folder, a "
+                            "hub name, a GGUF file, or sft")
         self.demonstrations: dict | None = None  # by problem; sampled at the first step of SFT
         self.after_sft: dict[str, Tensor] = {}
 
