@@ -36,7 +36,7 @@ class Demonstration:
 
 
 def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
-                     settings: Settings, epochs: int, seed: int) -> Policy:
+                     settings: Settings, epochs: int, learning_rate: float, seed: int) -> Policy:
     """The model that writes the demonstrations.
 
     Args:
@@ -44,7 +44,7 @@ def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
             epochs of plain SFT on the reference solutions.
         student: the policy that will learn from it.
         problems: for `sft`, what it is trained on.
-        epochs: for `sft`, how long; AdamW's rate falls linearly from sft.learning_rate.
+        epochs, learning_rate: for `sft`, how long, and the rate that AdamW's falls from linearly.
         seed: for `sft`, of the order of the problems.
 
     Raises:
@@ -52,7 +52,7 @@ def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
     """
     if source == OF_THIS_RUN:
         policy = load_policy(settings.model)
-        _fine_tune(policy, problems, settings, epochs, seed)
+        _fine_tune(policy, problems, settings, epochs, learning_rate, seed)
         return policy
     policy = load_policy(replace(settings.model, path=source, revision=None, adapter="none",
                                  gradient_checkpointing=False))
@@ -65,7 +65,7 @@ def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
 
 
 def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, epochs: int,
-               seed: int) -> None:
+               learning_rate: float, seed: int) -> None:
     """Plain SFT: every epoch in an order of its own."""
     learner, size = Learner(policy, settings), settings.sft.batch_size
     learner.new_optimizer()
@@ -77,8 +77,7 @@ def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, 
         random.Random(seed_of(seed, "behaviour order", epoch)).shuffle(order)
         batches += [order[start:start + size] for start in range(0, len(order), size)]
     for place, batch in enumerate(batches):
-        learner.apply(step.update(batch), settings.sft.learning_rate * (1 - place / len(batches)),
-                      Totals())
+        learner.apply(step.update(batch), learning_rate * (1 - place / len(batches)), Totals())
 
 
 def sample_demonstrations(policy: Policy, student: Policy, problems: Sequence[Problem],

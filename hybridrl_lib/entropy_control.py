@@ -1,10 +1,16 @@
 """Ways to keep the entropy of RL from collapsing, for every method (`entropy_control.*`).
 
-    bonus     L - c H, c constant; as the paper's gamma, in steps that sample alone
+    bonus     L - c H, c constant; as the paper's gamma, but only in steps that sample
     adaptive  L - c H while H is below a target; after each step c rises by a fixed change where H
               is below it and falls where it is not, within 0 and a largest value (Skywork-OR1)
     clip_cov  a random few of the tokens whose covariance is large give no policy gradient
     kl_cov    the tokens of largest covariance pay |log pi - log pi_old|
+
+H of bonus and adaptive is the mean entropy at all tokens of an update, as with the paper's gamma:
+of sampled answers and, where a method puts them into the same update (combined, chord, luffy,
+superrl, hpt, uft, prefix_rft), of demonstrations, hints and prefixes as well. A step that samples
+may also take an update of demonstrations alone: that has the term where it is a part of the step's
+loss (bridge), and none where it is SFT beside RL (relift, mifo, sasr).
 
     covariance of token t = (log pi(y_t) - mean) (A_t - mean), means over an update's sampled tokens
 

@@ -1,4 +1,4 @@
-"""The user's home folder is `~` in whatever a run writes: records are passed on, with no name."""
+"""Paths as users write them; their home folder is `~` in whatever a run writes, with no name."""
 
 import os
 import re
@@ -9,6 +9,13 @@ def home_folder() -> str:
     """The user's home folder; empty where it is the root of a disk or there is none."""
     home = os.path.expanduser("~").rstrip("/\\")
     return home if len(Path(home).parts) > 1 else ""
+
+
+def is_place(path: str) -> bool:
+    """Whether a model's path can only be a file or folder here, and no name on the hub."""
+    place = Path(path).expanduser()
+    return (place.is_absolute() or path.startswith((".", "~"))
+            or place.suffix.lower() == ".gguf")
 
 
 def without_home(path: str) -> str:

@@ -14,7 +14,7 @@ from .objectives import group_advantages, overlong_punishment
 from .policy import Policy
 from .problems import Problem
 from .records import seed_of
-from .rewards import Verifier, steps_hold
+from .rewards import Verdict, Verifier, steps_hold
 from .rollouts import Group, sample
 from .steps import Rollout
 
@@ -27,8 +27,7 @@ class Judge:
         method: may give hints that answers start from.
         problems: for training; dynamic sampling takes further ones from there.
         settings: all settings of the run.
-        verifier: gives the verdicts; the reward is 1 for a strictly right answer (whose steps
-            hold, if `rl.reward` says so), else 0.
+        verifier: gives the verdicts.
         seen: told of every round of sampling: its problems, groups with texts that begin with the
             hint, (P, G) rewards, and whether it is the step's first.
     """
@@ -64,7 +63,7 @@ class Judge:
         row |= reward_metrics([r.group for r in sampled], torch.stack([r.rewards for r in sampled]))
         if rl.overlong_share:
             row["reward/overlong"] = float(torch.stack(
-                [overlong_of(r.group, rl) for r in sampled]).mean())
+                [r.shaped - r.rewards for r in sampled]).mean())
         row["verdicts"] = dict(sorted(reasons.items()))
         if rl.reward != "answer":
             row["reward/answer"] = reasons["right"] / sum(reasons.values())
@@ -86,18 +85,32 @@ class Judge:
             with_hint(self.policy, group, hint) for group, hint in zip(groups, hints, strict=True)]
         verdicts = verdicts_of(problems, judged, self.verifier)
         reasons.update(v.reason for v in verdicts)
-        rewards = torch.tensor([float(v.strict) for v in verdicts]).view(-1, rl.group_size)
-        if rl.reward == "answer_and_steps":
-            rewards *= torch.tensor([
-                [right > 0 and steps_hold(completion.text, problem.solution, problem.answer)
-                 for completion, right in zip(group.completions, mine, strict=True)]
-                for problem, group, mine in zip(problems, judged, rewards.tolist(), strict=True)])
+        rewards = rewards_of([p for p in problems for _ in range(rl.group_size)],
+                             [c.text for group in judged for c in group.completions], verdicts,
+                             rl.reward).view(-1, rl.group_size)
         shaped = rewards
         if rl.overlong_share:
-            shaped = rewards + torch.stack([overlong_of(group, rl) for group in groups])
+            shaped = rewards + torch.stack([
+                overlong_of([len(c.token_ids) for c in group.completions],
+                            [c.finished for c in group.completions], rl) for group in groups])
         advantages = group_advantages(shaped, rl.advantage_scale)
         self.seen(problems, judged, rewards, not number)
-        return [Rollout(*item) for item in zip(problems, groups, rewards, advantages, strict=True)]
+        return [Rollout(*item) for item in zip(problems, groups, rewards, shaped, advantages,
+                                               strict=True)]
+
+
+def rewards_of(problems: Sequence[Problem], texts: Sequence[str], verdicts: Sequence[Verdict],
+               kind: str) -> Tensor:
+    """(N,) what texts are worth: 1 for a strictly right answer, else 0.
+
+    Args:
+        problems, texts, verdicts: N of each.
+        kind: `rl.reward`; with `answer_and_steps` the steps of the text have to hold, too.
+    """
+    return torch.tensor([
+        float(verdict.strict and (kind == "answer"
+                                  or steps_hold(text, problem.solution, problem.answer)))
+        for problem, text, verdict in zip(problems, texts, verdicts, strict=True)])
 
 
 def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:
@@ -131,8 +144,7 @@ def with_hint(policy: Policy, group: Group, hint: list[int]) -> Group:
                                        for c in group.completions])
 
 
-def overlong_of(group: Group, rl: RLSettings) -> Tensor:
-    """(G,) the punishment of a group's long completions, 0 or less."""
-    return overlong_punishment(torch.tensor([len(c.token_ids) for c in group.completions]),
-                               torch.tensor([c.finished for c in group.completions]),
-                               rl.max_new_tokens, rl.overlong_share)
+def overlong_of(lengths: Sequence[int], finished: Sequence[bool], rl: RLSettings) -> Tensor:
+    """(N,) the punishment of long completions, 0 or less; `finished`: that were not cut."""
+    return overlong_punishment(torch.tensor(lengths), torch.tensor(finished), rl.max_new_tokens,
+                               rl.overlong_share)

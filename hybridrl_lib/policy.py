@@ -26,7 +26,7 @@ from . import adapters, attention
 from .config import ModelSettings
 from .downloads import fetch_description, fetch_weights
 from .errors import UsageError, UserError, reason
-from .home import hide_home
+from .home import hide_home, is_place
 from .model_files import refuse_redirections, refuse_wrong_architecture
 from .objectives import score_tokens
 from .packing import Packed
@@ -354,7 +354,7 @@ def _locate(settings: ModelSettings) -> tuple[str, dict, str]:
             raise UserError(f"The folder {settings.path} holds no model (no config.json); "
                             "model.path takes a model folder, a hub name or a GGUF file.")
         return str(path), {}, path.resolve().name
-    if path.is_absolute() or settings.path.startswith((".", "~")):
+    if is_place(settings.path):
         raise UserError(f"There is no model folder {settings.path}; check model.path.")
     return "", {}, settings.path
 

@@ -20,7 +20,10 @@ class Rollout:
     """The G answers to one problem, judged.
 
     Attributes:
-        rewards, advantages: (G,).
+        rewards: (G,) of 0 and 1.
+        shaped: (G,) the same, less the punishment of long answers where there is one: what
+            advantages come from.
+        advantages: (G,).
         reference: log pi of every token under the model as loaded, (T_i,) an answer, where this
             step measures it.
         anchor: the same under the model that the loss keeps the policy near, where it does.
@@ -29,6 +32,7 @@ class Rollout:
     problem: Problem
     group: Group
     rewards: Tensor
+    shaped: Tensor
     advantages: Tensor
     reference: list[Tensor] | None = None
     anchor: list[Tensor] | None = None

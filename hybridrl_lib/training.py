@@ -191,7 +191,8 @@ class Trainer:
         self.step += 1
         self.stage_step += 1
         row |= measured(totals, updates, with_rollouts=bool(step.rollouts))
-        row |= gradient_metrics(norms) | (self.entropy_control.columns if weights.rl > 0 else {})
+        row |= gradient_metrics(norms, totals.counts.get("left_out", 0))
+        row |= self.entropy_control.columns if weights.rl > 0 else {}
         row["tokens"] = sum(self.tokens.values())
         now = time.perf_counter()
         row["seconds/sampling"] = round(sampled_at - began, 4)
@@ -434,13 +435,17 @@ def measured(totals: Totals, updates: Sequence[Update], with_rollouts: bool) -> 
     return row
 
 
-def gradient_metrics(norms: Sequence[float]) -> dict:
-    """Mean norm before clipping, number of updates, and of those skipped for a norm not finite."""
+def gradient_metrics(norms: Sequence[float], left_out: int = 0) -> dict:
+    """Mean norm before clipping, number of updates, and of those skipped for a norm not finite.
+
+    Args:
+        left_out: how many of them moved nothing, as their norm was above `Update.largest_norm`.
+    """
     finite = [norm for norm in norms if math.isfinite(norm)]
     row: dict = {}
     if finite or not norms:
         row["grad_norm"] = sum(finite) / max(1, len(finite))
-    row["updates"] = len(finite)
+    row["updates"] = len(finite) - left_out
     if len(norms) > len(finite):
         row["updates_not_finite"] = len(norms) - len(finite)
     return row

@@ -44,7 +44,8 @@ class Update:
         token_advantages: (T_i,) a completion, on top of its advantage; None for none.
         demonstration_loss: what the tokens of completion i cost in L_SFT, (T_i,) with gradient, of
             i, their log-probabilities (T_i,) and entropies (T_i,); None for -log pi.
-        marked: (T_i,) bool a completion, the tokens that the entropy control treats apart.
+        marked: (T_i,) bool a completion, the tokens that the entropy control treats apart; chosen
+            once, so that they stay the same where BRIDGE takes the gradient at other weights.
         demonstrations: how many of the first sequences are demonstrations, for the record.
         lambda_sft, lambda_rl: for the record, which shows L_SFT and L_RL without them.
         optimizer: which of the run's optimisers takes the update; each has its own moments.
@@ -187,13 +188,16 @@ class Learner:
         """
         if not self.accumulate(update, totals):
             return None
-        return self.step(update.learning_rate or learning_rate, update.optimizer,
+        norm = self.step(update.learning_rate or learning_rate, update.optimizer,
                          update.largest_norm)
+        if update.largest_norm < norm < math.inf:
+            totals.add("left_out", torch.ones(1))
+        return norm
 
     def accumulate(self, update: Update, totals: Totals) -> bool:
         """Adds the gradient of an update's loss to the parameters'; False if there is none."""
         keep = self.has_gradient(update).nonzero().squeeze(-1).tolist()
-        if keep and self.entropy_control is not None:
+        if keep and self.entropy_control is not None and update.marked is None:
             self.entropy_control.mark(update, self)
         self._count_skipped(update, keep, totals)
         if size() == 1 or not keep:

@@ -17,7 +17,7 @@ def copy_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def weight_changes(start: dict[str, Tensor], middle: dict[str, Tensor],
-                   end: dict[str, Tensor]) -> dict[str, float]:
+                   end: dict[str, Tensor]) -> dict[str, float | dict[str, float]]:
     """What RL did to the weights that SFT had left.
 
     Args:
@@ -25,22 +25,29 @@ def weight_changes(start: dict[str, Tensor], middle: dict[str, Tensor],
 
     Returns:
         drift: ||theta_RL - theta_SFT|| / ||theta_SFT||.
+        drift_by_tensor: the same of each tensor by its name, to four digits; without those that
+            were 0.
         sparsity: share of weights with |theta_RL - theta_SFT| < 1e-5.
         alignment: cos(theta_SFT - theta_0, theta_RL - theta_SFT); absent where one of them is 0.
     """
     moved = size = first = inner = 0.0
     same = count = 0
+    by_tensor = {}
     for name in sorted(middle):  # weights from a checkpoint come in another order
         weight = middle[name]
         before = (weight - start[name]).double()
         after = (end[name] - weight).double()
-        moved += float(after.pow(2).sum())
+        mine, own_size = float(after.pow(2).sum()), float(weight.double().pow(2).sum())
+        if own_size:
+            by_tensor[name] = float(f"{(mine / own_size) ** 0.5:.4g}")
+        moved += mine
         first += float(before.pow(2).sum())
         inner += float((before * after).sum())
-        size += float(weight.double().pow(2).sum())
+        size += own_size
         same += int((after.abs() < UNMOVED).sum())
         count += weight.numel()
-    changes = {"drift": (moved / size) ** 0.5, "sparsity": same / count}
+    changes = {"drift": (moved / size) ** 0.5, "drift_by_tensor": by_tensor,
+               "sparsity": same / count}
     if first and moved:
         changes["alignment"] = inner / (first * moved) ** 0.5
     return changes

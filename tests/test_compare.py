@@ -13,8 +13,17 @@ from synthetic_records import build_experiment
 
 from hybridrl_lib import compare as module
 from hybridrl_lib.cli import main
-from hybridrl_lib.compare import BASELINE, Tuned, choose, choose_arms, compare, make_plan, rates
-from hybridrl_lib.config import load_settings
+from hybridrl_lib.compare import (
+    BASELINE,
+    Tuned,
+    choose,
+    choose_arms,
+    compare,
+    learning_rates,
+    make_plan,
+    rates,
+)
+from hybridrl_lib.config import load_settings, preset_names
 from hybridrl_lib.errors import UsageError, UserError
 from hybridrl_lib.methods import METHODS, make_method
 from hybridrl_lib.report import load_experiment
@@ -65,6 +74,15 @@ def test_every_arm_is_tuned_on_the_same_grid(started, results):
     assert "1 of 2 arms took the largest factor, 2: beyond it" in page and "smallest" not in page
     assert "optimiser updates" in said, "what each arm used is printed, too"
     assert "Not run: `--transfer N`" in page
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_tuning_leaves_the_behaviour_model_alone(preset):
+    """PEAR and its control would learn from different demonstrations once their factors differ."""
+    for arm in (s for s in SETUPS.values() if s.method == "pear"):
+        settings = load_settings(preset, smoke=False, setup=arm)
+        assert settings.method.behaviour_rate == settings.sft.learning_rate
+        assert set(learning_rates(settings)) == {"sft.learning_rate", "rl.learning_rate"}
 
 
 def test_what_is_finished_is_not_run_again(started, results):

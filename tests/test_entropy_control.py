@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from small_training import Fixed, distance, watch, watch_rollouts
+from small_training import Fixed, distance, small_settings, watch, watch_rollouts
 from textbook import all_scores, coin_rewards, gradient, plain_grpo, plain_scores, problems_of
 
 from hybridrl_lib.entropy_control import covariances
 from hybridrl_lib.errors import UsageError
+from hybridrl_lib.methods import make_method, method_class
+from hybridrl_lib.setups import SETUPS, get_setup
 
 ONE = ("rl.updates_per_rollout=1", "rl.beta=0")
 
@@ -193,24 +195,63 @@ def test_groups_without_signal_alone_are_nothing_to_learn_from(make_trainer):
     assert torch.equal(flat(trainer.weights()), before)
 
 
-@pytest.mark.parametrize("kind", ["adaptive", "clip_cov", "kl_cov"])
-@pytest.mark.parametrize("setup", ["combined", "relift", "frpo", "switching_rl_first"])
-def test_it_works_with_every_method(make_trainer, setup, kind):
+KINDS = ("bonus", "adaptive", "clip_cov", "kl_cov")
+SAMPLING = [setup for setup in SETUPS.values() if "rl" in setup.stages]
+FIRST = ({setup.method: setup.name for setup in reversed(SAMPLING)}
+         | {"switching": "switching_rl_first"}).values()
+# RL with its own entropy term switched off, and updates in which kl_cov can act.
+OPEN = ("rl.gamma=0", "rl.updates_per_rollout=2")
+
+
+@pytest.mark.parametrize("setup", SAMPLING, ids=lambda setup: setup.name)
+def test_every_setup_that_samples_takes_every_kind(setup):
+    """RAFT alone has no advantages."""
+    for kind in KINDS:
+        settings = small_settings(*OPEN, "rl.max_new_tokens=56", f"entropy_control.kind={kind}",
+                                  setup=setup.name)
+        if setup.method == "raft" and kind.endswith("cov"):
+            with pytest.raises(UsageError, match="no advantages"):
+                make_method(setup, settings)
+        else:
+            assert make_method(setup, settings).settings.entropy_control.kind == kind
+
+
+@pytest.mark.parametrize("setup", FIRST)
+def test_it_works_with_every_method(make_trainer, make_policy, setup):
     """Demonstrations beside rollouts, token advantages, an SFT update of its own optimiser."""
-    trainer = make_trainer(setup, f"entropy_control.kind={kind}", "entropy_control.target=100")
+    adapter = method_class(get_setup(setup).method).adapters[0]
+    for kind in ("adaptive", "kl_cov") if setup != "raft" else ("adaptive",):
+        trainer = make_trainer(setup, *OPEN, f"entropy_control.kind={kind}",
+                               "entropy_control.target=100", "training.epochs=4",
+                               f"model.adapter={adapter}", policy=make_policy(adapter=adapter),
+                               folder=kind)
+        trainer.train()
+        rows = [row for row in trainer.folder.lines("metrics.jsonl") if "reward" in row]
+        column = "coefficient" if kind == "adaptive" else "covariance"
+        assert rows and all(f"entropy_control/{column}" in row for row in rows)
+
+
+@pytest.mark.parametrize("setup", ["mifo", "relift", "sasr"])
+def test_sft_beside_rl_has_no_bonus(make_trainer, setup):
+    """An SFT update is no RL: what RL's entropy is kept up by would change its loss unasked."""
+    own = ("sasr.measure_every=1",) if setup == "sasr" else (f"{setup}.batch_size=2",)
+    own += ("relift.gamma=0",) if setup == "relift" else ()
+    trainer = make_trainer(setup, *own, "entropy_control.kind=bonus", "training.epochs=6",
+                           verifier=Fixed([0]), folder=setup)
+    updates, accumulate = [], trainer.learner.accumulate
+    trainer.learner.accumulate = lambda update, totals: (
+        updates.append(update) or accumulate(update, totals))
     trainer.train()
-    row = trainer.folder.lines("metrics.jsonl")[0]
-    if kind == "adaptive":
-        assert row["entropy_control/coefficient"] == 0
-    else:
-        assert 0 < row["entropy_control/share"] < 0.1 or kind == "clip_cov"
-        assert "entropy_control/covariance" in row
+    taught = [update for update in updates if update.demonstrations]
+    assert taught and not any(update.entropy.any() for update in taught)
+    assert any(update.entropy.any() for update in updates)
 
 
 @pytest.mark.parametrize(("setup", "overrides", "words"), [
     ("rl_kl_cov", ("rl.updates_per_rollout=1",),
      "entropy_control.kind cannot be 'kl_cov': in the first update"),
-    ("rl_entropy", ("entropy_control.kind=bonus",), "rl_entropy has an entropy term of its own"),
+    ("rl_entropy", ("entropy_control.kind=bonus",),
+     "rl_entropy has an entropy term of its own; set rl.gamma=0"),
     ("raft", ("entropy_control.kind=clip_cov",), "the method raft has no advantages"),
     ("rl", ("entropy_control.kind=covariance",), "one of none, bonus"),
     ("rl_clip_cov", ("entropy_control.clip_low=5",), "no covariance could lie between")])

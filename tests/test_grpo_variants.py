@@ -106,6 +106,35 @@ def test_the_punishment_moves_advantages_and_no_reward(make_trainer, monkeypatch
         assert not rollout.rewards.any()
 
 
+@pytest.mark.parametrize("setup", ["luffy", "prefix_rft"])
+def test_the_punishment_holds_in_joint_groups(make_trainer, setup):
+    """All is wrong, so that lengths alone decide: of the answers, and of what joins them."""
+    trainer = make_trainer(setup, "rl.overlong_share=1", "rl.advantage_scale=none",
+                           "rl.max_new_tokens=40", verifier=Fixed([0]))
+    kept, hybrids, compose = [], [], trainer.method.compose
+    trainer.method.compose = lambda step: kept.extend(step.rollouts) or compose(step)
+    if setup == "prefix_rft":
+        sample = trainer.method._sample
+        trainer.method._sample = lambda step: hybrids.extend(sample(step)) or hybrids[-8:]
+    trainer.train()
+    assert any(rollout.advantages.any() for rollout in kept)
+    stop = trainer.policy.stop_ids
+    for index, rollout in enumerate(kept):
+        texts = [(c.token_ids, c.finished) for c in rollout.group.completions]
+        if hybrids:
+            ids = hybrids[index].sequence.completion
+            texts.append((ids, ids[-1] in stop))
+        else:
+            texts.append((trainer.policy.encode_completion(rollout.problem.solution), True))
+        cost = torch.tensor([-min(1.0, len(ids) / 40) if finished else -1.0
+                             for ids, finished in texts])
+        assert rollout.advantages.tolist() == pytest.approx(
+            (cost - cost.mean())[:-1].tolist(), abs=1e-5)
+        if hybrids:
+            assert hybrids[index].advantage == pytest.approx(
+                float(cost[-1] - cost.mean()), abs=1e-5)
+
+
 @pytest.mark.parametrize(("pattern", "rounds", "sampled", "left"), [
     ([1, 0, 0, 0] * 4, 10, 4, 4),  # every group has a signal: nothing more is sampled
     ([1, 0, 0, 0] * 1 + [0] * 4, 10, 8, 4),  # every other: a second round

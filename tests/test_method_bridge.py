@@ -132,11 +132,17 @@ def test_every_gradient_follows_the_formula(bridge, monkeypatch, anchor):
     assert rates["main"] == rates["hat"] == pytest.approx(rates["adapter"] * 0.02 / 0.003)
 
 
-def test_at_the_first_update_the_gain_has_no_gradient(bridge, monkeypatch):
-    """hat is theta: exactly zero, so the adapter's gradient is (1 - lambda) that of SFT."""
-    trainer = bridge("bridge", "training.epochs=2", "rl.updates_per_rollout=1")
+@pytest.mark.parametrize("more", [(), ("entropy_control.kind=clip_cov",
+                                       "entropy_control.clip_share=0.1",
+                                       "entropy_control.clip_low=0.01")])
+def test_at_the_first_update_the_gain_has_no_gradient(bridge, monkeypatch, more):
+    """hat is theta: exactly zero, so the adapter's gradient is (1 - lambda) that of SFT. Tokens
+    that Clip-Cov draws are the same for both."""
+    trainer = bridge("bridge", "training.epochs=2", "rl.updates_per_rollout=1", *more)
     seen = Watched(trainer, monkeypatch)
     trainer.train()
+    if more:
+        assert trainer.folder.lines("metrics.jsonl")[0]["entropy_control/share"] > 0.01
     other = bridge("bridge_without_gain", "training.epochs=2", "rl.updates_per_rollout=1",
                    verifier=Coin())
     plain = Watched(other, monkeypatch)

@@ -187,7 +187,7 @@ def test_the_behaviour_model_of_the_run_is_its_base_model_after_sft(make_trainer
     """More epochs make the reference solutions likelier; the student is not touched."""
     from hybridrl_lib.behaviour import behaviour_policy
 
-    trainer = make_trainer("pear", "sft.learning_rate=0.003")
+    trainer = make_trainer("pear")
     before = {name: weight.clone() for name, weight in trainer.weights().items()}
     problem = trainer.parts.train[0]
     prompt, solution = (trainer.policy.encode_prompt(problem.question),
@@ -195,10 +195,22 @@ def test_the_behaviour_model_of_the_run_is_its_base_model_after_sft(make_trainer
     likely = []
     for epochs in (1, 8, 8):
         policy = behaviour_policy("sft", trainer.policy, trainer.parts.train,
-                                  trainer.settings, epochs, 0)
+                                  trainer.settings, epochs, 0.003, 0)
         likely.append(float(plain_scores(policy.model, prompt, solution)[0].mean().detach()))
     assert likely[0] < likely[1] == likely[2]
     assert all(torch.equal(before[name], weight) for name, weight in trainer.weights().items())
+
+
+def test_the_arms_rate_leaves_the_demonstrations_as_they_are(make_trainer):
+    """Two arms of a comparison with different factors must not learn from different answers."""
+    found = []
+    for setup, rate in (("pear", 0.001), ("sft_sampled_then_rl", 0.01)):
+        trainer = make_trainer(setup, f"sft.learning_rate={rate}", "pear.behaviour_rate=0.003",
+                               folder=setup)
+        trainer.train()
+        found.append({name: (d.sequence, d.behaviour.tolist())
+                      for name, d in trainer.method.demonstrations.items()})
+    assert found[0] == found[1] and found[0]
 
 
 # The monitors -------------------------------------------------------------------------------------
@@ -225,7 +237,11 @@ def test_the_monitors_measure_what_rl_did(make_trainer):
     assert row["pear/alignment"] == pytest.approx(
         float(torch.cosine_similarity(middle - first, moved, dim=0)), abs=1e-5)
     assert row["pear/drift"] > 1e-4 and 0 <= row["pear/sparsity"] < 1
-
+    sizes = [weight.numel() for weight in trainer.weights().values()]
+    assert row["pear/drift_by_tensor"] == {
+        name: pytest.approx(float(mine.norm() / before.norm()), rel=1e-3)
+        for name, mine, before in zip(trainer.weights(), moved.split(sizes), middle.split(sizes),
+                                      strict=True)}
 
 def flat(trainer):
     return torch.cat([w.detach().flatten() for w in trainer.weights().values()]).clone()
@@ -233,7 +249,14 @@ def flat(trainer):
 
 def test_weights_that_did_not_move_have_no_direction():
     weights = {"one": torch.ones(3)}
-    assert weight_changes(weights, weights, weights) == {"drift": 0.0, "sparsity": 1.0}
+    assert weight_changes(weights, weights, weights) == {
+        "drift": 0.0, "drift_by_tensor": {"one": 0.0}, "sparsity": 1.0}
+
+
+def test_a_tensor_that_was_zero_has_no_drift():
+    """An adapter's second half begins at 0; to divide by it would end the run."""
+    zero, one = {"a": torch.zeros(2), "b": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)}
+    assert weight_changes(zero, zero, one)["drift_by_tensor"] == {"b": 0.0}
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -242,10 +265,17 @@ def test_weights_that_did_not_move_have_no_direction():
 @pytest.mark.parametrize(("override", "words"), [
     ("pear.behaviour=none", "human solutions have no log-probabilities"),
     ("pear.gamma=0", "above 0"), ("pear.level=word", "token"), ("pear.delta_low=0.1", "at most 0"),
-    ("pear.block_size=0", "at least 1")])
+    ("pear.block_size=0", "at least 1"), ("pear.behaviour=/nowhere", "no such file or folder"),
+    ("pear.behaviour=./nowhere", "no such file"), ("pear.behaviour=no.gguf", "no such file")])
 def test_wrong_settings_are_one_sentence(make_trainer, override, words):
     with pytest.raises(UsageError, match=words):
         make_trainer("pear", override)
+
+
+def test_the_behaviour_models_path_names_no_home(monkeypatch, tmp_path):
+    """Settings are recorded and passed on."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert PEARSettings(behaviour=str(tmp_path / "model")).behaviour == "~/model"
 
 
 def test_another_tokenizer_is_one_sentence(make_trainer, other):
@@ -257,5 +287,3 @@ def test_another_tokenizer_is_one_sentence(make_trainer, other):
                     encoding="utf-8")
     with pytest.raises(UserError, match="another tokenizer"):
         make_trainer("pear", f"pear.behaviour={other}").train()
-    with pytest.raises(UserError, match="no model folder"):
-        make_trainer("pear", "pear.behaviour=/nowhere", folder="missing").train()

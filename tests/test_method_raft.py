@@ -84,6 +84,7 @@ def test_without_a_right_answer_nothing_moves(make_trainer):
 
 @pytest.mark.parametrize(("override", "words"), [
     ("rl.beta=0.1", "rl.beta cannot be '0.1': the method raft has no KL"),
+    ("rl.overlong_share=0.2", "the method raft has no advantages that a punishment"),
     ("raft.most=0", "at least 1"), ("rl.dynamic_sampling_rounds=2", "without signal too")])
 def test_wrong_settings_are_one_sentence(make_trainer, override, words):
     with pytest.raises(UsageError, match=words):

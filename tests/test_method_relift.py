@@ -80,7 +80,7 @@ def fake_step(trainer, problems):
     progress = trainer._progress()
     zeros = torch.zeros(4)
     rollouts = [Rollout(trainer.parts.train[i], Group([1, 2], [
-        Completion([3], [0.0], [0.0], True, "")] * 4), zeros, zeros) for i in problems]
+        Completion([3], [0.0], [0.0], True, "")] * 4), zeros, zeros, zeros) for i in problems]
     return Step(progress, trainer.settings, trainer.learner, trainer.method.weights(progress), 0.0,
                 {"sft": 0.1, "rl": 0.1}, {}, rollouts=rollouts)
 
@@ -98,3 +98,16 @@ def test_the_cap_on_sft_updates(make_trainer):
 def test_a_buffer_smaller_than_a_batch_is_refused(make_trainer):
     with pytest.raises(UsageError, match="relift.capacity cannot be '3': the buffer could never"):
         make_trainer("relift", "relift.batch_size=4", "relift.capacity=3")
+
+
+def test_the_released_code_has_the_entropy_in_both_losses(make_trainer):
+    trainer = make_trainer("relift_code", "relift.batch_size=2", "rl.updates_per_rollout=1",
+                           verifier=Fixed(UNSOLVED))
+    taken, compose = [], trainer.method.compose
+    trainer.method.compose = lambda step: taken.extend(compose(step)) or taken
+    trainer.train()
+    assert [update.optimizer for update in taken] == ["main", "sft"]
+    for update in taken:  # the weights of a mean over tokens, times that of the term
+        tokens = sum(len(sequence.completion) for sequence in update.sequences)
+        assert update.entropy.tolist() == pytest.approx([0.001 / tokens] * len(update.sequences))
+    assert trainer.folder.lines("metrics.jsonl")[0]["gamma"] == 0.001

@@ -1,12 +1,17 @@
 """What must hold for every method alike: settings, resumption, adapters, and that it is a file."""
 
 import ast
+import random
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_training import SMALL, Coin
+import torch
+from small_training import SMALL, Coin, distance
 
-from hybridrl_lib import methods
+from hybridrl_lib import methods, packing
 from hybridrl_lib.config import describe, load_settings, preset_names, settings_from_dict
 from hybridrl_lib.config import settings_to_dict as to_dict
 from hybridrl_lib.errors import UsageError, UserError
@@ -14,6 +19,7 @@ from hybridrl_lib.methods import METHODS, make_method, method_class, section_cla
 from hybridrl_lib.progress import Observer
 from hybridrl_lib.run import run
 from hybridrl_lib.setups import SETUPS, get_setup
+from hybridrl_lib.updates import Totals
 
 OTHERS = [name for name, setup in SETUPS.items() if setup.method != "staged" or setup.settings]
 # Six steps: more than one stage or event for every method, checkpoints between them.
@@ -88,6 +94,63 @@ def test_a_method_goes_on_bit_for_bit(start, setup, adapter):
     assert any(row["updates"] for row in rows) and len(rows) >= 6
 
 
+def gradient_of(trainer, update):
+    """Of an update that is not taken, flat."""
+    trainer.learner.accumulate(update, Totals())
+    return torch.cat([gradient.flatten() for gradient in trainer.learner._take_gradients()])
+
+
+def reordered(rollout, order):
+    """The same answers in another order, with all that belongs to each."""
+    def moved(values):
+        return None if values is None else [values[i] for i in order]
+
+    return replace(rollout, rewards=rollout.rewards[order], shaped=rollout.shaped[order],
+                   advantages=rollout.advantages[order], reference=moved(rollout.reference),
+                   anchor=moved(rollout.anchor), group=replace(
+                       rollout.group, completions=moved(rollout.group.completions)))
+
+
+@pytest.mark.parametrize(("setup", "overrides"), [
+    ("rl", ("rl.beta=0.5", "rl.kl_anchor=reference")), ("combined", ()), ("luffy", ())])
+def test_the_order_of_a_batch_changes_no_gradient(make_trainer, setup, overrides):
+    """Problems, answers of a group and demonstrations: an index that follows another list would."""
+    trainer = make_trainer(setup, "rl.updates_per_rollout=1", "training.micro_batch_tokens=60",
+                           "rl.learning_rate=0.01", *overrides)
+    steps, compose = [], trainer.method.compose
+    trainer.method.compose = lambda step: steps.append(step) or compose(step)
+    trainer.train()
+    step, draws = steps[-1], random.Random(0)
+    taught = step.demonstrations
+    other = replace(step, demonstrations=draws.sample(taught, len(taught)), rollouts=[
+        reordered(rollout, draws.sample(range(4), 4))
+        for rollout in draws.sample(step.rollouts, 8)])
+    (one,), (two,) = compose(step), compose(other)
+    assert one.sequences != two.sequences
+    expected = gradient_of(trainer, one)
+    assert expected.norm() > 0 and distance(gradient_of(trainer, two), expected) < 1e-5
+    if not overrides:  # what would be wrong shows: the advantages of one order, answers of another
+        two.advantages = one.advantages
+        assert distance(gradient_of(trainer, two), expected) > 1e-2
+
+
+@pytest.mark.parametrize("setup", ["rl", "luffy"])
+def test_padding_changes_no_gradient(make_trainer, monkeypatch, setup):
+    """Rows with more of it than they need, as beside a longer one; no mean may count it."""
+    trainer = make_trainer(setup, "rl.updates_per_rollout=1", "rl.learning_rate=0.01")
+    updates, compose = [], trainer.method.compose
+    trainer.method.compose = lambda step: updates.extend(compose(step)) or updates[-1:]
+    trainer.train()
+    expected = gradient_of(trainer, updates[-1])
+    length, sizes = packing._row_length, []
+    monkeypatch.setattr(packing, "_row_length", lambda *given: length(*given) + 30)
+    score = trainer.policy.score
+    monkeypatch.setattr(trainer.policy, "score", lambda packed, **more: (
+        sizes.append(packed.input_ids.shape[1]) or score(packed, **more)))
+    assert distance(gradient_of(trainer, updates[-1]), expected) < 1e-5 and expected.norm() > 0
+    assert min(sizes) > 30
+
+
 @pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize("setup", SETUPS)
 def test_every_preset_has_settings_for_every_setup(preset, setup):
@@ -100,6 +163,16 @@ def test_every_preset_has_settings_for_every_setup(preset, setup):
     assert (settings.method is None) == (own is None)
     assert own is None or own.section == chosen.method
     assert all(meaning for _, _, meaning in describe(settings))
+
+
+def test_methods_are_found_without_torch():
+    """Settings and `hybridrl list` start fast; and a file that is no method is no setting."""
+    code = ("import sys; from hybridrl_lib.methods import METHODS; "
+            "print('torch' in sys.modules, *METHODS)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    files = sorted(path.stem for path in FOLDER.glob("[a-z]*.py") if path.stem != "method")
+    assert done.stdout.split() == ["False", *files] == ["False", *METHODS]
+    assert method_class("superrl").__name__ == "SuperRL"  # not what it shares with HPT
 
 
 @pytest.mark.parametrize("name", METHODS)

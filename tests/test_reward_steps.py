@@ -1,13 +1,17 @@
 r"""`rl.reward=answer_and_steps`: which equations are read, which hold, and what fools nobody."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 from small_training import Fixed
 
+from hybridrl_lib.config import load_settings
 from hybridrl_lib.errors import UsageError
+from hybridrl_lib.methods import METHODS, make_method
 from hybridrl_lib.problems.tiny import load_tiny_symbolic, load_tiny_word
 from hybridrl_lib.rewards import equations, steps_hold
+from hybridrl_lib.setups import SETUPS
 
 REFERENCE = r"First 24 + 17 = 41. Then 41 - 8 = 33. So \boxed{33}."
 
@@ -150,3 +154,26 @@ def test_the_reward_of_a_run(make_trainer, monkeypatch):
 def test_an_unknown_reward_is_one_sentence(make_trainer):
     with pytest.raises(UsageError, match="one of answer, answer_and_steps"):
         make_trainer("rl", "rl.reward=steps")
+
+
+@pytest.mark.parametrize("setup", ["luffy", "prefix_rft"])
+def test_what_joins_the_group_is_judged_as_the_group(make_trainer, monkeypatch, setup):
+    """A demonstration or hybrid with a false equation earns 0, as an answer would."""
+    monkeypatch.setattr("hybridrl_lib.policy.Policy.decode", lambda *_: r"2 + 2 = 5. \boxed{7}")
+    column = f"{setup}/{'demonstration' if setup == 'luffy' else 'hybrid'}_reward"
+    for reward, expected in (("answer", 1), ("answer_and_steps", 0)):
+        trainer = make_trainer(setup, f"rl.reward={reward}", verifier=Fixed([1]), folder=reward)
+        if setup == "luffy":
+            trainer.parts = replace(trainer.parts, train=tuple(
+                replace(p, solution=r"2 + 2 = 5. \boxed{7}") for p in trainer.parts.train))
+        trainer.train()
+        assert trainer.folder.lines("metrics.jsonl")[0][column] == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_the_reward(name):
+    """It is there for every method; only a method's own settings are refused."""
+    for setup in SETUPS.values():
+        if setup.method == name:
+            settings = load_settings("tiny", ["rl.reward=answer_and_steps"], setup=setup)
+            assert make_method(setup, settings).settings.rl.reward == "answer_and_steps"

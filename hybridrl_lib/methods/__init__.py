@@ -1,6 +1,7 @@
 """Methods: one file each, named after it; this one finds them without importing torch."""
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
 from ..fields import Section
@@ -10,29 +11,16 @@ if TYPE_CHECKING:
     from ..setups import Setup
     from .method import Method
 
-METHODS: dict[str, str] = {  # the method's file in this folder -> its class
-    "staged": "Staged",
-    "combined": "Combined",
-    "relift": "ReLIFT",
-    "superrl": "SuperRL",
-    "hpt": "HPT",
-    "sasr": "SASR",
-    "chord": "CHORD",
-    "luffy": "LUFFY",
-    "uft": "UFT",
-    "mifo": "MIFO",
-    "prl": "PRL",
-    "switching": "Switching",
-    "raft": "RAFT",
-    "pear": "PEAR",
-    "bridge": "Bridge",
-    "prefix_rft": "PrefixRFT",
-}
+METHODS = tuple(sorted(file.name for file in iter_modules(__path__) if file.name != "method"))
 
 
 def method_class(name: str) -> "type[Method]":
-    """The class of a method."""
-    return getattr(import_module(f".{name}", __package__), METHODS[name])
+    """The class of a method: the last one in its file, after those that it is built on."""
+    module, base = (import_module(f".{file}", __package__) for file in (name, "method"))
+    *_, last = (item for item in vars(module).values()
+                if isinstance(item, type) and issubclass(item, base.Method)
+                and item.__module__ == module.__name__)
+    return last
 
 
 def section_class(name: str) -> type[Section] | None:

@@ -14,8 +14,9 @@ Read from the released code and second-hand notes; the code differs from the pap
 length. Its baselines keep the clip. Both have no KL; the entropy bonus (0.01 in the paper, 0.001 in
 the code) is left out. The paper has 7 answers and the demonstration; here all rl.group_size
 answers are on-policy and the demonstration comes on top, so that rollouts are as many as in every
-other method: the paper's group is rl.group_size=7. A demonstration earns a reward of 1 only if the
-verifier finds it right. If it is right and so is every answer, nobody has an advantage.
+other method: the paper's group is rl.group_size=7. A demonstration earns its reward, and the
+punishment of its length, by the same rule as an answer. If it is right and so is every answer,
+nobody has an advantage.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class LUFFY(Method):
         self.verdicts: dict[str, float] = {}  # problem -> reward of its demonstration
 
     def begin(self, trainer) -> None:
-        self.verifier = trainer.verifier
+        self.verifier, self.policy = trainer.verifier, trainer.policy
 
     def compose(self, step: "Step") -> "list[Update]":
         self._judge([rollout.problem for rollout in step.rollouts])
@@ -68,20 +69,26 @@ class LUFFY(Method):
 
     def _judge(self, problems: "list[Problem]") -> None:
         """The reward of each problem's demonstration, once a run."""
+        from ..judging import rewards_of
+
         new = [problem for problem in problems if problem.id not in self.verdicts]
-        found = self.verifier.verify([p.answer for p in new], [p.solution for p in new],
-                                     [True] * len(new)) if new else []
-        self.verdicts |= {problem.id: float(verdict.strict)
-                          for problem, verdict in zip(new, found, strict=True)}
+        if not new:
+            return
+        texts = [problem.solution for problem in new]
+        found = self.verifier.verify([p.answer for p in new], texts, [True] * len(new))
+        rewards = rewards_of(new, texts, found, self.settings.rl.reward).tolist()
+        self.verdicts |= {p.id: reward for p, reward in zip(new, rewards, strict=True)}
 
     def _joint_advantages(self, rollout: "Rollout") -> float:
         """Gives the answers their advantages in the joint group; returns the demonstration's."""
         import torch
 
+        from ..judging import overlong_of
         from ..objectives import group_advantages
 
-        rewards = torch.cat([rollout.rewards,
-                             rollout.rewards.new_tensor([self.verdicts[rollout.problem.id]])])
+        length = len(self.policy.encode_completion(rollout.problem.solution))
+        worth = self.verdicts[rollout.problem.id] + overlong_of([length], [True], self.settings.rl)
+        rewards = torch.cat([rollout.shaped, worth])
         joint = group_advantages(rewards[None], self.settings.rl.advantage_scale)[0]
         rollout.advantages = joint[:-1]
         return float(joint[-1])

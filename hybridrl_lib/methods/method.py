@@ -111,9 +111,10 @@ class Method:
         if wants_shards() and not self.sharded:
             raise UsageError(f"The method {setup.method} reads and changes whole weights, which no "
                              "process has with FSDP; launch it without --use_fsdp.")
-        if setup.entropy and settings.entropy_control.kind in ("bonus", "adaptive"):
+        if (setup.entropy and "rl" in setup.stages and settings.rl.gamma > 0
+                and settings.entropy_control.kind in ("bonus", "adaptive")):
             settings.entropy_control.refuse("kind", f"the setup {setup.name} has an entropy term "
-                                            "of its own; choose a setup without one")
+                                            "of its own; set rl.gamma=0 to do without it")
         if settings.rl.dynamic_sampling_rounds > 1 and not self.dynamic_sampling:
             settings.rl.refuse("dynamic_sampling_rounds", f"the method {setup.method} learns from "
                                "groups without signal too, so none may be dropped; set it to 1")

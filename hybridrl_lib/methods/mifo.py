@@ -89,8 +89,8 @@ class MIFO(Method):
 
         from ..objectives import token_weights
 
-        update = step.update([self.problems[name] for name in taught], sft=1.0, optimizer="sft",
-                             learning_rate=step.learning_rates["sft"])
+        update = step.update([self.problems[name] for name in taught], sft=1.0, gamma=0.0,
+                             optimizer="sft", learning_rate=step.learning_rates["sft"])
         counts = [math.ceil(self.own.token_share * len(s.completion)) for s in update.sequences]
         update.sft = token_weights(torch.tensor(counts), self.settings.sft.loss_normalisation)
         step.row["mifo/token_share"] = sum(counts) / sum(len(s.completion)

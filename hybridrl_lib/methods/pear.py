@@ -24,10 +24,12 @@ weights: that is the arm to compare with.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..config import Settings
 from ..fields import Section, setting
+from ..home import is_place, without_home
 from ..setups import Setup
 from .method import Progress
 from .staged import Staged
@@ -68,6 +70,9 @@ class PEARSettings(Section):
         "sft", "the model that writes the demonstrations: a folder, hub name or GGUF file with the "
         "same tokenizer; sft = the base model after SFT on the reference solutions")
     behaviour_epochs: int = setting(5, "epochs of that SFT", at_least=1)
+    behaviour_rate: float | None = setting(
+        None, "its learning rate, which `hybridrl compare` does not tune, so that all arms learn "
+        "from the same demonstrations; none = sft.learning_rate", above=0)
     samples: int = setting(8, "answers sampled a problem, at temperature 1, of which the first "
                            "right one is the demonstration", at_least=1)
 
@@ -75,6 +80,7 @@ class PEARSettings(Section):
         if self.behaviour is None:
             self.refuse("behaviour", "human solutions have no log-probabilities under the model "
                         "that wrote them, which PEAR divides by; name a model, or sft")
+        object.__setattr__(self, "behaviour", without_home(self.behaviour))  # as model.path
 
 
 class PEAR(Staged):
@@ -85,6 +91,10 @@ class PEAR(Staged):
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
+        named = self.own.behaviour
+        if is_place(named) and not Path(named).expanduser().exists():
+            self.own.refuse("behaviour", "there is no such file or folder; give a model folder, a "
+                            "hub name, a GGUF file, or sft")
         self.demonstrations: dict | None = None  # by problem; sampled at the first step of SFT
         self.after_sft: dict[str, Tensor] = {}
 
@@ -129,7 +139,9 @@ class PEAR(Staged):
 
         trainer, own, problems = self.trainer, self.own, self.trainer.parts.train
         policy = behaviour_policy(own.behaviour, trainer.policy, problems, trainer.settings,
-                                  own.behaviour_epochs, trainer.seed)
+                                  own.behaviour_epochs,
+                                  own.behaviour_rate or trainer.settings.sft.learning_rate,
+                                  trainer.seed)
         self.demonstrations, tokens = sample_demonstrations(
             policy, trainer.policy, problems, trainer.verifier, trainer.settings, own.samples,
             trainer.seed)

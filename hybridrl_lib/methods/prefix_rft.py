@@ -46,11 +46,13 @@ class PrefixRFTSettings(Section):
 
 @dataclass
 class Hybrid:
-    """A prefix of `prefix` tokens with a sampled end, and its reward."""
+    """A prefix of `prefix` tokens with a sampled end, its reward, and that less the punishment of
+    its length, prefix included."""
 
     sequence: "PromptCompletion"
     prefix: int
     reward: float
+    shaped: float
     advantage: float = 0.0
 
 
@@ -85,6 +87,7 @@ class PrefixRFT(Method):
 
     def _sample(self, step: "Step") -> list[Hybrid]:
         """One hybrid a problem, judged."""
+        from ..judging import overlong_of, rewards_of
         from ..packing import PromptCompletion
         from ..rollouts import sample
 
@@ -107,12 +110,14 @@ class PrefixRFT(Method):
             finished.append(answer.finished and len(prefix) + len(answer.token_ids) <= cap)
             self.trainer.tokens["demonstrations"] += len(prefix)
             self.trainer.tokens["rollouts"] += len(answer.token_ids)
-        verdicts = self.trainer.verifier.verify(
-            [rollout.problem.answer for rollout in step.rollouts],
-            [policy.decode(ids) for ids in whole], finished)
-        return [Hybrid(PromptCompletion(prompt, ids), len(prefix), float(verdict.strict))
-                for prompt, ids, prefix, verdict in zip(prompts, whole, prefixes, verdicts,
-                                                        strict=True)]
+        problems = [rollout.problem for rollout in step.rollouts]
+        texts = [policy.decode(ids) for ids in whole]
+        verdicts = self.trainer.verifier.verify([p.answer for p in problems], texts, finished)
+        rewards = rewards_of(problems, texts, verdicts, self.settings.rl.reward)
+        shaped = rewards + overlong_of([len(ids) for ids in whole], finished, self.settings.rl)
+        return [Hybrid(PromptCompletion(prompt, ids), len(prefix), *worth)
+                for prompt, ids, prefix, *worth in zip(
+                    prompts, whole, prefixes, rewards.tolist(), shaped.tolist(), strict=True)]
 
     def _share_out(self, rollout: "Rollout", hybrid: Hybrid) -> None:
         """Advantages in the joint group."""
@@ -120,7 +125,7 @@ class PrefixRFT(Method):
 
         from ..objectives import group_advantages
 
-        rewards = torch.cat([rollout.rewards, rollout.rewards.new_tensor([hybrid.reward])])
+        rewards = torch.cat([rollout.shaped, rollout.shaped.new_tensor([hybrid.shaped])])
         joint = group_advantages(rewards[None], self.settings.rl.advantage_scale)[0]
         rollout.advantages, hybrid.advantage = joint[:-1], float(joint[-1])
 

@@ -43,6 +43,9 @@ class RAFT(Staged):
         super().__init__(setup, settings)
         if settings.rl.beta > 0:
             settings.rl.refuse("beta", "the method raft has no KL in its loss; set rl.beta=0")
+        if settings.rl.overlong_share:
+            settings.rl.refuse("overlong_share", "the method raft has no advantages that a "
+                               "punishment could lower; set rl.overlong_share=0")
         if settings.entropy_control.kind in ("clip_cov", "kl_cov"):
             settings.entropy_control.refuse("kind", "the method raft has no advantages for a "
                                             "covariance; choose none, bonus or adaptive")

@@ -7,10 +7,14 @@
 
 Read from the released code and second-hand notes on the paper. The code differs from the paper:
 the newest problems are taught first, the advantage is not divided by its deviation, the ratio is
-not clipped, losses are summed over a constant length, and the entropy's weight is ten times the
-paper's; the setup `relift_code` has these. Both decide from the answers before the RL update, and
-test no buffered problem again. Here the SFT loss is a mean over all tokens of the batch; the
-released code takes means of micro-batches, which over-weights short solutions.
+not clipped, there is no KL, losses are summed over a constant length, and the entropy has the
+weight 0.001 in SFT, ten times the paper's, and in RL; the setup `relift_code` has these. That code
+adds the entropy of RL once a micro-batch, so that its weight grows with their number; here it is
+0.001 an update. The setup `relift` has the L_RL that all setups here share, with its clip, beta and
+normalisation (`rl.*`), not the token mean over the group that the notes give for the paper. Both
+decide from the answers before the RL update, and test no buffered problem again. Here the SFT loss
+is a mean over all tokens of the batch; the released code takes means of micro-batches, which
+over-weights short solutions.
 """
 
 from dataclasses import dataclass

@@ -128,7 +128,7 @@ class SASR(Method):
 
     def _sft_update(self, step: "Step") -> "Update":
         """An update on the next full batch of demonstrations."""
-        return step.update(self._next_batch(), sft=1.0, rl=0.0,
+        return step.update(self._next_batch(), sft=1.0, rl=0.0, gamma=0.0,
                            learning_rate=step.learning_rates["sft"])
 
     def _next_batch(self) -> "list[Problem]":

@@ -77,8 +77,7 @@ class Gated(Method):
     def learn(self, step, updates, totals):
         norms = super().learn(step, updates, totals)
         if self.largest_norm < math.inf:
-            step.row[f"{self.setup.method}/left_out"] = sum(
-                norm > self.largest_norm for norm in norms)
+            step.row[f"{self.setup.method}/left_out"] = totals.counts.get("left_out", 0)
         return norms
 
 
