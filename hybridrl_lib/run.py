@@ -32,7 +32,7 @@ from .distributed import (
     size,
     wants_shards,
 )
-from .errors import UsageError, UserError
+from .errors import UsageError, UserError, memory_errors
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
 from .memory import (
@@ -83,7 +83,8 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
         The run's folder.
 
     Raises:
-        UserError: the folder holds a run with other settings, data or model cannot be had, ...
+        UserError: the folder holds a run with other settings, data or model cannot be had, memory
+            ran out, ...
     """
     chosen, preset = get_setup(setup), resolve_preset(preset)
     resolved = load_settings(preset, settings, setup=chosen)
@@ -108,7 +109,7 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
             _check_unaltered(folder)
         return folder.is_complete
 
-    with ExitStack() as held:
+    with memory_errors(), ExitStack() as held:
         if from_first(open_folder):
             observer.note("already complete; its record is read, nothing is run again")
         else:
