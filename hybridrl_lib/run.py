@@ -19,6 +19,7 @@ from .config import (
     default_experiment,
     difference,
     load_settings,
+    moves_memory_alone,
     resolve_preset,
     settings_from_dict,
     settings_to_dict,
@@ -181,9 +182,11 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         seconds = trainer.seconds()
 
         def finish() -> None:
+            changes = folder.read("config.json").get("memory_changes")
             folder.sync_logs()  # all of the record is on the disk before its manifest says so
             manifest = _manifest(trainer, parts, preset, seconds) | {
-                "memory": memory_record(resolved, expected, peak)}
+                "memory": memory_record(resolved, expected, peak) | (
+                    {"changes": changes} if changes else {})}
 
             def save(final: Path) -> None:
                 policy.save(final)
@@ -239,7 +242,8 @@ def memory_record(settings: Settings, expected: Estimate | None, peak: PeakMemor
 def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
     """Writes config.json, or refuses a folder that holds a run with other settings.
 
-    A run that ended before it left anything, say for a misspelt model.path, binds nobody.
+    A run that ended before it left anything, say for a misspelt model.path, binds nobody. One that
+    ran out of memory goes on with other settings of memory alone, and config.json says so.
     """
     before = folder.read("config.json")
     if before is None or not folder.has_begun:
@@ -248,14 +252,20 @@ def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
     run = (f"The run {folder.path.parent.name}/{folder.path.name} of experiment "
            f"{config['experiment']}")
     changes = difference(settings_from_dict(before["settings"]), settings)
-    if changes:
-        raise UserError(f"{run} was made with other settings ({'; '.join(changes)}); choose "
+    if others := [change for change in changes if not moves_memory_alone(change)]:
+        raise UserError(f"{run} was made with other settings ({'; '.join(others)}); choose "
                         "another --experiment or delete its folder.")
     numerics = before.get("numerics_version", 1)  # the first ones do not say
     if numerics != NUMERICS_VERSION:
         raise UserError(f"{run} was made by an older or newer hybridrl_lib, whose numbers differ "
                         f"(numerics version {numerics}, this is {NUMERICS_VERSION}); choose "
                         "another --experiment or delete its folder.")
+    if changes and not folder.is_complete:
+        after = before | {"settings": config["settings"],
+                          "memory_changes": [*before.get("memory_changes", ()), *changes]}
+        if any(change.startswith("training.micro_batch_tokens") for change in changes):
+            after.pop("micro_batch_tokens", None)  # what the run chose by itself
+        folder.write("config.json", after)
 
 
 def _check_unaltered(folder: RunFolder) -> None:

@@ -172,6 +172,41 @@ def test_a_stopped_run_leaves_no_model_in_a_notebook(start, monkeypatch, capsys,
         done.error_in_exec.__class__ is KeyboardInterrupt)
 
 
+def almost(one, other) -> bool:
+    """Whether two values of a record differ by rounding at most."""
+    if isinstance(one, dict):
+        return set(one) == set(other) and all(almost(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(almost, one, other))
+    return one == pytest.approx(other, rel=1e-3, abs=1e-6) if isinstance(one, float) else (
+        one == other)
+
+
+@pytest.mark.parametrize("at", [5, 10])
+def test_a_run_that_was_out_of_memory_goes_on_with_less(start, whole, at):
+    """The three settings of memory may change on the way, and the record says so: before the
+    evaluation the result is the same to the last bit, earlier but for rounding. No other may."""
+    less = ("training.micro_batch_tokens=64", "training.logit_chunk_tokens=16",
+            "evaluation.batch_size=3")
+    with pytest.raises(UserError, match="Stopped"):
+        start("sft_then_rl_entropy", "cut", observer=Ends(at, "ctrl-c"))
+    with pytest.raises(UserError, match=r"other settings \(rl.gamma: \S+ -> 0.5\);"):
+        start("sft_then_rl_entropy", "cut", *less, "rl.gamma=0.5")
+    folder = start("sft_then_rl_entropy", "cut", *less)
+    mine, theirs = record(folder), whole("sft_then_rl_entropy")
+    if at == 5:
+        mine.pop("weights")
+        assert all(almost(mine[name], theirs[name]) for name in mine)
+        assert mine["metrics.jsonl"] != theirs["metrics.jsonl"]  # a sum in another order
+    else:
+        assert_same(mine, theirs)
+    config, changes = folder.read("config.json"), folder.read("manifest.json")["memory"]["changes"]
+    assert changes == config["memory_changes"] and [change.partition(" -> ")[2] for change in
+                                                    changes] == ["64", "16", "3"]
+    assert config["settings"]["evaluation"]["batch_size"] == 3
+    assert start("sft_then_rl_entropy", "cut").read("config.json") == config  # it is finished
+
+
 @pytest.mark.parametrize(("setup", "overrides"), [
     ("sft_then_rl", ("rl.kl_anchor=reference", "model.adapter=lora")),
     ("rl", ("rl.updates_per_rollout=1",))])
