@@ -68,7 +68,8 @@ env-hashed:
 
 test: env
 	$(BIN)/python -m pytest tests
-	folder=$$(mktemp -d) && { HYBRIDRL_SMOKE=1 HYBRIDRL_RESULTS_DIR=$$folder \
+	! command -v nvidia-smi >/dev/null || $(BIN)/python -m pytest -m gpu tests
+	folder=$$(mktemp -d) && { HYBRIDRL_SMOKE=1 CUDA_VISIBLE_DEVICES= HYBRIDRL_RESULTS_DIR=$$folder \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks; \
 	  status=$$?; rm -rf "$$folder"; exit $$status; }
 
