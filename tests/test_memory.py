@@ -2,11 +2,13 @@
 
 import math
 import multiprocessing
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from notebook_files import read
 from small_training import small_settings
 
 from hybridrl_lib import memory
@@ -204,6 +206,21 @@ def test_bridge_holds_its_copy_of_the_weights():
     shape = shape_of(ModelSettings())
     one, other = (estimate(shape, s, "fp32", "cuda").peak for s in (lora, bridge))
     assert other - one >= 6 * 4 * shape.parameters
+
+
+def test_the_bridge_notebook_says_what_fits_a_t4():
+    """Its title: the preset for a T4 is refused there, and the settings that it advises fit."""
+    title = read("36_bridge").cells[0].source
+    advised = re.search(r'`settings = "(.+?)"`', title)[1]
+    plain, smaller = (load_settings("colab", text, smoke=False, setup=SETUPS["bridge"])
+                      for text in ("", advised))
+    with pytest.raises(UserError, match="needs about 15.8 GiB .* has 13.1 GiB"):
+        fit(plain, QWEN, "fp32", "cuda", T4)
+    _, expected = fit(smaller, shape_of(smaller.model), "fp32", "cuda", T4)
+    assert expected.peak < T4
+    for number in (15.8, 13.1, round(expected.total(expected.surely) / GIB, 1)):
+        assert str(number) in title
+    fit(plain, QWEN, "fp32", "cuda", 0.9 * 22 * GIB)  # what a GPU of 24 GB has
 
 
 def test_gradients_are_summed_in_one_piece():
