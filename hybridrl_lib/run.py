@@ -37,11 +37,10 @@ from .errors import UsageError, UserError, memory_errors
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
 from .memory import (
-    TO_USE,
     Estimate,
     PeakMemory,
     fit_to_device,
-    free_memory,
+    room_for,
     shape_from,
     tight,
     with_micro_batches,
@@ -146,9 +145,9 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
     parts = from_first(lambda: load_parts(resolved.data))
     device, asked = choose_device(resolved.model.device).type, resolved.training.micro_batch_tokens
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device == "cpu" else 1
-    peak, room = PeakMemory(device), from_first(lambda: TO_USE * free_memory(device) / here)
+    peak, room = PeakMemory(device), from_first(lambda: room_for(resolved, device, here))
     resolved = from_first(lambda: _with_kept_micro_batches(resolved, folder))
-    # The estimate is of a process that holds all weights: under FSDP none does.
+    # What FSDP takes was never measured on several GPUs, so there the estimate refuses nothing.
     refuse = not wants_shards()
     resolved, expected = fit_to_device(resolved, room, refuse=refuse)  # before a model is loaded
     policy = load_policy(resolved.model, observer.note)
