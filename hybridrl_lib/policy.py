@@ -244,7 +244,7 @@ class Policy:
         model = copy.deepcopy(self.model).merge_and_unload() if self.trains_base else self.model
         # No adapter is in the embeddings (_add_adapter), so PEFT need not look whether one is.
         more = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-        model.save_pretrained(folder, safe_serialization=True, **more, **weights_to_save(model))
+        model.save_pretrained(folder, **more, **weights_to_save(model))
         self.tokenizer.save_pretrained(folder)
         for name in ("adapter_config.json", "README.md"):  # PEFT says where the base model lies
             hide_home(folder / name)
