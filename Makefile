@@ -76,7 +76,7 @@ test: env
 # The fast tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 OLDEST := .venv-oldest
 OLDEST_TESTS := upstream numerics objectives policy decoding packing samplers evaluation problems \
-  config checkpoints training notebook_views report
+  config checkpoints training notebook_views report adapters precision distributed hub memory resume
 
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.oldest
