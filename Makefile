@@ -68,14 +68,15 @@ env-hashed:
 
 test: env
 	$(BIN)/python -m pytest tests
-	folder=$$(mktemp -d) && { HYBRIDRL_SMOKE=1 HYBRIDRL_RESULTS_DIR=$$folder \
+	! command -v nvidia-smi >/dev/null || $(BIN)/python -m pytest -m gpu tests
+	folder=$$(mktemp -d) && { HYBRIDRL_SMOKE=1 CUDA_VISIBLE_DEVICES= HYBRIDRL_RESULTS_DIR=$$folder \
 	  $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks; \
 	  status=$$?; rm -rf "$$folder"; exit $$status; }
 
 # The fast tests with the oldest versions that pyproject.toml allows, in an environment of its own.
 OLDEST := .venv-oldest
 OLDEST_TESTS := upstream numerics objectives policy decoding packing samplers evaluation problems \
-  config checkpoints training notebook_views report
+  config checkpoints training notebook_views report adapters precision distributed hub memory resume
 
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.oldest

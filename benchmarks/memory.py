@@ -32,7 +32,7 @@ SMALL = Shape(vocabulary=100, width=32, layers=1, heads=2, key_value_heads=1, he
 WIDE = Shape(20_000, 448, 6, 7, 1, 64, 2432, True, True)  # Qwen2.5-0.5B, half as wide
 WORDY = Shape(151_936, 128, 2, 2, 1, 64, 640, True, True)
 UNTIED = Shape(20_000, 512, 6, 8, 8, 64, 1408, False, False)
-LENGTHS = ("data.max_prompt_tokens=64", "data.max_demonstration_tokens=64",
+LENGTHS = ("model.device=auto", "data.max_prompt_tokens=64", "data.max_demonstration_tokens=64",
            "rl.max_new_tokens=64", "evaluation.max_new_tokens=64",
            "training.micro_batch_tokens=1024", "training.logit_chunk_tokens=256",
            "sft.batch_size=16", "rl.prompts_per_step=8", "rl.group_size=4",

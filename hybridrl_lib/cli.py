@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from . import __version__
 from .distributed import end, is_first, may_complain
-from .errors import UsageError, UserError, printable, unknown
+from .errors import UsageError, UserError, out_of_memory, printable, unknown
 
 INTERRUPTED = 130
 EPILOG = "HYBRIDRL_DEBUG=1 shows the full traceback of an error."
@@ -71,10 +71,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 1, (f"Could not use {error.filename} ({error.strerror}); check that it is there and "
                    "may be read and written.")
     first = (str(error).strip().splitlines() or [""])[0][:300]
-    if isinstance(error, MemoryError) or "can't allocate memory" in first or \
-            type(error).__name__ == "OutOfMemoryError":
-        return 1, ("Out of memory; lower training.micro_batch_tokens, training.logit_chunk_tokens "
-                   "or evaluation.batch_size with --set, in another --experiment.")
+    if memory := out_of_memory(error):
+        return 1, str(memory)
     return 1, (f"Unexpected error, {type(error).__name__}: {first.rstrip('.')}; "
                "set HYBRIDRL_DEBUG=1 and run it again to see where it comes from.")
 

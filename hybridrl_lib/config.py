@@ -35,15 +35,18 @@ from .setups import Setup
 __all__ = [
     "DataSettings", "EntropyControlSettings", "EvaluationSettings", "ModelSettings",
     "ProbeSettings", "RLSettings", "SFTSettings", "Settings", "TrainingSettings",
-    "VerifierSettings", "default_experiment", "describe", "difference",
-    "load_settings", "preset_names", "resolve_preset", "settings_from_dict", "settings_to_dict",
-    "smoke_from_environment",
+    "VerifierSettings", "default_experiment", "describe", "difference", "load_settings",
+    "moves_memory_alone", "preset_names", "resolve_preset", "settings_from_dict",
+    "settings_to_dict", "smoke_from_environment",
 ]
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("tiny", "smollm2", "colab", "paper")
 SECTIONS: dict[str, type[Section]] = {
     entry.name: entry.default_factory for entry in fields(Settings) if entry.name != "method"}
+# What is computed at once: it changes results by the rounding of sums at most.
+MEMORY_ALONE = ("training.micro_batch_tokens", "training.logit_chunk_tokens",
+                "evaluation.batch_size")
 KEYS: dict[str, Any] = {f"{section}.{name}": kind for section, cls in SECTIONS.items()
                         for name, kind in field_types(cls).items()}
 
@@ -240,3 +243,8 @@ def difference(one: Settings, other: Settings) -> list[str]:
     before, after = ({key: value for key, value, _ in describe(s)} for s in (one, other))
     return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
             for key in {**before, **after} if before.get(key) != after.get(key)]
+
+
+def moves_memory_alone(change: str) -> bool:
+    """Whether a line of `difference` is about memory, and a run may go on with it."""
+    return change.partition(":")[0] in MEMORY_ALONE

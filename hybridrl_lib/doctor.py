@@ -17,16 +17,18 @@ from .memory import (
     GIB,
     MICRO_BATCHES,
     TO_USE,
+    Estimate,
     estimate,
     fit,
     in_words,
     shape_of,
     tight,
+    too_much,
     with_micro_batches,
 )
 from .problems import gsm8k, math500
 from .problems.source import FOLDER_HINT, FOLDER_VARIABLE
-from .setups import SETUPS
+from .setups import SETUPS, Setup
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "papermill", "gguf")
 OPTIONAL = {"gguf": "only needed to read GGUF files: pip install gguf"}
@@ -154,6 +156,8 @@ def budget_rows(preset: str, machine: Machine) -> list[Row]:
              advice)]
     rows += [(f"  {phase}", f"{expected.total(phase) / GIB:.2f} GiB: {in_words(parts)}", "")
              for phase, parts in expected.phases.items()]
+    if for_gpu:
+        rows += setups_that_need_more(preset, precision, room)
     if preset == "colab":
         from .duration import assumptions, minutes
 
@@ -166,6 +170,31 @@ def budget_rows(preset: str, machine: Machine) -> list[Row]:
                              f"{shown}", ""))
         rows.append(("time rests on", assumptions(), ""))
     return rows
+
+
+def setups_that_need_more(preset: str, precision: str, room: float) -> list[Row]:
+    """Setups that hold more models than the others at a preset for a GPU, with what they need.
+
+    Args:
+        room: bytes of the GPU; 0 where there is none.
+    """
+    def least(setup: Setup | None) -> Estimate:
+        settings = load_settings(preset, smoke=False, setup=setup)
+        return estimate(shape_of(settings.model), with_micro_batches(settings, MICRO_BATCHES[-1]),
+                        precision, "cuda")
+
+    usual, rows = least(None), {}
+    for name, setup in SETUPS.items():
+        expected = least(setup)
+        needed = expected.total(expected.surely)
+        if needed < 1.1 * usual.total(usual.surely):
+            continue
+        advice = (too_much(expected, load_settings(preset, smoke=False, setup=setup), "cuda", room)
+                  if 0 < room < needed else "")
+        found = (f"at the least {needed / GIB:.1f} GiB, {expected.surely}: "
+                 f"{in_words(expected.phases[expected.surely])}")
+        rows.setdefault((found, advice), []).append(name)
+    return [(f"  {', '.join(names)}", *row) for row, names in rows.items()]
 
 
 def precision_for(preset: str, machine: Machine) -> str:

@@ -2,7 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -26,18 +28,56 @@ class Stopped(UserError):
     exit_code = 130
 
 
+# What torch and the systems below it say, in lower case; not all of these have a type of their own.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
+
+def out_of_memory(error: BaseException) -> UserError | None:
+    """The sentence for an error that says that memory ran out; None for others."""
+    said = str(error).lower()
+    if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and not (
+            isinstance(error, RuntimeError) and any(sign in said for sign in OUT_OF_MEMORY)):
+        return None
+    return UserError("Out of memory; lower training.micro_batch_tokens, "
+                     "training.logit_chunk_tokens or evaluation.batch_size and run it again: a run "
+                     "goes on from its last checkpoint.")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns what is raised when memory runs out into our sentence."""
+    try:
+        yield
+    except Exception as error:
+        if ours := out_of_memory(error):
+            raise ours from error
+        raise
+
+
 def show_in_one_sentence() -> None:
-    """In a notebook a `UserError` is shown as its sentence, with no traceback that hides it."""
+    """In a notebook a `UserError` is shown as its sentence, with no traceback that hides it.
+
+    A notebook keeps the last error, and with it what the functions that it went through held: a
+    model and its optimiser. After a Ctrl-C and after our own errors these are let go, so that there
+    is room when the cell is run again.
+    """
     from IPython import get_ipython  # needed where there are notebooks only
 
     shell = get_ipython()
     if shell is None:
         return
 
-    def show(shell, kind, error, traceback, tb_offset=None):
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
+    def show(shell, kind, error, trace, tb_offset=None):
+        one = error
+        while one is not None:  # first: what is shown of a frame would be kept with it
+            traceback.clear_frames(one.__traceback__)
+            one = one.__cause__ or one.__context__
+        if isinstance(error, UserError):
+            shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
+        else:
+            shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
-    shell.set_custom_exc((UserError,), show)
+    shell.set_custom_exc((UserError, KeyboardInterrupt), show)
 
 
 def reason(error: BaseException, length: int = 200) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelSettings, Settings
-from .distributed import launched
+from .distributed import launched, wants_shards
 from .errors import UserError
 
 FULL, HALF = 4, 2  # bytes of a number
@@ -25,6 +25,7 @@ TO_USE = 0.9  # of the free memory: an allocator leaves gaps, and products need 
 MICRO_BATCHES = tuple(2**power for power in range(14, 7, -1))
 OWN = 48 * 2**20  # of a process on a CPU beside its large tensors: measured, benchmarks/memory.py
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container or batch job may take
+VLLM_SHARE = 0.4  # of the GPU, which vllm takes for itself (vllm_sampler.py)
 GPU_BLOCK = 2**26  # logits of which tokens are chosen at once (rollouts.py)
 
 
@@ -158,7 +159,7 @@ class Estimate:
 
 
 def estimate(shape: Shape, settings: Settings, precision: str, device: str,
-             processes: int = 1) -> Estimate:
+             processes: int = 1, sharded: bool = False) -> Estimate:
     """What a run needs at its peak, if prompts and answers are as long as the settings allow.
 
     Args:
@@ -166,13 +167,15 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str,
         settings: with `training.micro_batch_tokens` above 0.
         precision: `fp32`, `bf16` or `fp16`.
         device: `cuda` or `cpu`.
-        processes: that train together, each with the whole model; FSDP's division is not known
-            here.
+        processes: that train together.
+        sharded: whether they share the weights out between them, by FSDP; else each has all.
     """
     model, data, rl, sft = settings.model, settings.data, settings.rl, settings.sft
     evaluation, probe = settings.evaluation, settings.probe
-    held = held_weights(shape, settings, device)
     trained = trained_weights(shape, settings)
+    share = processes if sharded else 1
+    held = held_weights(shape, settings, device, share)
+    gradients = {"gradients": FULL * trained // share}
     phases = {}
     prompt = data.max_prompt_tokens
     for name, length, batch, groups in (
@@ -180,19 +183,48 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str,
             ("RL update", rl.max_new_tokens,
              rl.prompts_per_step // rl.updates_per_rollout * rl.group_size, True)):
         parts = update(shape, settings, precision, device, prompt, length, batch, groups)
-        if processes > 1 and sum(parts.values()) < FULL * trained:
+        if sharded:  # the embeddings, this layer and the next one, each whole for its pass
+            parts["gathered weights"] = FULL * (shape.embedding * (1 if shape.tied else 2)
+                                                + 2 * shape.linear // shape.layers)
+        elif processes > 1 and sum(parts.values()) < FULL * trained:
             parts = {"gradients in one piece": FULL * trained}  # to be summed, activations gone
-        phases[name] = held | {"gradients": FULL * trained} | parts
+        phases[name] = held | gradients | parts
+    if second := behaviour_model(shape, settings):
+        if settings.method.behaviour == "sft":
+            phases["behaviour's update"] = phases["SFT update"] | second
     rows = {"sampling": (rl.prompts_per_step, rl.group_size, rl.max_new_tokens),
             "probe": (probe.prompts, probe.samples, rl.max_new_tokens),
             "evaluation": (evaluation.batch_size, 1, evaluation.max_new_tokens),
             "evaluation, samples": (evaluation.batch_size, max(1, evaluation.samples),
                                     evaluation.max_new_tokens)}
+    if second:
+        rows["behaviour's sampling"] = (evaluation.batch_size, settings.method.samples,
+                                        rl.max_new_tokens)
     for name, (prompts, samples, length) in rows.items():
         prompts = min(prompts, max(1, evaluation.batch_size // samples))
-        phases[name] = held | sampling(shape, model, precision, device, prompts, samples,
-                                       prompt, length)
+        if model.sampler == "vllm":  # in its own share of the GPU; it is sent merged weights
+            parts = {"merged weights": FULL * shape.linear} if shape.adapter(model) else {}
+        else:
+            parts = sampling(shape, model, precision, device, prompts, samples, prompt, length)
+        if sharded:  # the sampler reads a whole model
+            parts["gathered weights"] = FULL * (shape.parameters + shape.adapter(model))
+        phases[name] = held | parts
+        if name == "behaviour's sampling":  # after its training, whose gradients are left
+            phases[name] |= second | (gradients if settings.method.behaviour == "sft" else {})
     return Estimate(phases)
+
+
+def behaviour_model(shape: Shape, settings: Settings) -> dict[str, int]:
+    """The model that writes PEAR's demonstrations; it is dropped before the first update.
+
+    The policy's own optimiser has no moments yet while this one has, so these count once.
+    """
+    if settings.method is None or settings.method.section != "pear":
+        return {}
+    own = settings.method.behaviour
+    path = settings.model if own == "sft" else replace(settings.model, path=own, adapter="none")
+    other = shape if own == "sft" else shape_of(path) or shape
+    return {"behaviour model": FULL * (other.parameters + other.adapter(path))}
 
 
 def trains_both(settings: Settings) -> bool:
@@ -206,8 +238,12 @@ def trained_weights(shape: Shape, settings: Settings) -> int:
     return adapter + shape.parameters * (not adapter or trains_both(settings))
 
 
-def held_weights(shape: Shape, settings: Settings, device: str) -> dict[str, int]:
-    """What is in memory in every phase."""
+def held_weights(shape: Shape, settings: Settings, device: str, share: int = 1) -> dict[str, int]:
+    """What is in memory in every phase.
+
+    Args:
+        share: how many processes share models and moments out between them.
+    """
     model, rl = settings.model, settings.rl
     adapter, trained = shape.adapter(model), trained_weights(shape, settings)
     held = {"weights": FULL * (shape.parameters + adapter), "optimiser": 2 * FULL * trained}
@@ -218,6 +254,7 @@ def held_weights(shape: Shape, settings: Settings, device: str) -> dict[str, int
                  "auxiliary copy": 3 * FULL * shape.parameters}
     if rl.beta > 0 and rl.kl_anchor == "stage":
         held["anchor"] = FULL * trained
+    held = {name: size // share for name, size in held.items()}
     if device == "cpu":  # on a GPU's machine the best weights so far are in main memory
         held |= {"best weights": FULL * trained, "the process itself": OWN}
     return held
@@ -340,7 +377,7 @@ def fit(settings: Settings, shape: Shape, precision: str, device: str,
     asked = settings.training.micro_batch_tokens
     for tokens in (asked,) if asked else MICRO_BATCHES:
         chosen = with_micro_batches(settings, tokens)
-        expected = estimate(shape, chosen, precision, device, launched())
+        expected = estimate(shape, chosen, precision, device, launched(), wants_shards())
         if expected.total(expected.surely) <= room:
             return chosen, expected
     if not refuse:
@@ -419,6 +456,20 @@ def free_memory(device: str) -> int:
     import psutil
 
     return min(psutil.virtual_memory().available, container_memory())
+
+
+def room_for(settings: Settings, device: str, processes: int = 1) -> float:
+    """Bytes that a run may plan with: of what is free, and without what vllm will take.
+
+    Args:
+        processes: of the run that share the device.
+    """
+    free = free_memory(device)
+    if settings.model.sampler == "vllm" and device == "cuda":
+        import torch
+
+        free -= VLLM_SHARE * torch.cuda.mem_get_info()[1]
+    return max(0.0, TO_USE * free / processes)
 
 
 def container_memory() -> float:

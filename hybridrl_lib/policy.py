@@ -58,12 +58,18 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
     `auto`: fp32 on a CPU; bf16 on GPUs of compute capability 8.0 and up; fp32 on older ones (a T4
     has no bf16, and fp16 needs loss scaling, which RL's small gradients suffer from).
+
+    Raises:
+        UserError: bf16 was asked for on a GPU that would only imitate it, slower than fp32.
     """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if wanted == "bf16" and device.type == "cuda" and capability < (8, 0):
+        raise UserError("model.precision is 'bf16', which GPUs have from compute capability 8.0 "
+                        f"on, and this one has {capability[0]}.{capability[1]}; set it to 'auto' "
+                        "or 'fp16'.")
     if wanted != "auto":
         return wanted
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "bf16"
-    return "fp32"
+    return "bf16" if capability >= (8, 0) else "fp32"
 
 
 @dataclass
@@ -238,7 +244,7 @@ class Policy:
         model = copy.deepcopy(self.model).merge_and_unload() if self.trains_base else self.model
         # No adapter is in the embeddings (_add_adapter), so PEFT need not look whether one is.
         more = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-        model.save_pretrained(folder, safe_serialization=True, **more, **weights_to_save(model))
+        model.save_pretrained(folder, **more, **weights_to_save(model))
         self.tokenizer.save_pretrained(folder)
         for name in ("adapter_config.json", "README.md"):  # PEFT says where the base model lies
             hide_home(folder / name)

@@ -19,6 +19,7 @@ from .config import (
     default_experiment,
     difference,
     load_settings,
+    moves_memory_alone,
     resolve_preset,
     settings_from_dict,
     settings_to_dict,
@@ -32,15 +33,14 @@ from .distributed import (
     size,
     wants_shards,
 )
-from .errors import UsageError, UserError
+from .errors import UsageError, UserError, memory_errors
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
 from .memory import (
-    TO_USE,
     Estimate,
     PeakMemory,
     fit_to_device,
-    free_memory,
+    room_for,
     shape_from,
     tight,
     with_micro_batches,
@@ -83,7 +83,8 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
         The run's folder.
 
     Raises:
-        UserError: the folder holds a run with other settings, data or model cannot be had, ...
+        UserError: the folder holds a run with other settings, data or model cannot be had, memory
+            ran out, ...
     """
     chosen, preset = get_setup(setup), resolve_preset(preset)
     resolved = load_settings(preset, settings, setup=chosen)
@@ -108,7 +109,7 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
             _check_unaltered(folder)
         return folder.is_complete
 
-    with ExitStack() as held:
+    with memory_errors(), ExitStack() as held:
         if from_first(open_folder):
             observer.note("already complete; its record is read, nothing is run again")
         else:
@@ -144,9 +145,10 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
     parts = from_first(lambda: load_parts(resolved.data))
     device, asked = choose_device(resolved.model.device).type, resolved.training.micro_batch_tokens
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device == "cpu" else 1
-    peak, room = PeakMemory(device), from_first(lambda: TO_USE * free_memory(device) / here)
+    peak, room = PeakMemory(device), from_first(lambda: room_for(resolved, device, here))
     resolved = from_first(lambda: _with_kept_micro_batches(resolved, folder))
-    # The estimate is of a process that trains and holds all weights: under FSDP none does.
+    # What FSDP takes was never measured on several GPUs, so there the estimate refuses nothing;
+    # nor does it where nothing is trained.
     refuse = bool(method.stages) and not wants_shards()
     resolved, expected = fit_to_device(resolved, room, refuse=refuse)  # before a model is loaded
     policy = load_policy(resolved.model, observer.note)
@@ -180,9 +182,11 @@ def _train_and_evaluate(method: Method, seed: int, preset: str, resolved: Settin
         seconds = trainer.seconds()
 
         def finish() -> None:
+            changes = folder.read("config.json").get("memory_changes")
             folder.sync_logs()  # all of the record is on the disk before its manifest says so
             manifest = _manifest(trainer, parts, preset, seconds) | {
-                "memory": memory_record(resolved, expected, peak)}
+                "memory": memory_record(resolved, expected, peak) | (
+                    {"changes": changes} if changes else {})}
 
             def save(final: Path) -> None:
                 policy.save(final)
@@ -238,7 +242,8 @@ def memory_record(settings: Settings, expected: Estimate | None, peak: PeakMemor
 def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
     """Writes config.json, or refuses a folder that holds a run with other settings.
 
-    A run that ended before it left anything, say for a misspelt model.path, binds nobody.
+    A run that ended before it left anything, say for a misspelt model.path, binds nobody. One that
+    ran out of memory goes on with other settings of memory alone, and config.json says so.
     """
     before = folder.read("config.json")
     if before is None or not folder.has_begun:
@@ -247,14 +252,20 @@ def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
     run = (f"The run {folder.path.parent.name}/{folder.path.name} of experiment "
            f"{config['experiment']}")
     changes = difference(settings_from_dict(before["settings"]), settings)
-    if changes:
-        raise UserError(f"{run} was made with other settings ({'; '.join(changes)}); choose "
+    if others := [change for change in changes if not moves_memory_alone(change)]:
+        raise UserError(f"{run} was made with other settings ({'; '.join(others)}); choose "
                         "another --experiment or delete its folder.")
     numerics = before.get("numerics_version", 1)  # the first ones do not say
     if numerics != NUMERICS_VERSION:
         raise UserError(f"{run} was made by an older or newer hybridrl_lib, whose numbers differ "
                         f"(numerics version {numerics}, this is {NUMERICS_VERSION}); choose "
                         "another --experiment or delete its folder.")
+    if changes and not folder.is_complete:
+        after = before | {"settings": config["settings"],
+                          "memory_changes": [*before.get("memory_changes", ()), *changes]}
+        if any(change.startswith("training.micro_batch_tokens") for change in changes):
+            after.pop("micro_batch_tokens", None)  # what the run chose by itself
+        folder.write("config.json", after)
 
 
 def _check_unaltered(folder: RunFolder) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from .config import Settings
@@ -94,6 +95,17 @@ class Totals:
         return self.sums[name] / self.counts[name] if self.counts.get(name) else None
 
 
+def make_accelerator(device: torch.device) -> Accelerator:
+    """An `Accelerator` for a device, also after a run on another one in the same process.
+
+    accelerate lets a process have one device; a notebook goes from one preset to the next.
+    """
+    known = AcceleratorState._shared_state
+    if size() == 1 and not wants_shards() and known and known["device"].type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+
+
 class Learner:
     """Scores completions with the policy and moves its weights.
 
@@ -104,7 +116,7 @@ class Learner:
 
     def __init__(self, policy: Policy, settings: Settings):
         self.policy, self.settings = policy, settings
-        self.accelerator = Accelerator(cpu=policy.device.type == "cpu", mixed_precision="no")
+        self.accelerator = make_accelerator(policy.device)
         if policy.precision == "fp16":
             # accelerate's own is for GPUs only, and it allows one precision a process.
             self.accelerator.scaler = torch.amp.GradScaler(policy.device.type)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .adapters import inner_model
 from .decoding import effective
+from .memory import VLLM_SHARE
 from .packing import PromptCompletion, pack
 from .policy import DTYPES, Policy
 
@@ -51,7 +52,7 @@ def make_engine(policy: Policy):
         policy.tokenizer.save_pretrained(folder)
         return LLM(model=folder, skip_tokenizer_init=True, enable_prefix_caching=False,
                    dtype=str(DTYPES[policy.precision]).removeprefix("torch."),
-                   gpu_memory_utilization=0.4)  # the rest is for training
+                   gpu_memory_utilization=VLLM_SHARE)  # the rest is for training
 
 
 def sample_with_vllm(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int,

@@ -8,8 +8,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 
 
+def pytest_configure(config):
+    """Only `pytest -m gpu` sees a GPU: accelerate keeps to the first device that a process uses,
+    and what the other tests say about numbers holds on a CPU."""
+    if config.getoption("markexpr").strip() != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of a pretrained model run where one is at hand."""
+    """Tests of a pretrained model run where one is at hand, tests of a GPU likewise."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        for item in on_gpu if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU and pytest -m gpu"))
     if not os.environ.get("HYBRIDRL_TEST_MODEL"):
         for item in items:
             if item.get_closest_marker("real_model"):

@@ -108,6 +108,8 @@ def test_seeds_are_a_number_or_a_list(text, seeds):
     (OSError(errno.ENOSPC, "No space left on device"), 1, "free some space"),
     (PermissionError(errno.EACCES, "Permission denied", "a/b"), 1, "a/b"),
     (MemoryError(), 1, "micro_batch_tokens"),
+    (RuntimeError("CUDA error: out of memory\nMore"), 1, "micro_batch_tokens"),
+    (RuntimeError("mat1 and mat2 do not fit"), 1, "HYBRIDRL_DEBUG"),
     (ZeroDivisionError("division by zero\nsecond line"), 1, "HYBRIDRL_DEBUG"),
 ])
 def test_errors_become_one_sentence(error, code, hint, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from colab_machine import LACKING, NEEDED, Colab
+from colab_machine import LACKING, NEEDED, Colab, copy_project
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from notebook_files import ROOT, read, setup_cell
@@ -149,6 +149,22 @@ def test_setup_cell_says_what_is_wrong(machine):
     assert not done.returncode and done.stdout.count("\n") == 1 and not done.stderr
     assert "lost with this session" in done.stdout
     only_lacking_was_installed(before, machine.versions())
+
+
+@pytest.mark.slow
+def test_setup_cell_beside_a_clone(machine):
+    """A folder named hybridrl_lib, a clone's or that of results on Drive, is importable as nothing
+    but a name: the library is installed all the same, from the clone if the user says so."""
+    machine.new_session()
+    clone = copy_project(machine.content / "hybridrl_lib")
+    failed = machine.run_setup_cell(HYBRIDRL_SOURCE=str(machine.content / "elsewhere"))
+    last = failed.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: pip cannot install hybridrl_lib from ") and last.endswith(
+        "set HYBRIDRL_SOURCE to its address, and run the cell again.")
+    done = machine.run_setup_cell(HYBRIDRL_SOURCE=str(clone))
+    assert not done.returncode, done.stderr
+    place = machine.run_python("import hybridrl_lib; print(hybridrl_lib.__file__)").stdout
+    assert str(machine.site) in place
 
 
 @pytest.mark.slow

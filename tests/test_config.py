@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -37,6 +38,14 @@ MODEL_DEPENDENT = {
 }
 
 
+# Whose defaults were chosen for the tiny world: on a real model each one needs a reason of its own.
+OF_A_REAL_MODEL = {
+    "training.betas", "training.weight_decay", "training.gradient_clip",
+    "training.final_learning_rate_fraction", "rl.updates_per_rollout", "rl.epsilon_low",
+    "rl.epsilon_high", "rl.temperature", "rl.advantage_scale",
+}
+
+
 @pytest.fixture(autouse=True)
 def no_smoke(monkeypatch):
     """These tests look at full budgets, also where the suite itself runs under HYBRIDRL_SMOKE."""
@@ -55,6 +64,23 @@ def test_every_preset_loads_and_survives_json(preset, smoke):
 def test_every_preset_states_what_depends_on_the_model(preset):
     """Tuning the tiny world moves no other preset, since none leans on its defaults."""
     assert set(read_preset(preset)) >= MODEL_DEPENDENT
+    if preset in ("colab", "paper"):
+        assert set(read_preset(preset)) >= OF_A_REAL_MODEL
+    if preset == "colab":
+        assert "model.lora_targets" in read_preset(preset)
+
+
+def test_the_share_of_the_warm_up_is_as_the_paper_preset_says():
+    """Counted from the sizes of the two data sets, as they are split."""
+    settings = load_settings("paper")
+    problems = sum(round(0.6 * total) - round(0.1 * round(0.6 * total)) for total in (7473 + 1319,
+                                                                                     500))
+    warm, epochs = settings.training.warmup_steps, settings.training.epochs
+    text = (PRESET_FOLDER / "paper.yaml").read_text(encoding="utf-8")
+    for batch, steps in ((settings.sft.batch_size, 1570), (settings.rl.prompts_per_step, 790)):
+        assert epochs * math.ceil(problems / batch) == pytest.approx(steps, rel=0.01)
+        assert f" of {steps} " in text
+        assert warm / steps in (pytest.approx(0.025, abs=0.001), pytest.approx(0.05, abs=0.001))
 
 
 @pytest.mark.parametrize("path", sorted(PRESET_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)

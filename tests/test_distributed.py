@@ -1,6 +1,9 @@
 """Several processes train as one does; two of them on the CPU, with gloo."""
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from hybridrl_lib.records import RunFolder
 from hybridrl_lib.run import refuse_processes
 from hybridrl_lib.setups import get_setup
 
+TESTS = Path(__file__).parent
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl", "eval.jsonl")
 # Both stages with every term of the loss; a method that keeps numbers of its own; an adapter, a
 # reference in the loss, several updates a batch, and problems drawn anew.
@@ -114,6 +118,40 @@ def test_a_failure_in_one_process_ends_all_with_one_sentence(results):
     texts = start([{**FULL, "experiment": "failing", "fail": 1}])
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     assert lines == ["hybridrl: This process has failed."]
+
+
+def launch(tmp_path, *options) -> subprocess.CompletedProcess:
+    """`accelerate launch` itself, on the CPU and without a configuration of this machine."""
+    environment = {key: value for key, value in os.environ.items()
+                   if not key.startswith(("ACCELERATE_", "FSDP_", "MASTER_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", "2",
+         "--main_process_port", "0", str(TESTS / "launched.py")], text=True, check=False,
+        capture_output=True, timeout=300, env=environment | {
+            "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "shards"), [
+    (("--multi_gpu",), False), (("--use_fsdp", "--fsdp_version", "2"), True)])
+def test_the_launcher_itself_starts_two_processes(tmp_path, options, shards):
+    """What it leaves in the environment is what this library reads, in the installed release."""
+    done = launch(tmp_path, *options)
+    assert not done.returncode, done.stderr
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert said == [f"process {rank} of 2 shards {shards}" for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "words"), [
+    (("--cpu",), "--multi_gpu"), (("--use_fsdp", "--fsdp_version", "1"), "--fsdp_version 2")])
+def test_a_launch_that_cannot_work_is_a_sentence(tmp_path, options, words):
+    """accelerate starts one process of two with --cpu, and knows an FSDP that this library does
+    not."""
+    done = launch(tmp_path, *options)
+    assert done.returncode
+    assert any(line.startswith("hybridrl: ") and words in line for line in done.stderr.split("\n"))
 
 
 # Without processes ------------------------------------------------------------------------------

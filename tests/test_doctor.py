@@ -99,6 +99,15 @@ def test_colab_says_what_it_needs_and_how_long_it_takes(monkeypatch):
         assert sum(name.startswith("time ") for name in rows) == 8, "base, six setups, assumptions"
 
 
+def test_setups_that_need_more_than_the_preset_are_named(monkeypatch):
+    """A T4 is enough for colab and not for BRIDGE at it; the six setups are not in that list."""
+    monkeypatch.setattr(doctor, "look", lambda: replace(GPU_BOX, gpu_memory=14.6, precision="fp32"))
+    (row,) = [row for row in doctor.report("colab") if "bridge" in row[0]]
+    assert row[0].strip().startswith("bridge, ") and "at the least 15.8 GiB" in row[1]
+    assert "This run needs about 15.8 GiB" in row[2]
+    assert not [row for row in doctor.report("colab") if "sft_then_rl" in row[0].split(", ")]
+
+
 def test_render_shows_value_and_advice(monkeypatch):
     """What is wrong stands beside what to do about it."""
     monkeypatch.setattr(doctor, "look", lambda: LAPTOP)

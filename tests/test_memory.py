@@ -2,11 +2,14 @@
 
 import math
 import multiprocessing
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from notebook_files import read
 from small_training import small_settings
 
 from hybridrl_lib import memory
@@ -14,7 +17,17 @@ from hybridrl_lib.config import ModelSettings, load_settings
 from hybridrl_lib.decoding import Decoder
 from hybridrl_lib.duration import minutes
 from hybridrl_lib.errors import UserError
-from hybridrl_lib.memory import GIB, KNOWN_SHAPES, columns, estimate, fit, shape_from, shape_of
+from hybridrl_lib.memory import (
+    GIB,
+    KNOWN_SHAPES,
+    columns,
+    estimate,
+    fit,
+    room_for,
+    shape_from,
+    shape_of,
+    with_micro_batches,
+)
 from hybridrl_lib.policy import load_policy
 from hybridrl_lib.rollouts import sample
 from hybridrl_lib.run import run
@@ -140,7 +153,7 @@ def test_the_advice_is_the_setting_that_helps(overrides, advice):
 
 def test_a_run_that_cannot_fit_loads_no_model(results, monkeypatch):
     """The sentence comes before the weights are read."""
-    monkeypatch.setattr("hybridrl_lib.run.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("hybridrl_lib.memory.free_memory", lambda device: 2**20)
     monkeypatch.setattr("hybridrl_lib.run.load_policy", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match="needs about .* GiB .*this machine has"):
         run("sft", "tiny", 0, "small")
@@ -148,7 +161,7 @@ def test_a_run_that_cannot_fit_loads_no_model(results, monkeypatch):
 
 def test_the_base_model_is_scored_where_training_it_would_not_fit(results, monkeypatch):
     """It needs no gradients and no optimiser, so their memory keeps it from nothing."""
-    monkeypatch.setattr("hybridrl_lib.run.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("hybridrl_lib.memory.free_memory", lambda device: 2**20)
     record = run("base", "tiny", 0, "small", ["data.test_limits=2,2", "evaluation.samples=0"])
     assert record.is_complete
 
@@ -211,6 +224,61 @@ def test_bridge_holds_its_copy_of_the_weights():
     shape = shape_of(ModelSettings())
     one, other = (estimate(shape, s, "fp32", "cuda").peak for s in (lora, bridge))
     assert other - one >= 6 * 4 * shape.parameters
+
+
+def test_pear_holds_its_behaviour_model():
+    """While it trains, a second model; it is gone before the policy's own moments are there."""
+    settings = {name: load_settings("tiny", ("rl.kl_anchor=old", *more), smoke=False,
+                                    setup=SETUPS[setup]) for name, setup, more in (
+        ("sft", "sft_then_rl", ()), ("pear", "pear", ()),
+        ("named", "pear", ("pear.behaviour=Qwen/Qwen2.5-0.5B",)))}
+    sizes = {name: estimate(QWEN, chosen, "fp32", "cuda") for name, chosen in settings.items()}
+    update = sizes["sft"].total("SFT update")
+    assert sizes["pear"].total("behaviour's update") == update + 4 * QWEN.parameters
+    assert sizes["pear"].surely == "behaviour's update"
+    assert sizes["named"].surely != "behaviour's update"
+    assert sizes["named"].phases["behaviour's sampling"]["behaviour model"] == 4 * QWEN.parameters
+    assert sizes["pear"].total("SFT update") == update
+
+
+def test_vllm_has_its_share_of_the_gpu(monkeypatch):
+    """What vllm will take is not planned with, and what it does is not counted twice."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 22 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (22 * GIB, 24 * GIB))
+    own, vllm = (load_settings("colab", (f"model.sampler={name}",), smoke=False)
+                 for name in ("own", "vllm"))
+    assert room_for(own, "cuda") == 0.9 * 22 * GIB
+    assert room_for(vllm, "cuda") == pytest.approx(0.9 * (22 - 0.4 * 24) * GIB)
+    assert room_for(vllm, "cpu", 2) == 0.45 * 22 * GIB
+    assert "cache" not in estimate(QWEN, vllm, "fp32", "cuda").phases["evaluation"]
+    assert "cache" in estimate(QWEN, own, "fp32", "cuda").phases["evaluation"]
+
+
+def test_fsdp_divides_models_moments_and_gradients():
+    """Of what is held each process has its part; a pass gathers some of it, sampling all."""
+    settings = with_micro_batches(load_settings("paper", smoke=False), 1024)
+    alone, four = (estimate(QWEN, settings, "bf16", "cuda", n, n > 1).phases for n in (1, 4))
+    for name in ("weights", "reference", "optimiser", "gradients"):
+        assert four["SFT update"][name] == alone["SFT update"][name] // 4
+    assert four["SFT update"]["activations"] == alone["SFT update"]["activations"]
+    assert four["sampling"]["gathered weights"] == alone["sampling"]["weights"]
+    assert four["SFT update"]["gathered weights"] < alone["SFT update"]["weights"] / 2
+    assert "gradients in one piece" not in four["SFT update"]
+
+
+def test_the_bridge_notebook_says_what_fits_a_t4():
+    """Its title: the preset for a T4 is refused there, and the settings that it advises fit."""
+    title = read("36_bridge").cells[0].source
+    advised = re.search(r'`settings = "(.+?)"`', title)[1]
+    plain, smaller = (load_settings("colab", text, smoke=False, setup=SETUPS["bridge"])
+                      for text in ("", advised))
+    with pytest.raises(UserError, match="needs about 15.8 GiB .* has 13.1 GiB"):
+        fit(plain, QWEN, "fp32", "cuda", T4)
+    _, expected = fit(smaller, shape_of(smaller.model), "fp32", "cuda", T4)
+    assert expected.peak < T4
+    for number in (15.8, 13.1, round(expected.total(expected.surely) / GIB, 1)):
+        assert str(number) in title
+    fit(plain, QWEN, "fp32", "cuda", 0.9 * 22 * GIB)  # what a GPU of 24 GB has
 
 
 def test_gradients_are_summed_in_one_piece():

@@ -198,6 +198,11 @@ def test_precision_follows_the_device(monkeypatch):
     for capability, precision in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert choose_precision("auto", gpu) == precision
+        if capability < (8, 0):  # torch would imitate it, slower than fp32
+            with pytest.raises(UserError, match="8.0 on, and this one has 7.5; set it to 'auto'"):
+                choose_precision("bf16", gpu)
+        else:
+            assert choose_precision("bf16", gpu) == "bf16"
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
 from small_training import distance, watch
 
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.objectives import score_tokens
-from hybridrl_lib.updates import PATIENCE_WITH_SCALING
+from hybridrl_lib.updates import PATIENCE_WITH_SCALING, make_accelerator
 
 
 @pytest.fixture
@@ -125,3 +126,14 @@ def test_fp16_has_a_scale_before_any_loss(in_precision):
     for parameter in trainer.learner.parameters:
         parameter.grad = torch.ones_like(parameter)
     assert math.isfinite(trainer.learner.step(0.0))
+
+
+def test_a_run_on_another_device_may_have_been_before(policy):
+    """A notebook trains on a GPU and then, at another preset, on the CPU: accelerate alone refuses.
+    """
+    accelerator = make_accelerator(policy.device)
+    for state in (accelerator.state, PartialState()):
+        state._shared_state["device"] = torch.device("cuda")
+    with pytest.raises(ValueError, match="restart your runtime"):
+        Accelerator(cpu=True)
+    assert make_accelerator(policy.device).device.type == "cpu"

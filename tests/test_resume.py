@@ -1,10 +1,13 @@
 """Runs that were cut off and went on, runs that repeat, and runs that must not."""
 
 import errno
+import gc
+import importlib
 import itertools
 import json
 import os
 import signal
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +16,12 @@ import torch
 from small_training import SMALL, Coin
 
 from hybridrl_lib.checkpoints import Checkpoints
-from hybridrl_lib.errors import UserError
+from hybridrl_lib.errors import UserError, show_in_one_sentence
 from hybridrl_lib.progress import Observer
 from hybridrl_lib.records import RunFolder, experiment_folder
 from hybridrl_lib.run import run
 
+run_module = importlib.import_module("hybridrl_lib.run")  # the package has a function of that name
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl", "eval.jsonl")
 # Ten steps, one an epoch; probes, samples and checkpoints fall on different steps.
 TEN = (*SMALL, "training.epochs=10", "training.checkpoint_every=2", "training.samples_every=3",
@@ -113,6 +117,94 @@ def test_ten_steps_are_five_and_resume_and_five(start, whole, step, how):
     # Steps 2, 4, 8 by checkpoint_every, 5 and 10 as the last of a stage; a crash comes before.
     last = {1: None, 3: 2, 5: 4, 6: 5, 8: 6, 10: 8}[step] if how == "crash" else step
     assert folder.read("manifest.json")["resumed_from"] == ([] if last is None else [last])
+
+
+class OutOfMemory(Observer):
+    """Memory runs out after a step; what torch says of it differs."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def on_step(self, row, total):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory") if hasattr(torch, "AcceleratorError") else
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=lambda error: type(error).__name__)
+def test_out_of_memory_is_one_sentence(start, error):
+    """In a notebook, too, where no command line explains it; another RuntimeError stays one."""
+    with pytest.raises(UserError, match="Out of memory; lower training.micro_b") as caught:
+        start("sft", "full", observer=OutOfMemory(error))
+    assert caught.value.__cause__ is error
+    with pytest.raises(RuntimeError, match="shapes"):
+        start("sft", "full", observer=OutOfMemory(RuntimeError("shapes do not fit")))
+
+
+@pytest.mark.parametrize("ends", [
+    Ends(2, "ctrl-c"), OutOfMemory(torch.OutOfMemoryError("CUDA out of memory.")),
+    OutOfMemory(KeyboardInterrupt())], ids=["ctrl-c", "memory", "second ctrl-c"])
+def test_a_stopped_run_leaves_no_model_in_a_notebook(start, monkeypatch, capsys, ends):
+    """The cell is run again, and two models do not fit: the last error must not hold the first."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    models = []
+
+    def noted(*arguments):
+        models.append(weakref.ref((policy := load_policy(*arguments)).model))
+        return policy
+
+    load_policy = run_module.load_policy
+    monkeypatch.setattr(run_module, "load_policy", noted)
+    shell = InteractiveShell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    show_in_one_sentence()
+    shell.user_ns |= {"start": start, "ends": ends}
+    done = shell.run_cell("mine = 1\nstart('rl', 'notebook', observer=ends)")
+    assert done.error_in_exec is not None and shell.user_ns["mine"] == 1
+    gc.collect()  # as the next run does first
+    (model,) = models
+    assert model() is None
+    assert ("Traceback" in capsys.readouterr().out) == (
+        done.error_in_exec.__class__ is KeyboardInterrupt)
+
+
+def almost(one, other) -> bool:
+    """Whether two values of a record differ by rounding at most."""
+    if isinstance(one, dict):
+        return set(one) == set(other) and all(almost(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(almost, one, other))
+    return one == pytest.approx(other, rel=1e-3, abs=1e-6) if isinstance(one, float) else (
+        one == other)
+
+
+@pytest.mark.parametrize("at", [5, 10])
+def test_a_run_that_was_out_of_memory_goes_on_with_less(start, whole, at):
+    """The three settings of memory may change on the way, and the record says so: before the
+    evaluation the result is the same to the last bit, earlier but for rounding. No other may."""
+    less = ("training.micro_batch_tokens=64", "training.logit_chunk_tokens=16",
+            "evaluation.batch_size=3")
+    with pytest.raises(UserError, match="Stopped"):
+        start("sft_then_rl_entropy", "cut", observer=Ends(at, "ctrl-c"))
+    with pytest.raises(UserError, match=r"other settings \(rl.gamma: \S+ -> 0.5\);"):
+        start("sft_then_rl_entropy", "cut", *less, "rl.gamma=0.5")
+    folder = start("sft_then_rl_entropy", "cut", *less)
+    mine, theirs = record(folder), whole("sft_then_rl_entropy")
+    if at == 5:
+        mine.pop("weights")
+        assert all(almost(mine[name], theirs[name]) for name in mine)
+        assert mine["metrics.jsonl"] != theirs["metrics.jsonl"]  # a sum in another order
+    else:
+        assert_same(mine, theirs)
+    config, changes = folder.read("config.json"), folder.read("manifest.json")["memory"]["changes"]
+    assert changes == config["memory_changes"] and [change.partition(" -> ")[2] for change in
+                                                    changes] == ["64", "16", "3"]
+    assert config["settings"]["evaluation"]["batch_size"] == 3
+    assert start("sft_then_rl_entropy", "cut").read("config.json") == config  # it is finished
 
 
 @pytest.mark.parametrize(("setup", "overrides"), [

@@ -82,7 +82,7 @@ def test_where_no_graph_can_be_recorded_the_steps_are_run(policy, monkeypatch):
     assert texts(sample(policy, prompts_of(policy), **ARGUMENTS)) == texts(plain)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_graphs_on_a_gpu_are_the_plain_steps(make_policy, monkeypatch, adapter):
     """The recorded kernels give the numbers of the launched ones, before and after an update."""

@@ -8,7 +8,9 @@ renames an argument fails here with the argument's name, and not in the middle o
 import ast
 import builtins
 import importlib
+import importlib.util
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,44 @@ ROOT = Path(__file__).parent.parent / "hybridrl_lib"
 FILES = sorted(ROOT.rglob("*.py"))
 NOT_INSTALLED = {"vllm", "ray", "google"}  # optional: looked up where they are installed
 
+# Methods of objects, to which no import leads: what is called by name, and with **arguments. An
+# argument that such a function takes by **kwargs has to stand in its text, as a word of its own.
+METHODS = {
+    "transformers.PreTrainedModel.from_pretrained": (
+        "dtype", "attn_implementation", "output_loading_info", "use_safetensors", "gguf_file",
+        "trust_remote_code"),
+    "transformers.AutoTokenizer.from_pretrained": ("trust_remote_code", "gguf_file"),
+    "transformers.PreTrainedModel.save_pretrained": ("state_dict",),
+    "transformers.PreTrainedModel.gradient_checkpointing_enable": (),
+    "transformers.PreTrainedModel.set_attn_implementation": (),
+    "transformers.PreTrainedModel.get_decoder": (),
+    "transformers.PreTrainedTokenizerBase.__call__": ("add_special_tokens",),
+    "transformers.PreTrainedTokenizerBase.apply_chat_template": (
+        "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"),
+    "transformers.PreTrainedTokenizerBase.decode": ("skip_special_tokens",),
+    "transformers.PreTrainedTokenizerBase.batch_decode": ("skip_special_tokens",),
+    "transformers.PreTrainedTokenizerBase.convert_tokens_to_ids": (),
+    "transformers.PreTrainedTokenizerBase.convert_ids_to_tokens": (),
+    "transformers.Qwen2Model.forward": (
+        "input_ids", "position_ids", "attention_mask", "use_cache", "past_key_values"),
+    "transformers.DynamicCache.__init__": ("config",),
+    "transformers.DynamicCache.batch_repeat_interleave": (),
+    "transformers.DynamicCache.batch_select_indices": (),
+    "transformers.DynamicCache.get_seq_length": (),
+    "peft.PeftModel.save_pretrained": ("save_embedding_layers", "state_dict"),
+    "peft.PeftModel.disable_adapter": (),
+    "peft.tuners.lora.LoraModel.merge_and_unload": (),
+    "peft.tuners.lora.LoraModel.unload": (),
+    "peft.tuners.lora.Linear.get_delta_weight": (),
+    "accelerate.Accelerator.prepare": (),
+    "accelerate.Accelerator.backward": (),
+    "accelerate.Accelerator.clip_grad_norm_": (),
+    "accelerate.state.AcceleratorState._reset_state": ("reset_partial_state",),
+    "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor": (),
+    "torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms": (),
+    "torch.distributed.fsdp.FSDPModule.unshard": (),
+    "torch.distributed.fsdp.FSDPModule.reshard": (),
+}
 # These have **arguments too, for engines and formats of one's own; what is used here has a name.
 NAME_WHAT_THEY_TAKE = {"datasets", "papermill"}
 
@@ -108,6 +148,101 @@ def test_every_call_of_another_package_fits_its_signature(path):
         assert not wrong, (f"{place}: {function.__module__}.{function.__qualname__} has no "
                            f"argument {' and no argument '.join(wrong)}; it was renamed or removed "
                            "in the installed release.")
+
+
+def looked_up(path: str) -> object:
+    """What `package.module.Class.method` names.
+
+    Raises:
+        AssertionError: a part of it is gone.
+    """
+    parts = path.split(".")
+    known = next(n for n in range(len(parts), 0, -1) if is_module(".".join(parts[:n])))
+    found = importlib.import_module(".".join(parts[:known]))
+    for name in parts[known:]:
+        assert hasattr(found, name), f"{path}: there is no {name}; it was renamed or removed."
+        found = getattr(found, name)
+    return found
+
+
+def is_module(path: str) -> bool:
+    try:
+        return importlib.util.find_spec(path) is not None
+    except ModuleNotFoundError:  # what is before the last dot is none
+        return False
+
+
+def not_taken(function: object, names: tuple[str, ...]) -> list[str]:
+    """The names that a function neither has in its signature nor speaks of."""
+    parameters = inspect.signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    text = f"{inspect.getdoc(function)}\n{inspect.getsource(function)}" if open_ended else ""
+    return [name for name in names if name not in parameters
+            and not re.search(rf"""["'`]{name}["'`]""", text)]
+
+
+@pytest.mark.parametrize("path", METHODS)
+def test_every_method_takes_what_it_is_given(path):
+    wrong = not_taken(looked_up(path), METHODS[path])
+    assert not wrong, (f"{path} has no argument {' and no argument '.join(wrong)}; it was renamed "
+                       "or removed in the installed release.")
+
+
+def test_no_argument_of_these_methods_is_forgotten():
+    """Whoever adds an argument to such a call adds it above."""
+    listed: dict[str, set[str]] = {}
+    for path, names in METHODS.items():
+        listed.setdefault(path.rpartition(".")[2], set()).update(names)
+    seen = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
+                    node.func.attr in listed) and not path.match("rewards/*"):
+                names = {k.arg for k in node.keywords if k.arg}
+                assert names <= listed[node.func.attr], f"{where(path, node)}: {names}"
+                seen |= names
+    assert {"dtype", "return_dict", "skip_special_tokens"} <= seen
+
+
+def test_a_method_that_has_changed_is_named(monkeypatch):
+    """Also where **kwargs would swallow the argument."""
+    import transformers
+
+    def from_pretrained(path, **kwargs):
+        """Takes `attn_implementation`."""
+
+    assert not_taken(from_pretrained, ("attn_implementation", "dtype")) == ["dtype"]
+    monkeypatch.delattr(transformers.PreTrainedTokenizerBase, "apply_chat_template")
+    with pytest.raises(AssertionError, match="no apply_chat_template; it was renamed"):
+        looked_up("transformers.PreTrainedTokenizerBase.apply_chat_template")
+
+
+def test_what_the_arguments_ask_for_is_done(model_folders, tmp_path):
+    """A name that is taken may be passed over: a bf16 folder is loaded as fp32 with the attention
+    that was asked for, a prompt is text, and clipping gives the norm from before."""
+    import torch
+    from accelerate import Accelerator
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hybridrl_lib.policy import _load_model
+
+    half = AutoModelForCausalLM.from_pretrained(model_folders["qwen2"]).to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    model = _load_model(str(tmp_path), {}, "half")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(a, b.float()) for a, b in zip(model.parameters(), half.parameters(),
+                                                         strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(model_folders["qwen2"])
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    assert tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1"}], add_generation_prompt=True,
+        continue_final_message=False, tokenize=False, return_dict=False) == "<1>"
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    accelerator = Accelerator(cpu=True)
+    accelerator.backward((weight * weight.detach()).sum())
+    assert float(accelerator.clip_grad_norm_([weight], 1.0)) == 5.0
+    assert float(weight.grad.norm()) == pytest.approx(1.0)
 
 
 def test_calls_are_found():
