@@ -308,11 +308,15 @@ def load_policy(settings: ModelSettings,
         enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; dropout is refused below
         _refuse_dropout(model)
+    ends = model.generation_config.eos_token_id
+    stop_ids, pad_id = stop_token_ids(tokenizer, ends), pad_token_id(tokenizer, ends)
+    if pad_id in stop_ids:
+        say(f"the tokenizer of {name} has no padding token of its own: token {pad_id} fills "
+            "batches and also ends answers, which are told apart by their lengths")
     return Policy(
         model=model.to(device), tokenizer=tokenizer, name=name, sha256=sha256,
         precision=choose_precision(settings.precision, device),
-        stop_ids=stop_token_ids(tokenizer, model.generation_config.eos_token_id),
-        pad_id=pad_token_id(tokenizer), adapter=settings.adapter, sampler=settings.sampler,
+        stop_ids=stop_ids, pad_id=pad_id, adapter=settings.adapter, sampler=settings.sampler,
         revision=Path(source).name if on_hub else "")
 
 
@@ -366,25 +370,32 @@ def _locate(settings: ModelSettings) -> tuple[str, dict, str]:
 
 
 def _load_tokenizer(source: str, arguments: dict, path: str):
+    gguf = "gguf_file" in arguments
     try:
         loader = PreTrainedTokenizerFast if _is_plain_fast(source) else AutoTokenizer
         tokenizer = loader.from_pretrained(source, trust_remote_code=False, **arguments)
         if not tokenizer("1 + 1")["input_ids"]:  # what transformers makes up where there is none
             raise ValueError("its tokenizer has no vocabulary")
     except Exception as error:
-        if Path(source).is_dir() and "gguf_file" not in arguments and not (
+        if Path(source).is_dir() and not gguf and not (
                 Path(source) / "tokenizer_config.json").exists():
             raise UserError(f"The folder {path} has a model but no tokenizer; put tokenizer.json "
                             "and tokenizer_config.json beside its config.json.") from error
         raise _loading_error(path, error) from error
     if tokenizer.eos_token_id is None:
+        where = "set eos_token in its tokenizer_config.json."
+        if gguf:
+            where = "take a conversion of the model that names one, or the model's own folder."
+        elif not Path(path).expanduser().is_dir():
+            where = f"fetch it into a folder and {where}"
         raise UserError(f"The tokenizer of {path} has no EOS token, so an answer could never end; "
-                        "set eos_token in its tokenizer_config.json.")
+                        f"{where}")
     try:
         prompt_text(tokenizer, "1 + 1")
     except Exception as error:  # whatever a template raises, or the sandbox at what it reaches for
-        raise UserError(f"The chat template of {path} cannot be used ({reason(error)}); mend it or "
-                        "remove it from the tokenizer's files.") from error
+        raise UserError(f"The chat template of {path} cannot be used ({reason(error)}); " + (
+            "take another conversion of the model, or the model's own folder." if gguf else
+            "mend it or remove it from the tokenizer's files.")) from error
     return tokenizer
 
 

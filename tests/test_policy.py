@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hybridrl_lib.config import ModelSettings
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.packing import PromptCompletion, pack
-from hybridrl_lib.policy import choose_device, choose_precision, load_policy
+from hybridrl_lib.policy import _load_tokenizer, choose_device, choose_precision, load_policy
 from hybridrl_lib.problems.prompts import prompt_text
 from hybridrl_lib.rollouts import sample
 
@@ -375,3 +375,34 @@ def test_the_sampler_computes_a_pretrained_model():
             do_sample=False, max_new_tokens=12, repetition_penalty=1.0,
             pad_token_id=policy.pad_id, eos_token_id=list(policy.stop_ids))
         assert group.completions[0].token_ids == theirs[0, len(prompt):].tolist()
+
+
+def test_padding_that_ends_answers_is_said_by_name(model_folders, tmp_path, caplog):
+    """Where a run says everything else: with the model's name, and by one process of several."""
+    folder = copy_of(model_folders["qwen2"], tmp_path / "endless")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("unk_token")
+    text = (folder / "tokenizer.json").read_text().replace(config["pad_token"], "<|nothing|>")
+    (folder / "tokenizer.json").write_text(text)
+    config["pad_token"] = config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    said = []
+    policy = load_policy(ModelSettings(path=str(folder), device="cpu"), said.append)
+    assert policy.pad_id == policy.eos_id
+    assert "of endless has no padding token of its own" in said[-1] and len(said) == 2
+    assert not [record for record in caplog.records if record.name.startswith("hybridrl_lib")]
+
+
+@pytest.mark.parametrize(("path", "arguments", "advice"), [
+    ("model.gguf", {"gguf_file": "model.gguf"}, "take a conversion of the model that names one"),
+    ("someone/model", {}, "fetch it into a folder and set eos_token"),
+    (".", {}, "; set eos_token in its tokenizer_config.json")])
+def test_no_eos_says_what_helps_there(monkeypatch, path, arguments, advice):
+    """A GGUF file has no tokenizer_config.json, and nobody can edit one on the hub."""
+    loaded = type("Tokenizer", (), {"__call__": lambda self, text: {"input_ids": [1]},
+                                    "eos_token_id": None})()
+    monkeypatch.setattr("hybridrl_lib.policy.AutoTokenizer.from_pretrained",
+                        lambda *a, **more: loaded)
+    with pytest.raises(UserError) as caught:
+        _load_tokenizer("nowhere", arguments, path)
+    assert advice in str(caught.value)

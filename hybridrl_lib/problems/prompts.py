@@ -4,7 +4,6 @@ The paper does not print its prompt; this project asks every model the same thin
 template where the tokenizer has one, and wants the answer in `\boxed{}`.
 """
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -21,8 +20,6 @@ TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|end_of_t
 # Tokens that vocabularies hold for padding even where the tokenizer does not name them.
 PADDINGS = ("<|pad|>", "<pad>", "[PAD]", "<|fim_pad|>", "<|finetune_right_pad_id|>",
             "<|endoftext|>")
-
-logger = logging.getLogger(__name__)
 
 
 def prompt_text(tokenizer: "PreTrainedTokenizerBase", question: str) -> str:
@@ -88,7 +85,7 @@ def pad_token_id(tokenizer: "PreTrainedTokenizerBase",
 
     A tokenizer whose padding is its end-of-text token makes code that masks by id lose that token.
     The library masks by length, so any id does; this one keeps a dump of a batch readable. Where
-    only the end-of-text token is left, a warning says so.
+    only the end-of-text token is left, it is that one.
     """
     stops = stop_token_ids(tokenizer, model_eos)
     candidates = [tokenizer.pad_token_id, *(_id_of(tokenizer, token) for token in PADDINGS),
@@ -96,6 +93,4 @@ def pad_token_id(tokenizer: "PreTrainedTokenizerBase",
     for candidate in candidates:
         if candidate is not None and candidate not in stops:
             return candidate
-    logger.warning("The tokenizer has no padding token of its own; token %d fills batches and also "
-                   "ends completions, which are told apart by their lengths.", stops[0])
     return stops[0]
