@@ -18,6 +18,7 @@ from .config import (
     default_experiment,
     difference,
     load_settings,
+    moves_memory_alone,
     resolve_preset,
     sections_of,
     settings_from_dict,
@@ -288,7 +289,8 @@ def run_job(plan: Plan, arm: Setup, seed: int, experiment: str, settings: Sequen
     settings = own_settings(arm, settings)
     if record.is_complete:
         before = settings_from_dict((record.read("config.json") or {}).get("settings", {}))
-        changes = difference(before, load_settings(plan.preset, settings, setup=arm))
+        wanted = load_settings(plan.preset, settings, setup=arm)
+        changes = [c for c in difference(before, wanted) if not moves_memory_alone(c)]
         if changes:
             raise UserError(f"The run {arm.name}/seed-{seed} of experiment {experiment} was made "
                             f"with other settings ({'; '.join(changes)}); choose another "

@@ -93,6 +93,8 @@ def test_what_is_finished_is_not_run_again(started, results):
     _, said = go(grid=(1.0,))
     assert "5 of 5 runs are finished already" in said
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    _, said = go(grid=(1.0,), settings=("evaluation.batch_size=3",))
+    assert "5 of 5 runs are finished already" in said, "memory alone is no other setting"
     with pytest.raises(UserError, match="made with other settings .rl.beta: 0.02 -> 0.1"):
         go(grid=(1.0,), settings=("rl.beta=0.1",))
 
