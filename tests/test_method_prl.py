@@ -46,7 +46,7 @@ def test_the_gradient_is_the_formulas(make_trainer, monkeypatch, setup, override
     """A step away from the reference, token by token as the sheet writes it."""
     taken, beta = watch_rollouts(monkeypatch), 0.7
     trainer = make_trainer(setup, f"prl.beta={beta}", "rl.updates_per_rollout=1",
-                           "rl.learning_rate=0.01", *overrides)
+                           "training.epochs=4", "rl.learning_rate=0.01", *overrides)
     seen = watch(trainer)
     base = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
     trainer.train()
@@ -78,9 +78,9 @@ def test_the_gradient_is_the_formulas(make_trainer, monkeypatch, setup, override
 
 def test_without_beta_it_is_grpo_bit_for_bit(make_trainer):
     found = []
-    for setup, overrides in (("frpo", ("prl.beta=0",)), ("rl", ("rl.beta=0",))):
-        trainer = make_trainer(setup, *overrides, "training.epochs=4", "rl.learning_rate=0.01",
-                               folder=setup)
+    for setup, *overrides in (("frpo", "prl.beta=0", "training.epochs=8"),  # half are taken
+                              ("rl", "rl.beta=0", "training.epochs=4")):
+        trainer = make_trainer(setup, *overrides, "rl.learning_rate=0.01", folder=setup)
         trainer.train()
         found.append(weights(trainer))
     assert torch.equal(*found)
@@ -89,7 +89,8 @@ def test_without_beta_it_is_grpo_bit_for_bit(make_trainer):
 @pytest.mark.parametrize("adapter", ["none", "lora"])
 def test_at_the_reference_the_correction_is_exactly_nothing(make_trainer, make_policy, adapter):
     """Else rounding would be all the signal of equal groups, and Adam makes a full step of it."""
-    trainer = make_trainer("frpo", verifier=Fixed([0]), policy=make_policy(adapter=adapter))
+    trainer = make_trainer("frpo", "training.epochs=4", verifier=Fixed([0]),
+                           policy=make_policy(adapter=adapter))
     before = weights(trainer).clone()
     trainer.train()
     rows = trainer.folder.lines("metrics.jsonl")
@@ -99,7 +100,7 @@ def test_at_the_reference_the_correction_is_exactly_nothing(make_trainer, make_p
 
 def test_groups_of_equal_reward_learn_once_the_policy_has_left_the_reference(make_trainer):
     """Their advantage is -beta S: they are pulled back and must not be skipped."""
-    trainer = make_trainer("frpo", "training.epochs=3", "rl.learning_rate=0.01",
+    trainer = make_trainer("frpo", "training.epochs=6", "rl.learning_rate=0.01",
                            verifier=Fixed([1, 0, 0, 1] * 8 + [0] * 1000))
     trainer.train()
     rows = trainer.folder.lines("metrics.jsonl")
