@@ -19,7 +19,7 @@ from common import add_threads_and_json, finish, machine, print_table, run
 from networks import make_network, tiny_tokenizer
 
 from hybridrl_lib.errors import UserError
-from hybridrl_lib.memory import KNOWN_SHAPES
+from hybridrl_lib.model_shapes import KNOWN_SHAPES
 from hybridrl_lib.records import RunFolder
 from hybridrl_lib.setups import get_setup, paper_setups
 

@@ -1,7 +1,7 @@
 """The memory model against what is measured: every phase of a run, at its caps.
 
 Models are built from a shape with random weights. Each one is a process of its own; its phases are
-those of `hybridrl_lib.memory.estimate`, and the peak is measured afresh in each. What is estimated
+those of `hybridrl_lib.memory_estimate`, and the peak is measured afresh in each. What is estimated
 and measured alike is what the run adds to a process that has imported everything and has already
 trained a model of a few weights. See README.md beside this file.
 """
@@ -20,7 +20,8 @@ from common import add_threads_and_json, current_memory, finish, machine, print_
 from networks import make_policy
 
 from hybridrl_lib.config import Settings, load_settings
-from hybridrl_lib.memory import KNOWN_SHAPES, Shape, estimate
+from hybridrl_lib.memory_estimate import estimate
+from hybridrl_lib.model_shapes import KNOWN_SHAPES, Shape
 from hybridrl_lib.packing import PromptCompletion
 from hybridrl_lib.policy import choose_device
 from hybridrl_lib.rollouts import sample

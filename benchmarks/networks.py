@@ -13,7 +13,7 @@ from transformers import (
 from hybridrl_lib import attention
 from hybridrl_lib import policy as policies
 from hybridrl_lib.config import ModelSettings
-from hybridrl_lib.memory import Shape
+from hybridrl_lib.model_shapes import Shape
 from hybridrl_lib.policy import Policy, choose_device, tiny_model_folder
 from hybridrl_lib.products import use_fast_products
 

@@ -21,7 +21,7 @@ from grpo_step import GRPOStep
 from networks import make_policy, tiny_tokenizer
 
 from hybridrl_lib.config import ModelSettings
-from hybridrl_lib.memory import Shape
+from hybridrl_lib.model_shapes import Shape
 from hybridrl_lib.policy import DTYPES, Policy, choose_device
 from hybridrl_lib.rollouts import Completion, Group
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from .errors import UserError, reason
-from .home import is_place, without_home
+from .home import is_missing, without_home
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DEEPEST = 8  # adapters of adapters
@@ -86,7 +86,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
               "GGUF file)")
     if not isinstance(base, str) or not base.strip():
         raise UserError(f"The adapter {folder} does not say which model it belongs to; {advice}.")
-    if is_place(base) and not Path(base).expanduser().exists():
+    if is_missing(base):
         raise UserError(f"The model {base} that the adapter {folder} belongs to is not there; "
                         f"{advice}.")
     return base, revision if isinstance(revision, str) and revision else None

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from .cluster import Cluster, connect
 from .config import (
+    MEMORY_ALONE,
     Settings,
     default_experiment,
     difference,
     load_settings,
-    moves_memory_alone,
     resolve_preset,
     sections_of,
     settings_from_dict,
@@ -290,8 +290,7 @@ def run_job(plan: Plan, arm: Setup, seed: int, experiment: str, settings: Sequen
     if record.is_complete:
         before = settings_from_dict((record.read("config.json") or {}).get("settings", {}))
         wanted = load_settings(plan.preset, settings, setup=arm)
-        changes = [c for c in difference(before, wanted) if not moves_memory_alone(c)]
-        if changes:
+        if changes := difference(before, wanted, ignored=MEMORY_ALONE):
             raise UserError(f"The run {arm.name}/seed-{seed} of experiment {experiment} was made "
                             f"with other settings ({'; '.join(changes)}); choose another "
                             "--experiment or delete its folder.")

@@ -7,7 +7,7 @@ section too, declared in its file (`methods/`) and read for a setup of that meth
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
@@ -33,10 +33,10 @@ from .sections import (
 from .setups import Setup
 
 __all__ = [
-    "DataSettings", "EntropyControlSettings", "EvaluationSettings", "ModelSettings",
+    "MEMORY_ALONE", "DataSettings", "EntropyControlSettings", "EvaluationSettings", "ModelSettings",
     "ProbeSettings", "RLSettings", "SFTSettings", "Settings", "TrainingSettings",
     "VerifierSettings", "default_experiment", "describe", "difference", "load_settings",
-    "moves_memory_alone", "preset_names", "resolve_preset", "settings_from_dict",
+    "preset_names", "resolve_preset", "settings_from_dict",
     "settings_to_dict", "smoke_from_environment",
 ]
 
@@ -237,14 +237,14 @@ def describe(settings: Settings) -> list[tuple[str, str, str]]:
     return rows
 
 
-def difference(one: Settings, other: Settings) -> list[str]:
+def difference(one: Settings, other: Settings, ignored: Collection[str] = ()) -> list[str]:
     """`key: value -> value` for each setting in which two differ; `absent` is one that only the
-    other has, as its method's own."""
+    other has, as its method's own.
+
+    Args:
+        ignored: keys that may differ, such as `MEMORY_ALONE`.
+    """
     before, after = ({key: value for key, value, _ in describe(s)} for s in (one, other))
     return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-            for key in {**before, **after} if before.get(key) != after.get(key)]
-
-
-def moves_memory_alone(change: str) -> bool:
-    """Whether a line of `difference` is about memory, and a run may go on with it."""
-    return change.partition(":")[0] in MEMORY_ALONE
+            for key in {**before, **after}
+            if before.get(key) != after.get(key) and key not in ignored]

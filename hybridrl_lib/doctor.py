@@ -17,15 +17,14 @@ from .memory import (
     GIB,
     MICRO_BATCHES,
     TO_USE,
-    Estimate,
-    estimate,
     fit,
     in_words,
-    shape_of,
     tight,
     too_much,
     with_micro_batches,
 )
+from .memory_estimate import Estimate, estimate
+from .model_shapes import shape_of
 from .problems import gsm8k, math500
 from .problems.source import FOLDER_HINT, FOLDER_VARIABLE
 from .setups import SETUPS, Setup

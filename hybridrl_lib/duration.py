@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from .catalogue import training_problems
 from .config import Settings
-from .memory import FULL, HALF, Shape
+from .memory_estimate import FULL, HALF
 from .methods import make_method
 from .methods.method import Progress
+from .model_shapes import Shape
 from .setups import Setup
 
 

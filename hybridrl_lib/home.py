@@ -18,6 +18,11 @@ def is_place(path: str) -> bool:
             or place.suffix.lower() == ".gguf")
 
 
+def is_missing(path: str) -> bool:
+    """Whether a model's path can only be a file or folder here, and there is none."""
+    return is_place(path) and not Path(path).expanduser().exists()
+
+
 def without_home(path: str) -> str:
     """A path below the user's home folder as `~/...`, which `expanduser` undoes anywhere.
 

@@ -15,11 +15,11 @@ import torch
 from .card import write_card
 from .checkpoints import Checkpoints
 from .config import (
+    MEMORY_ALONE,
     Settings,
     default_experiment,
     difference,
     load_settings,
-    moves_memory_alone,
     resolve_preset,
     settings_from_dict,
     settings_to_dict,
@@ -36,17 +36,11 @@ from .distributed import (
 from .errors import UsageError, UserError, memory_errors
 from .evaluation import evaluate, signal_lines
 from .locks import only_writer
-from .memory import (
-    Estimate,
-    PeakMemory,
-    fit_to_device,
-    room_for,
-    shape_from,
-    tight,
-    with_micro_batches,
-)
+from .memory import PeakMemory, fit_to_device, room_for, tight, with_micro_batches
+from .memory_estimate import Estimate
 from .methods import make_method
 from .methods.method import Method
+from .model_shapes import shape_from
 from .policy import KNOWN, Policy, choose_device, load_policy
 from .problems import ProblemParts, load_parts
 from .progress import Lines, Observer, Stopwatch
@@ -251,8 +245,8 @@ def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
         return
     run = (f"The run {folder.path.parent.name}/{folder.path.name} of experiment "
            f"{config['experiment']}")
-    changes = difference(settings_from_dict(before["settings"]), settings)
-    if others := [change for change in changes if not moves_memory_alone(change)]:
+    old = settings_from_dict(before["settings"])
+    if others := difference(old, settings, ignored=MEMORY_ALONE):
         raise UserError(f"{run} was made with other settings ({'; '.join(others)}); choose "
                         "another --experiment or delete its folder.")
     numerics = before.get("numerics_version", 1)  # the first ones do not say
@@ -260,7 +254,7 @@ def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
         raise UserError(f"{run} was made by an older or newer hybridrl_lib, whose numbers differ "
                         f"(numerics version {numerics}, this is {NUMERICS_VERSION}); choose "
                         "another --experiment or delete its folder.")
-    if changes and not folder.is_complete:
+    if (changes := difference(old, settings)) and not folder.is_complete:
         after = before | {"settings": config["settings"],
                           "memory_changes": [*before.get("memory_changes", ()), *changes]}
         if any(change.startswith("training.micro_batch_tokens") for change in changes):

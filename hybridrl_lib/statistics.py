@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.95
+SIGNIFICANT = 0.05  # Holm's p below which a difference is more than chance
 # Below this a variance is rounding: one answer in a million that differs gives more.
 _NO_VARIANCE = 1e-20
 

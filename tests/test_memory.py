@@ -17,17 +17,9 @@ from hybridrl_lib.config import ModelSettings, load_settings
 from hybridrl_lib.decoding import Decoder
 from hybridrl_lib.duration import minutes
 from hybridrl_lib.errors import UserError
-from hybridrl_lib.memory import (
-    GIB,
-    KNOWN_SHAPES,
-    columns,
-    estimate,
-    fit,
-    room_for,
-    shape_from,
-    shape_of,
-    with_micro_batches,
-)
+from hybridrl_lib.memory import GIB, fit, room_for, with_micro_batches
+from hybridrl_lib.memory_estimate import columns, estimate
+from hybridrl_lib.model_shapes import KNOWN_SHAPES, shape_from, shape_of
 from hybridrl_lib.policy import load_policy
 from hybridrl_lib.rollouts import sample
 from hybridrl_lib.run import run

@@ -24,12 +24,11 @@ weights: that is the arm to compare with.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ..config import Settings
 from ..fields import Section, setting
-from ..home import is_place, without_home
+from ..home import is_missing, without_home
 from ..setups import Setup
 from .method import Progress
 from .staged import Staged
@@ -92,7 +91,7 @@ class PEAR(Staged):
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
         named = self.own.behaviour
-        if is_place(named) and not Path(named).expanduser().exists():
+        if is_missing(named):
             self.own.refuse("behaviour", "there is no such file or folder; give a model folder, a "
                             "hub name, a GGUF file, or sft")
         self.demonstrations: dict | None = None  # by problem; sampled at the first step of SFT

@@ -9,8 +9,7 @@ from IPython.display import Markdown, display
 from ..catalogue import published_folder
 from ..report.loading import benchmark_title, setup_title
 from ..report.text import NOTHING, code_span, literal, markdown_table, p_text
-
-CLEAR = 0.05  # Holm's p below which a difference is more than chance
+from ..statistics import SIGNIFICANT
 
 Line = Mapping[str, str]
 
@@ -70,7 +69,7 @@ def _score_sentence(setup: str, benchmark: str, exact: Line, found: Mapping) -> 
 def _difference_sentence(row: Line) -> str:
     first, second = setup_title(row["first"]), setup_title(row["second"])
     size = float(row["difference"])
-    if float(row["p_holm"]) < CLEAR:
+    if float(row["p_holm"]) < SIGNIFICANT:
         verdict = f"**{'better' if size > 0 else 'worse'}** than {second}, beyond chance"
     else:
         verdict = f"not told apart from {second}"
@@ -102,7 +101,7 @@ def claims(folder: Path) -> str:
 
 
 def _verdict(row: Line, sign: int) -> str:
-    if float(row["p_holm"]) >= CLEAR:
+    if float(row["p_holm"]) >= SIGNIFICANT:
         return "cannot be told"
     return "holds" if float(row["difference"]) * sign > 0 else "the opposite holds"
 

@@ -1,7 +1,6 @@
 """Pictures of a comparison: forest plot, Pass@k against k, and each method's own diagnostics."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,19 +8,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ..setups import SETUPS
+from ..statistics import SIGNIFICANT
+from .arms import Arm
 from .loading import Experiment, benchmark_title, series, setup_title
 from .scores import EXACT_MATCH, score
 from .style import legend_below, line_style, new_figure
-
-if TYPE_CHECKING:
-    from .arms import Arm
 
 GREY = "#777777"
 PANELS = 3  # in a row
 SFT_WEIGHT = "lambda/sft"
 
 
-def draw_forest(experiment: Experiment, arms: "Sequence[Arm]") -> Figure | None:
+def draw_forest(experiment: Experiment, arms: Sequence[Arm]) -> Figure | None:
     """Each arm's difference to the baseline in exact match, with its interval."""
     shown = [arm for arm in arms
              if any(metric == EXACT_MATCH for _, metric in arm.differences)]
@@ -39,7 +37,8 @@ def draw_forest(experiment: Experiment, arms: "Sequence[Arm]") -> Figure | None:
             panel.plot([100 * difference.low, 100 * difference.high], [row, row],
                        color=look["color"], linewidth=1.8, solid_capstyle="butt")
             panel.plot(100 * difference.mean, row, marker="o", markersize=5.5,
-                       color=look["color"], markerfacecolor=look["color"] if p < 0.05 else "white")
+                       color=look["color"],
+                       markerfacecolor=look["color"] if p < SIGNIFICANT else "white")
         panel.axvline(0.0, color=GREY, linewidth=0.9)
         panel.set_title(benchmark_title(benchmark).title, loc="left")
         panel.set(xlabel="difference (percentage points)", ylim=(len(shown) - 0.4, -0.6))
@@ -50,7 +49,7 @@ def draw_forest(experiment: Experiment, arms: "Sequence[Arm]") -> Figure | None:
         panel.spines["left"].set_visible(False)
     marks = [Line2D([], [], color="#333333", marker="o", markersize=5.5, linewidth=1.8,
                     markerfacecolor=fill, label=label)
-             for fill, label in (("#333333", "p < 0.05 after Holm"), ("white", "not"))]
+             for fill, label in (("#333333", f"p < {SIGNIFICANT} after Holm"), ("white", "not"))]
     legend_below(figure, marks, 2)
     return figure
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..setups import SETUPS
-from ..statistics import Interval, mean_interval
+from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
-from .arms import SIGNIFICANT, Arm, metrics_of, verdict
+from .arms import Arm, metrics_of, verdict
 from .loading import Experiment, Run, benchmark_title, setup_title
 from .scores import EXACT_MATCH, score
 from .style import as_bytes, style
@@ -178,7 +178,7 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
              markdown_table(head, score_rows(experiment, arms), range(1, len(head))),
              f"## Difference to {title}\n",
              "Percentage points, paired over problems [95 % interval] (p after Holm's correction "
-             "over all arms and benchmarks of one metric); bold below 0.05.\n",
+             f"over all arms and benchmarks of one metric); bold below {SIGNIFICANT}.\n",
              markdown_table([*head, "verdict"], difference_rows(experiment, arms),
                             range(1, len(head))),
              who_beats(arms, baseline),

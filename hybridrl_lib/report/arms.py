@@ -3,11 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..statistics import Difference, Interval, holm, mean_interval, paired_difference
+from ..statistics import (
+    SIGNIFICANT,
+    Difference,
+    Interval,
+    holm,
+    mean_interval,
+    paired_difference,
+)
 from .loading import Experiment, Run
 from .scores import EXACT_MATCH, pass_ks, score
-
-SIGNIFICANT = 0.05  # Holm's p of a difference that counts
 
 
 @dataclass(frozen=True)

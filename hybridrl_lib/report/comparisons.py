@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..setups import SETUPS, paper_setups
-from ..statistics import Difference, gap_interval, holm, paired_difference
+from ..statistics import SIGNIFICANT, Difference, gap_interval, holm, paired_difference
 from .loading import Experiment, benchmark_title, paper_value, setup_title
 from .scores import EXACT_MATCH, score
 from .text import (
@@ -108,7 +108,7 @@ def comparisons_markdown(experiment: Experiment, comparisons: list[Comparison]) 
     """One table a metric, the benchmarks side by side."""
     parts = [f"# Differences between setups, experiment `{experiment.name}`\n",
              "First minus second in percentage points [95 % interval]; p after Holm's correction; "
-             "in bold what stays below 0.05.\n"]
+             f"in bold what stays below {SIGNIFICANT}.\n"]
     for metric, title in METRICS.items():
         chosen = [c for c in comparisons if c.metric == metric]
         if chosen:
@@ -148,7 +148,7 @@ def _comparison_table(experiment: Experiment, comparisons: list[Comparison]) -> 
                 row += [NOTHING, NOTHING] + [NOTHING] * with_paper
                 continue
             text = signed(c.difference.mean, c.difference.low, c.difference.high)
-            row += [f"**{text}**" if c.p_holm < 0.05 else text, p_text(c.p_holm)]
+            row += [f"**{text}**" if c.p_holm < SIGNIFICANT else text, p_text(c.p_holm)]
             row += [plus(c.paper)] * with_paper
         rows.append(row)
     return markdown_table(header, rows, range(1, len(header)))
