@@ -37,7 +37,8 @@ def test_published_tables_are_rebuilt_from_the_records_to_the_letter(folder):
 def test_published_runs_are_complete_and_from_committed_code(folder):
     """Protects the claim that every number has its manifest and the code that made it."""
     manifests = sorted(folder.glob("*/seed-*/manifest.json"))
-    assert {path.parent.parent.name for path in manifests} == set(paper_setups())
+    setups = {"base"} if folder.name.startswith("base-") else set(paper_setups())
+    assert {path.parent.parent.name for path in manifests} == setups
     for path in manifests:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         assert manifest["complete"] and manifest["git_commit"] and manifest["git_dirty"] is False
@@ -73,6 +74,31 @@ def test_the_published_real_run_has_the_promised_workload():
         assert config["settings"]["training"]["epochs"] >= 4  # 2 + 2 in the two-stage setups
         assert tests["gsm8k"] >= 100 and tests["math500"] >= 50
     assert (PUBLISHED / "smollm2" / "signal.csv").is_file()
+
+
+def test_the_larger_real_run_is_larger_and_was_sampled():
+    """Protects "a larger budget, Pass@k included" of the second real table."""
+    def problems(run):
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        return sum(entry["problems"]["train"] for entry in manifest["data"].values())
+
+    for run in (PUBLISHED / "smollm2-larger").glob("*/seed-*"):
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+        assert problems(run) > 2 * problems(PUBLISHED / "smollm2" / run.parent.name / run.name)
+        assert settings["evaluation"]["samples"] >= 4
+    assert "Pass@4" in (PUBLISHED / "smollm2-larger" / "table2.md").read_text(encoding="utf-8")
+
+
+def test_base_models_are_scored_on_official_rows():
+    """Protects the comparison with the accuracies that the models' makers publish."""
+    found = sorted(PUBLISHED.glob("base-*/base/seed-*"))
+    assert len(found) >= 2
+    for run in found:
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["settings"]
+        data = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]
+        tests = {name: entry["problems"]["test"] for name, entry in data.items()}
+        assert settings["data"]["split"] == "official"
+        assert tests["gsm8k"] >= 300 and tests["math500"] >= 150
 
 
 def test_the_published_tiny_run_has_the_promised_workload():
