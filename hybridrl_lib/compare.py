@@ -30,7 +30,7 @@ from .jobs import Job, Queue
 from .locks import only_writer
 from .methods import METHODS, make_method
 from .records import RunFolder, experiment_folder, from_here, run_folder
-from .reproduce import default_jobs, joined, relative_cost, threads_for
+from .reproduce import default_jobs, gpus_for, joined, relative_cost, threads_for
 from .setups import SETUPS, Setup, paper_setups
 
 BASELINE = "sft_then_rl"
@@ -150,8 +150,6 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
               jobs: int | None, experiment: str | None, settings: Sequence[str],
               cluster: Cluster | None = None) -> Plan:
     """The plan, or the error for what cannot be compared."""
-    import torch  # the only way to know how many GPUs there are
-
     preset, arms = resolve_preset(preset), choose_arms(methods)
     settings = tuple(split_overrides(settings))
     for arm in arms:  # refuses impossible settings here, once, rather than in every run
@@ -165,7 +163,7 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
         raise UsageError(f"The seed {reserved[0]} is one that learning rates are chosen with; take "
                          "another, so that no arm is tested with what it was tuned on.")
     count = (len(arms) - 1) * len(seeds) + 1
-    gpus = torch.cuda.device_count()
+    gpus = gpus_for(preset, settings)
     return Plan(preset, settings, arms, seeds, grid,
                 experiment or f"{default_experiment(preset)}-compare",
                 load_settings(preset, settings).data.benchmarks,
@@ -310,12 +308,10 @@ def work(plan: Plan, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
     Raises:
         UserError: some failed, after all others were run.
     """
-    import torch
-
     left = [job for job in jobs if not job.record.is_complete]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
-    failures = Queue(left, plan.jobs, environment(plan), say, torch.cuda.device_count(),
+    failures = Queue(left, plan.jobs, environment(plan), say, gpus_for(plan.preset, plan.settings),
                      plan.cluster).run()
     if failures:
         for job, why in failures.items():

@@ -115,9 +115,7 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
 def make_plan(preset: str, experiment: str, settings: tuple[str, ...], jobs: int | None,
               count: int, cluster: Cluster | None = None) -> Plan:
     """Where `count` runs go and how many at a time."""
-    import torch  # the only way to know how many GPUs the notebooks will see
-
-    gpus = torch.cuda.device_count() if cluster is None else cluster.gpus
+    gpus = gpus_for(preset, settings) if cluster is None else cluster.gpus
     jobs = jobs or default_jobs(preset, count, gpus, cluster)
     notebooks = notebooks_folder()
     return Plan(preset=preset, experiment=experiment,
@@ -125,6 +123,15 @@ def make_plan(preset: str, experiment: str, settings: tuple[str, ...], jobs: int
                 folder=experiment_folder(experiment).absolute(), notebooks=notebooks,
                 jobs=min(jobs, count), threads=threads_for(preset, min(jobs, count), cluster),
                 gpus=gpus, cluster=cluster)
+
+
+def gpus_for(preset: str, settings: Sequence[str]) -> int:
+    """How many GPUs runs can share: all that there are, and none where the settings say `cpu`."""
+    if load_settings(preset, settings).model.device == "cpu":
+        return 0
+    import torch  # the only way to know how many the runs will see
+
+    return torch.cuda.device_count()
 
 
 def default_jobs(preset: str, count: int, gpus: int, cluster: Cluster | None = None) -> int:

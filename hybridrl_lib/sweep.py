@@ -14,7 +14,7 @@ from .fields import as_number
 from .locks import only_writer
 from .methods import make_method
 from .records import experiment_folder, from_here
-from .reproduce import default_jobs
+from .reproduce import default_jobs, gpus_for
 from .setups import get_setup
 
 
@@ -81,8 +81,6 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
         UserError: a run failed, after all others were run.
         UsageError: no such parameter, or a value that its settings do not take.
     """
-    import torch
-
     say = say or (lambda line: print(line, flush=True))
     if parameter not in SWEEPS:
         raise unknown("parameter", parameter, SWEEPS)
@@ -92,8 +90,9 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
         raise UsageError(f"The parameter {parameter} has no values of its own; give them with "
                          "--values.")
     arm, cluster = get_setup(setup or chosen.setup), connect(executor)
-    gpus, seeds = torch.cuda.device_count(), tuple(dict.fromkeys(seeds))
-    plan = Plan(preset, tuple(split_overrides(settings)), (arm,), seeds, (1.0,),
+    settings, seeds = tuple(split_overrides(settings)), tuple(dict.fromkeys(seeds))
+    gpus = gpus_for(preset, settings)
+    plan = Plan(preset, settings, (arm,), seeds, (1.0,),
                 experiment or f"{default_experiment(preset)}-sweep-{parameter}", (),
                 jobs or default_jobs(preset, len(values) * len(seeds), gpus, cluster), cluster)
     given = {value: (*plan.settings, *as_settings(plan, chosen, value)) for value in values}

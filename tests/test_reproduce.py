@@ -244,6 +244,10 @@ def test_jobs_follow_the_machine(monkeypatch):
     assert reproduce.default_jobs("tiny", 70, 0) == 8
     assert reproduce.default_jobs("smollm2", 7, 0) == 2
     assert reproduce.default_jobs("paper", 7, 4) == 4
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert reproduce.gpus_for("smollm2", ()) == reproduce.gpus_for(
+        "tiny", ["model.device=auto"]) == 4
+    assert reproduce.gpus_for("tiny", ()) == 0  # it trains on the CPU, so GPUs are no bound
     assert reproduce.threads_for("tiny", 1) == reproduce.threads_for("tiny", 8) == 1
     assert reproduce.threads_for("smollm2", 2) == 4
 
