@@ -28,7 +28,8 @@ from .config import (
 from .errors import Stopped, UsageError, UserError, unknown
 from .jobs import Job, Queue
 from .locks import only_writer
-from .methods import METHODS, make_method
+from .methods import METHODS, make_method, method_class
+from .methods.method import Method
 from .records import RunFolder, experiment_folder, from_here, run_folder
 from .reproduce import default_jobs, gpus_for, joined, relative_cost, threads_for
 from .setups import SETUPS, Setup, paper_setups
@@ -40,9 +41,11 @@ VARIANTS = ("combined_cosine",)  # that change what a method is: here its lambda
 GRID = (0.25, 0.5, 1.0, 2.0)
 DEVELOPMENT_SEEDS = (1000, 1001)
 TRANSFER = 2  # seeds
-# A tuning run is judged on validation problems: it is hardly tested, and probed at its ends alone.
+# A tuning run is judged on validation problems: it is hardly tested, and probed at its ends alone
+# unless the method decides by its probes.
 TUNING = ("evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=0",
-          "data.test_limits=1", "probe.every=1000000")
+          "data.test_limits=1")
+UNPROBED = "probe.every=1000000"
 ALL = 1_000_000_000  # problems: no benchmark has more
 
 
@@ -227,7 +230,7 @@ def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list
     trained = [arm for arm in plan.arms if arm.stages]
     jobs = {(arm.name, factor, seed): run_job(
                 plan, arm, seed, f"{plan.experiment}-tuning-{factor:g}",
-                (*plan.settings, *rates(plan, arm, factor), *TUNING))
+                (*plan.settings, *rates(plan, arm, factor), *tuning_settings(arm)))
             for arm in trained for factor in plan.grid for seed in DEVELOPMENT_SEEDS}
     say(f"{len(jobs)} tuning runs: {len(trained)} arms, learning rates times "
         f"{', '.join(f'{factor:g}' for factor in plan.grid)}, seeds "
@@ -235,6 +238,12 @@ def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list
     work(plan, list(jobs.values()), say)
     tuned = [Tuned(*key, last_validation(job.record)) for key, job in jobs.items()]
     return {arm.name: choose(tuned, arm.name) if arm.stages else 1.0 for arm in plan.arms}, tuned
+
+
+def tuning_settings(arm: Setup) -> tuple[str, ...]:
+    """What a tuning run leaves out, and the method does not need."""
+    reads_probes = method_class(arm.method).after_probe is not Method.after_probe
+    return TUNING if reads_probes else (*TUNING, UNPROBED)
 
 
 def last_validation(record: RunFolder) -> float:
@@ -264,13 +273,14 @@ def only(plan: Plan, benchmark: str) -> str:
     return f"{plan.experiment}-only-{benchmark}"
 
 
-def trained_on(plan: Plan, benchmark: str) -> tuple[str]:
-    """The setting that leaves one benchmark's training problems; all are tested."""
-    limits = load_settings(plan.preset, plan.settings).data.train_limits or (
-        (ALL,) * len(plan.benchmarks))
-    return ("data.train_limits=" + ",".join(
-        str(limit if name == benchmark else 0)
-        for name, limit in zip(plan.benchmarks, limits, strict=True)),)
+def trained_on(plan: Plan, benchmark: str) -> tuple[str, ...]:
+    """The settings that leave one benchmark's training and validation problems; all are tested."""
+    data = load_settings(plan.preset, plan.settings).data
+    return tuple(
+        f"data.{name}=" + ",".join(
+            str(limit if own == benchmark else 0) for own, limit in zip(
+                plan.benchmarks, getattr(data, name) or (ALL,) * len(plan.benchmarks), strict=True))
+        for name in ("train_limits", "validation_limits"))
 
 
 # Runs ---------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ of the time. `benchmarks/memory.py` compares with what is measured where the cap
 from dataclasses import dataclass, replace
 
 from .config import ModelSettings, Settings
+from .methods import method_class
 from .model_shapes import Shape, shape_of
 
 FULL, HALF = 4, 2  # bytes of a number
@@ -60,6 +61,8 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str,
     share = processes if sharded else 1
     held = held_weights(shape, settings, device, share)
     gradients = {"gradients": FULL * trained // share}
+    if more := copies(settings, device)[1]:
+        gradients["the method at work"] = round(more * FULL * trained) // share
     phases = {}
     prompt = data.max_prompt_tokens
     for name, length, batch, groups in (
@@ -111,15 +114,22 @@ def behaviour_model(shape: Shape, settings: Settings) -> dict[str, int]:
     return {"behaviour model": FULL * (other.parameters + other.adapter(path))}
 
 
-def trains_both(settings: Settings) -> bool:
-    """Whether the base weights are trained beside the adapter, as BRIDGE does."""
-    return settings.method is not None and settings.method.section == "bridge"
+def trains_base(settings: Settings) -> bool:
+    """Whether the base weights are trained: without an adapter, or beside it, as by BRIDGE."""
+    return settings.model.adapter == "none" or (
+        settings.method is not None and method_class(settings.method.section).trains_base)
+
+
+def copies(settings: Settings, device: str) -> tuple[float, float]:
+    """How many times the trained weights the method itself holds, always and while it learns."""
+    own = settings.method
+    return (0.0, 0.0) if own is None else method_class(own.section).copies(own, device)
 
 
 def trained_weights(shape: Shape, settings: Settings) -> int:
     """How many weights an optimiser moves."""
     adapter = shape.adapter(settings.model)
-    return adapter + shape.parameters * (not adapter or trains_both(settings))
+    return adapter + shape.parameters * trains_base(settings)
 
 
 def held_weights(shape: Shape, settings: Settings, device: str, share: int = 1) -> dict[str, int]:
@@ -133,9 +143,10 @@ def held_weights(shape: Shape, settings: Settings, device: str, share: int = 1) 
     held = {"weights": FULL * (shape.parameters + adapter), "optimiser": 2 * FULL * trained}
     if not adapter:
         held["reference"] = FULL * shape.parameters
-    if trains_both(settings):  # and holds a copy of the weights with an optimiser of its own
-        held |= {"reference": FULL * shape.parameters,
-                 "auxiliary copy": 3 * FULL * shape.parameters}
+    elif trains_base(settings):
+        held["reference"] = FULL * shape.parameters
+    if more := copies(settings, device)[0]:
+        held["the method's own"] = round(more * FULL * trained)
     if rl.beta > 0 and rl.kl_anchor == "stage":
         held["anchor"] = FULL * trained
     held = {name: size // share for name, size in held.items()}
@@ -155,7 +166,7 @@ def update(shape: Shape, settings: Settings, precision: str, device: str, prompt
     """
     model, training = settings.model, settings.training
     number = FULL if precision == "fp32" else HALF
-    full = model.adapter == "none"
+    full = trains_base(settings)
     width, wide, layers = shape.width, shape.feed_forward, shape.layers
     each = settings.rl.group_size if groups else 1
     everything = batch // each * prompt + batch * length
@@ -166,7 +177,7 @@ def update(shape: Shape, settings: Settings, precision: str, device: str, prompt
         2 * number * shape.queries * (prompt / (prompt + each * length) if groups else 1)
         + (2 * number * shape.keys * (prompt + length) / length if groups else 0))
     layer = norms + attention + 4 * number * wide
-    if not full and precision != "fp32":  # PEFT hands inputs on in fp32
+    if model.adapter != "none" and precision != "fp32":  # PEFT hands inputs on in fp32
         layer += number * (2 * width + shape.queries + wide)
     at_work = 3 * number * wide + 2 * FULL * width  # gradients inside one layer
     saving = model.gradient_checkpointing

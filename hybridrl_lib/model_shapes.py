@@ -87,7 +87,7 @@ def shape_from(config: Mapping[str, Any]) -> Shape | None:
             config["vocab_size"], config["hidden_size"], config["num_hidden_layers"], heads,
             config.get("num_key_value_heads") or heads,
             config.get("head_dim") or config["hidden_size"] // heads, config["intermediate_size"],
-            bool(config.get("tie_word_embeddings", kind == "qwen2")),
+            bool(config.get("tie_word_embeddings", False)),
             kind == "qwen2" or bool(config.get("attention_bias", False)))
     except (KeyError, TypeError):
         return None

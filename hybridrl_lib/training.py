@@ -183,14 +183,14 @@ class Trainer:
         if step.rollouts and (self.step % settings.rl.reference_every == 0
                               or self.learner.needs_anchor or self.method.needs_reference):
             self._score_reference(step)
-        self.learner.place = place_of(step, self.step + 1)
         updates, totals = self.method.compose(step), Totals()
+        self.learner.place = place_of(step, self.step + 1)
         self.tokens["demonstrations"] += sum(
             len(s.completion) for u in updates for s in u.sequences[:u.demonstrations])
         norms = self.method.learn(step, updates, totals)
         self.step += 1
         self.stage_step += 1
-        row |= measured(totals, updates, with_rollouts=bool(step.rollouts))
+        row |= measured(totals, updates, with_rollouts="reward" in row)
         row |= gradient_metrics(norms, totals.counts.get("left_out", 0))
         row |= self.entropy_control.columns if weights.rl > 0 else {}
         row["tokens"] = sum(self.tokens.values())
@@ -199,6 +199,8 @@ class Trainer:
         row["seconds/update"] = round(now - sampled_at, 4)
         row["seconds/step"] = round(now - began, 4)
         self.method.after_step(row, progress)
+        row = {name: value for name, value in row.items()  # JSON has no NaN: absent instead
+               if not isinstance(value, float) or math.isfinite(value)}
         begun = self.health.see(row)
         if self.health.active:
             row["warnings"] = sorted(self.health.active)
@@ -242,7 +244,8 @@ class Trainer:
             with self.policy.reference() as model:
                 reference = iter(self.learner.scores(sequences, model))
             for rollout, mine in zip(rollouts, step.scores_when_sampled(rollouts), strict=True):
-                rollout.reference = rollout.anchor = [next(reference) for _ in mine]
+                rollout.reference = [next(reference) for _ in mine]
+                rollout.anchor = rollout.reference if self.learner.needs_anchor else None
                 for now, theirs in zip(mine, rollout.reference, strict=True):
                     total += float(k3(now.to(theirs.device), theirs).sum())
                     tokens += len(now)
@@ -430,7 +433,7 @@ def measured(totals: Totals, updates: Sequence[Update], with_rollouts: bool) -> 
         if name.startswith("loss/"):
             uses = sum(getattr(update, name.replace("loss/", "lambda_")) > 0 for update in updates)
             value = totals.sums[name] / max(1, uses)
-        if value is not None and math.isfinite(value):  # JSON has no NaN: absent instead
+        if value is not None:
             row[name] = value
     return row
 

@@ -208,9 +208,11 @@ class Learner:
 
     def accumulate(self, update: Update, totals: Totals) -> bool:
         """Adds the gradient of an update's loss to the parameters'; False if there is none."""
-        keep = self.has_gradient(update).nonzero().squeeze(-1).tolist()
-        if keep and self.entropy_control is not None and update.marked is None:
+        keep = self.has_gradient(update)
+        if keep.any() and self.entropy_control is not None and update.marked is None:
             self.entropy_control.mark(update, self)
+            keep = self.has_gradient(update)  # what is marked by KL-Cov has one
+        keep = keep.nonzero().squeeze(-1).tolist()
         self._count_skipped(update, keep, totals)
         if size() == 1 or not keep:
             self.loss_is_finite &= self._backward(update, keep, keep, totals)
@@ -323,6 +325,8 @@ class Learner:
         signal = update.advantages != 0
         if update.token_advantages is not None:
             signal = signal | torch.tensor([bool((t != 0).any()) for t in update.token_advantages])
+        if update.marked is not None and self.settings.entropy_control.kind == "kl_cov":
+            signal = signal | torch.tensor([bool(marked.any()) for marked in update.marked])
         anchored = self.settings.rl.beta > 0 and (self.needs_anchor or update.old is not None)
         return (update.sft != 0) | (update.entropy != 0) | ((update.rl != 0) & (signal | anchored))
 
@@ -335,11 +339,11 @@ class Learner:
         return pack(sequences, self.settings.training.micro_batch_tokens, self.policy.pad_id)
 
     def _count_skipped(self, update: Update, keep: list[int], totals: Totals) -> None:
-        """Skipped completions count as what they are: not clipped, and no KL while the ratio is 1.
+        """Skipped answers count as what they are: not clipped, and no KL while the ratio is 1.
 
         Once the policy has moved their KL is not 0 but unknown: the mean is over the others.
         """
-        left_out = set(range(len(update.sequences))) - set(keep)
+        left_out = set((update.rl != 0).nonzero().squeeze(-1).tolist()) - set(keep)
         tokens = sum(len(update.sequences[i].completion) for i in left_out)
         if tokens:
             totals.add("loss/rl", torch.zeros(1))
@@ -355,8 +359,8 @@ class Learner:
         def per_token(values: Tensor) -> Tensor:
             return values[owners].to(device)
 
-        def flat(values: list[Tensor]) -> Tensor:  # the tokens of a completion are contiguous
-            return torch.cat([values[i] for i in owners.unique_consecutive().tolist()])
+        def flat(values: list[Tensor]) -> Tensor:
+            return in_order(values, owners, device)
 
         sft, rl, entropy = (per_token(w) for w in (update.sft, update.rl, update.entropy))
         # Without an entropy term it is needed only where no rollout gives it for the record.
@@ -378,16 +382,16 @@ class Learner:
             old = scores.detach() if update.old is None else flat(update.old)
             advantages = per_token(update.advantages)
             if update.token_advantages is not None:
-                advantages = advantages + flat(update.token_advantages).to(device)
+                advantages = advantages + flat(update.token_advantages)
             bounds = ((settings.rl.epsilon_low, settings.rl.epsilon_high) if settings.rl.clip
                       else (math.inf, math.inf))
             arguments = (old, advantages, *bounds)
             losses = policy_token_losses(scores, *arguments)
             if update.marked is not None:
-                losses = self.entropy_control.losses(losses, flat(update.marked).to(device),
+                losses = self.entropy_control.losses(losses, flat(update.marked),
                                                      scores, old)
             if self.needs_anchor:
-                anchor = flat(update.anchor).to(device)
+                anchor = flat(update.anchor)
                 losses = losses + settings.rl.beta * (
                     k3(scores, anchor) if settings.rl.kl_estimator == "k3"
                     else kl_to_reference(scores, old, anchor))
@@ -417,3 +421,13 @@ class Learner:
             else torch.zeros_like(piece)
             for i, piece, entropy in zip(indices.tolist(), scores.split(lengths.tolist()),
                                          entropies.split(lengths.tolist()), strict=True)])
+
+
+def in_order(values: Sequence[Tensor], owners: Tensor, device: torch.device | str) -> Tensor:
+    """(N,) the values of the completions that packed tokens belong to, on the device.
+
+    Args:
+        values: (T_i,) of every completion, on any device.
+        owners: (N,) the completion of each token; the tokens of one are contiguous.
+    """
+    return torch.cat([values[i].to(device) for i in owners.unique_consecutive().tolist()])

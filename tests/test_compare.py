@@ -22,6 +22,7 @@ from hybridrl_lib.compare import (
     learning_rates,
     make_plan,
     rates,
+    tuning_settings,
 )
 from hybridrl_lib.config import load_settings, preset_names
 from hybridrl_lib.errors import UsageError, UserError
@@ -85,6 +86,13 @@ def test_tuning_leaves_the_behaviour_model_alone(preset):
         assert set(learning_rates(settings)) == {"sft.learning_rate", "rl.learning_rate"}
 
 
+def test_what_decides_by_its_probes_is_tuned_with_them():
+    """Without them switching would be another method: a stage that never ends."""
+    for setup in SETUPS.values():
+        unprobed = any(text.startswith("probe.every") for text in tuning_settings(setup))
+        assert unprobed == (setup.method != "switching"), setup.name
+
+
 def test_what_is_finished_is_not_run_again(started, results):
     """The same command goes on; with other settings it says so instead of mixing."""
     go(grid=(1.0,))
@@ -100,17 +108,20 @@ def test_what_is_finished_is_not_run_again(started, results):
 
 
 def test_transfer_trains_on_one_and_tests_on_all(started, results):
-    """Each arm once more for each benchmark, with the other's training problems left out."""
+    """Each arm once more for each benchmark, without the other's training and validation problems:
+    by the latter it would choose the best weights, or switch."""
     go(grid=(1.0,), seeds=(0, 1), transfer=1)
-    limits = {c[c.index("--experiment") + 1]: c[-1] for c in started if "only" in " ".join(c)}
-    assert limits == {"cmp-only-tiny_word": "data.train_limits=1000000000,0",
-                      "cmp-only-tiny_symbolic": "data.train_limits=0,1000000000"}
+    limits = {c[c.index("--experiment") + 1]: c[-2:] for c in started if "only" in " ".join(c)}
+    assert limits == {f"cmp-only-{name}": (f"data.train_limits={left}",
+                                           f"data.validation_limits={left}")
+                      for name, left in (("tiny_word", "1000000000,0"),
+                                         ("tiny_symbolic", "0,1000000000"))}
     rows = list(csv.DictReader((results / "cmp" / "transfer.csv").open()))
     assert {(r["setup"], r["trained_on"], r["tested_on"]) for r in rows} == {
         (setup, one, other) for setup in ("rl", BASELINE)
         for one in ("tiny_word", "tiny_symbolic") for other in ("tiny_word", "tiny_symbolic")}
     assert {c[c.index("--seed") + 1] for c in started if "only" in " ".join(c)} == {"0"}
-    assert load_settings("tiny", [limits["cmp-only-tiny_word"]])  # a setting that there is
+    assert load_settings("tiny", limits["cmp-only-tiny_word"])  # a setting that there is
 
 
 def test_a_run_that_fails_is_named_and_keeps_no_other_from_running(monkeypatch, results):

@@ -140,6 +140,22 @@ def test_kl_cov_charges_the_tokens_of_largest_covariance(make_trainer, monkeypat
     assert distance(seen.gradients[1], gradient(trainer, loss)) < 1e-4
 
 
+def test_kl_cov_charges_answers_without_an_advantage_too(make_trainer):
+    """Without beta a group of equal rewards is left out, unless some of its tokens are marked."""
+    trainer = make_trainer("rl_kl_cov", "rl.beta=0", "entropy_control.kl_share=1",
+                           verifier=Fixed([1, 0, 0, 1] * 2 + [0] * 8))
+    kept, learner = [], trainer.learner
+    backward = learner._backward
+
+    def noted(update, keep, mine, totals):
+        kept.append((update.old is not None, len(keep), len(update.sequences)))
+        return backward(update, keep, mine, totals)
+
+    learner._backward = noted
+    trainer.train()
+    assert {(moved, keep == whole) for moved, keep, whole in kept} == {(False, False), (True, True)}
+
+
 def test_the_first_update_of_kl_cov_is_grpos(make_trainer, monkeypatch):
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("rl_kl_cov", "rl.beta=0")

@@ -18,7 +18,7 @@ from hybridrl_lib.packing import PromptCompletion
 from hybridrl_lib.policy import load_policy
 from hybridrl_lib.progress import Observer
 from hybridrl_lib.rollouts import sample
-from hybridrl_lib.updates import Learner
+from hybridrl_lib.updates import Learner, in_order
 
 ROOT = Path(__file__).parent.parent
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -52,9 +52,9 @@ def test_two_steps(load, tmp_path, device, precision, adapter):
     and the weights that move are fp32 and on the device."""
     policy = load(device, precision, adapter)
     before = {name: w.detach().clone() for name, w in policy.trained_weights().items()}
-    trainer = train(policy, tmp_path / "run", "combined", "training.epochs=4")
-    exact = train(load("cpu", "fp32", adapter), tmp_path / "exact", "combined",
-                  "training.epochs=4")
+    setting = ("combined", "training.epochs=4", "rl.kl_anchor=reference")
+    trainer = train(policy, tmp_path / "run", *setting)
+    exact = train(load("cpu", "fp32", adapter), tmp_path / "exact", *setting)
     rows, wanted = (t.folder.lines("metrics.jsonl") for t in (trainer, exact))
     assert len(rows) == len(wanted) == 2
     for row in rows:
@@ -67,6 +67,14 @@ def test_two_steps(load, tmp_path, device, precision, adapter):
     moments = [value for state in trainer.learner.optimizer.optimizer.state.values()
                for name, value in state.items() if name != "step"]
     assert moments and all(m.dtype == torch.float32 and m.device.type == device for m in moments)
+
+
+def test_scores_of_several_places_are_brought_to_one():
+    """A demonstration's zeros are made in main memory, a rollout's anchor on the GPU: what is not
+    brought together piece by piece ends the run."""
+    values = [torch.zeros(2), torch.zeros(3, device="meta")]
+    found = in_order(values, torch.tensor([1, 1, 1, 0, 0]), "meta")
+    assert found.shape == (5,) and found.device.type == "meta"
 
 
 def flat(policy) -> torch.Tensor:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from notebook_files import read
 from small_training import small_settings
+from transformers import Qwen2Config
 
-from hybridrl_lib import memory
+from hybridrl_lib import memory, memory_estimate, rollouts
 from hybridrl_lib.config import ModelSettings, load_settings
 from hybridrl_lib.decoding import Decoder
 from hybridrl_lib.duration import minutes
@@ -64,6 +65,9 @@ def test_other_models_have_no_shape(tmp_path):
     assert shape_of(ModelSettings(path="model.gguf")) is None
     assert shape_from({"model_type": "gpt_neox", "num_attention_heads": 4}) is None
     assert shape_from({"model_type": "qwen2"}) is None
+    known = Qwen2Config().to_dict()
+    assert shape_from(known).tied == known["tie_word_embeddings"] == shape_from(
+        {k: v for k, v in known.items() if k != "tie_word_embeddings"}).tied
     (tmp_path / "config.json").write_text("{")
     assert shape_of(ModelSettings(path=str(tmp_path))) is None
 
@@ -216,6 +220,29 @@ def test_bridge_holds_its_copy_of_the_weights():
     shape = shape_of(ModelSettings())
     one, other = (estimate(shape, s, "fp32", "cuda").peak for s in (lora, bridge))
     assert other - one >= 6 * 4 * shape.parameters
+
+
+@pytest.mark.parametrize(("setup", "copies"), [("relift", 2), ("mifo", 4)])
+def test_what_a_method_holds_is_planned_with(setup, copies):
+    """A second AdamW, and MIFO's importance and the weights before RL: else the run would be out of
+    memory at its first SFT update, in the middle."""
+    plain, own = (estimate(QWEN, with_micro_batches(load_settings(
+        "paper", smoke=False, setup=SETUPS[name]), 1024), "bf16", "cuda").phases["RL update"]
+        for name in ("rl", setup))
+    assert sum(own.values()) - sum(plain.values()) == copies * 4 * QWEN.parameters
+
+
+def test_bridge_holds_its_copy_only_where_it_has_one():
+    """The ablations compare with nothing, so they keep no second set of weights and moments."""
+    whole, without = (estimate(QWEN, with_micro_batches(load_settings(
+        "colab", smoke=False, setup=SETUPS[name]), 1024), "fp32", "cuda")
+        for name in ("bridge", "bridge_without_gain"))
+    assert whole.peak - without.peak >= 3 * 4 * QWEN.parameters
+    assert "gradient of the words" in whole.phases["RL update"]  # the base weights learn
+
+
+def test_one_block_of_logits_is_that_of_the_sampler():
+    assert memory_estimate.GPU_BLOCK == rollouts.GPU_NUMBERS
 
 
 def test_pear_holds_its_behaviour_model():

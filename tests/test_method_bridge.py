@@ -273,3 +273,33 @@ def test_the_sampler_sees_both(bridge):
 def test_wrong_settings_are_one_sentence(make_trainer, override, words):
     with pytest.raises(UsageError, match=words):
         make_trainer("bridge", override)
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_that_it_is_in(bridge):
+    """Its gradient may be finite all the same. hat, whose loss is fine, goes on."""
+    trainer = bridge("bridge", "rl.updates_per_rollout=1", "training.epochs=4")
+    learner, method = trainer.learner, trainer.method
+    accumulate, calls = learner.accumulate, []
+
+    def noted(update, totals):
+        calls.append(update)
+        found = accumulate(update, totals)
+        learner.loss_is_finite &= len(calls) != 2  # L_RL of the first update
+        return found
+
+    learner.accumulate = noted
+    before, hat = snapshot(trainer), {name: value.clone() for name, value in method.hat.items()}
+    learn, after = method.learn, []
+
+    def seen(*arguments):
+        norms = learn(*arguments)
+        after.append(snapshot(trainer))
+        return norms
+
+    method.learn = seen
+    trainer.train()
+    assert len(calls) == 6, "three gradients in each of two updates"
+    assert all(torch.equal(before[name], after[0][name]) for name in before)
+    assert any(not torch.equal(hat[name], method.hat[name]) for name in hat)
+    assert any(not torch.equal(before[name], after[1][name]) for name in before)
+    assert trainer.folder.lines("metrics.jsonl")[0]["updates_not_finite"] == 1

@@ -88,7 +88,8 @@ def test_the_adaptive_mu_follows_the_reward_of_the_step_before(make_trainer):
 
 @pytest.mark.parametrize(("override", "words"), [
     ("chord.valley=0.95", "above chord.peak"), ("chord.decay=0.95", "ends after the run"),
-    ("chord.phi=focal", "one of none, uncertainty")])
+    ("chord.phi=focal", "one of none, uncertainty"),
+    ("chord.tau=1", "below 1")])  # at a reward of 0 nothing would ever be sampled
 def test_wrong_settings_are_one_sentence(make_trainer, override, words):
     with pytest.raises(UsageError, match=words):
         make_trainer("chord", override)

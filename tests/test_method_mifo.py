@@ -155,3 +155,25 @@ def test_before_rl_has_moved_anything_nothing_is_frozen(make_trainer):
 def test_wrong_settings_are_one_sentence(make_trainer, override, words):
     with pytest.raises(UsageError, match=words):
         make_trainer("mifo", override)
+
+
+def test_updates_that_moved_nothing_forget_nothing(make_trainer):
+    """A step whose RL updates were all skipped leaves C as it was."""
+    trainer = make_trainer("mifo", *RUN, "training.epochs=8", verifier=Fixed(MIXED))
+    learner, importances = trainer.learner, []
+    step, learn = learner.step, trainer.method.learn
+
+    def skipped(learning_rate, optimizer="main", *more):
+        if optimizer == "main" and trainer.step == 2:
+            learner.loss_is_finite = False
+        return step(learning_rate, optimizer, *more)
+
+    def noted(*arguments):
+        norms = learn(*arguments)
+        importances.append(flat(trainer.method.importance).clone())
+        return norms
+
+    learner.step, trainer.method.learn = skipped, noted
+    trainer.train()
+    assert torch.equal(importances[1], importances[2])
+    assert not torch.equal(importances[2], importances[3])

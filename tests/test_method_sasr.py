@@ -152,3 +152,31 @@ def test_batches_cut_short_are_no_measure_of_the_warm_up(make_trainer):
 def test_wrong_settings_are_one_sentence(make_trainer, override, words):
     with pytest.raises(UsageError, match=words):
         make_trainer("sasr", override)
+
+
+@pytest.mark.parametrize("overrides", [("rl.beta=0",), ("rl.kl_anchor=reference",)])
+def test_the_warmed_up_policy_is_watched_only_where_its_scores_are_there(make_trainer, overrides):
+    """The divergence from another model would stand in the same column."""
+    trainer = make_trainer("sasr", *RUN, *overrides, verifier=HALF, seed=3)
+    _, rows = rows_of(trainer)
+    assert any("kl/reference" in row for row in rows)
+    assert not any("sasr/kl_warm" in row for row in rows)
+
+
+def test_the_place_of_a_step_names_what_it_teaches(make_trainer):
+    """An error says with which problems it came about; a drawn SFT step has a batch of its own."""
+    trainer = make_trainer("sasr", *RUN, "sasr.gamma=1e-9", verifier=HALF)
+    places, taught = [], []
+    learn = trainer.method.learn
+
+    def noted(step, updates, totals):
+        places.append(trainer.learner.place)
+        taught.append([p.id for p in trainer.parts.train for s in updates[0].sequences
+                       if trainer.policy.encode_prompt(p.question) == s.prompt])
+        return learn(step, updates, totals)
+
+    trainer.method.learn = noted
+    trainer.train()
+    assert len(places) == 22
+    for place, names in zip(places, taught, strict=True):
+        assert set(place.split("problems ")[1].split(" and ")[0].split(", ")) <= set(names)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import SMALL, Coin, distance
+from small_training import SMALL, Coin, distance, small_settings
 
 from hybridrl_lib import methods, packing
 from hybridrl_lib.config import describe, load_settings, preset_names, settings_from_dict
@@ -195,3 +195,10 @@ def test_a_setting_of_another_method_is_refused():
         load_settings("tiny", ["relift.batch_size=0"])
     chosen = load_settings("tiny", ["relift.batch_size=3"], setup=get_setup("relift"))
     assert chosen.method.batch_size == 3
+
+
+def test_a_setup_gives_every_stage_its_share():
+    """A stage without one would be left out without a word."""
+    setup = replace(get_setup("sft_then_rl"), shares=(0.5,))
+    with pytest.raises(ValueError, match="shorter"):
+        make_method(setup, small_settings())

@@ -567,3 +567,34 @@ def test_the_moments_of_a_stage_that_is_over_are_freed(make_trainer):
     learner.new_optimizer()
     gc.collect()
     assert before() is None
+
+
+def test_a_demonstration_that_is_left_out_counts_as_no_answer(make_trainer):
+    """LUFFY leaves one out whose group is all right; the clip share is that of answers alone."""
+    trainer = make_trainer("luffy", "rl.beta=0", "rl.updates_per_rollout=1",
+                           verifier=Fixed([1] * 4 + [1, 0, 0, 1]))
+    counts, answers, learner = [], [], trainer.learner
+    accumulate = learner.accumulate
+
+    def noted(update, totals):
+        found = accumulate(update, totals)
+        counts.append(totals.counts["clip_ratio"])
+        answers.append(sum(len(s.completion) for s, rl in zip(
+            update.sequences, update.rl.tolist(), strict=True) if rl))
+        return found
+
+    learner.accumulate = noted
+    trainer.train()
+    assert counts and counts == answers
+
+
+def test_the_entropy_of_answers_stays_where_none_is_learned_from(make_trainer):
+    """Dynamic sampling may leave no group: the step's entropy is still that of what was sampled."""
+    trainer = make_trainer("combined", "rl.dynamic_sampling_rounds=2", verifier=Fixed([0]))
+    learn, sampled = trainer.method.learn, []
+    trainer.method.learn = lambda step, *rest: sampled.append(step.row["entropy"]) or learn(
+        step, *rest)
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    assert rows and all("loss/sft" in row and "loss/rl" not in row for row in rows)
+    assert [row["entropy"] for row in rows] == sampled

@@ -18,13 +18,14 @@ clip, are to the policy that did. Each of the three has an AdamW of its own and 
 clipped by itself. The KL anchor is the initial model without an adapter. Where hat persists, its
 gain has no gradient at the first update, since hat is theta. The second pass costs about as much
 again as an RL update; compare at equal compute. In memory there are the model, hat, the reference,
-two sets of moments and four gradients: eleven times the model in fp32.
+two sets of moments and at most three gradients: ten times the model in fp32.
 
 `bridge_without_gain` keeps the adapter and drops the gain from what it learns, `bridge_joint` lets
 it learn what theta learns, and `bridge_without_adapter` leaves theta alone: (1 - lambda) SFT +
 lambda RL, which is the method `combined` with the constant weight 1 - lambda.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -71,6 +72,11 @@ class Bridge(Method):
     settings_section = BridgeSettings
     adapters = ("lora",)
     sharded = False
+    trains_base = True
+
+    @classmethod
+    def copies(cls, own: BridgeSettings, device: str) -> tuple[float, float]:
+        return (3.0 if own.adapter == "gain" else 0.0), 2.0  # hat and its moments; gradients
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
@@ -99,7 +105,7 @@ class Bridge(Method):
         return updates
 
     def learn(self, step: "Step", updates: "list[Update]", totals: "Totals") -> list[float]:
-        learner, own, lam = step.learner, self.own, self.own.rl_weight
+        learner, own = step.learner, self.own
         for update in updates[1::2]:
             update.old = learner.scores(update.sequences)
         rate, adapter_rate = (
@@ -109,18 +115,7 @@ class Bridge(Method):
         norms: list[float] = []
         gains: list[float] = []
         for taught, sampled in zip(updates[::2], updates[1::2], strict=True):
-            g_sft = self._gradient(learner, taught, totals)
-            before = totals.sums.get("loss/rl", 0.0)
-            g_rl = self._gradient(learner, sampled, totals)
-            loss = totals.sums.get("loss/rl", 0.0) - before
-            mixed = add((1 - lam, g_sft), (lam, g_rl))
-            for_adapter = (mixed if own.adapter == "both" else
-                           add((1 - lam, self._of_adapter(g_sft))))
-            if own.adapter == "gain":
-                g_hat, loss_hat = self._auxiliary(learner, sampled, g_rl, rate)
-                gain = add((1.0, self._of_adapter(g_rl)), (-1.0, self._of_adapter(g_hat)))
-                for_adapter = add((1.0, for_adapter), (lam, gain))
-                gains.append(loss_hat - loss)
+            mixed, for_adapter = self._mixed(learner, taught, sampled, totals, rate, gains)
             norm = self._move(learner, mixed, True, rate, "main")
             if norm is not None:
                 norms.append(norm)
@@ -133,11 +128,32 @@ class Bridge(Method):
             step.row["bridge/distance"] = self._distance()
         return norms
 
+    def _mixed(self, learner: "Learner", taught: "Update", sampled: "Update", totals: "Totals",
+               rate: float, gains: list[float]) -> tuple[Gradient, Gradient]:
+        """(gradient of the base weights, that of the adapter); hat has taken its step."""
+        own, lam = self.own, self.own.rl_weight
+        mixed = self._gradient(learner, taught, totals)
+        by_sft = self._of_adapter(mixed)
+        before = totals.sums.get("loss/rl", 0.0)
+        g_rl = self._gradient(learner, sampled, totals)
+        loss = totals.sums.get("loss/rl", 0.0) - before
+        mixed = add((1 - lam, mixed), (lam, g_rl))
+        if own.adapter != "gain":
+            return mixed, mixed if own.adapter == "both" else add((1 - lam, by_sft))
+        by_rl = self._of_adapter(g_rl)
+        by_hat, loss_hat = self._auxiliary(learner, sampled, g_rl, rate)
+        gains.append(loss_hat - loss)
+        gain = add((1.0, by_rl), (-1.0, by_hat))
+        return mixed, add((1 - lam, by_sft), (lam, gain))
+
     # The auxiliary copy ---------------------------------------------------------------------------
 
     def _auxiliary(self, learner: "Learner", sampled: "Update", g_rl: Gradient,
                    rate: float) -> tuple[Gradient, float]:
-        """g_hat and L_RL at (hat, w); hat takes its step, for which its gradient is clipped."""
+        """The adapter's part of g_hat, and L_RL at (hat, w); hat takes its step.
+
+        Its step clips the gradient that it is given, and is skipped by its own loss alone.
+        """
         from ..updates import Totals
 
         totals = Totals()
@@ -169,12 +185,18 @@ class Bridge(Method):
                                      for name, hat in self.hat.items()]))
 
     def _gradient(self, learner: "Learner", update: "Update", totals: "Totals") -> Gradient:
-        """The gradient of an update's loss, taken off the weights."""
+        """The gradient of an update's loss, taken off the weights.
+
+        It is not a number where the loss is not: whatever is made of it moves nothing.
+        """
         learner.accumulate(update, totals)
         taken = {}
         for name, weight in self.trained.items():
             if weight.grad is not None:
                 taken[name], weight.grad = weight.grad, None
+        if not learner.loss_is_finite:
+            taken = {name: g.fill_(math.nan) for name, g in taken.items()}
+            learner.loss_is_finite = True
         return taken
 
     def _move(self, learner: "Learner", wanted: Gradient, base: bool, rate: float,

@@ -44,7 +44,7 @@ class CHORDSettings(Section):
     decay: float = setting(0.5, "share of the steps in which mu falls from peak to valley",
                            "paper: 30 or 200 steps", at_least=0, at_most=1)
     tau: float = setting(0.5, "adaptive: the mean reward from which mu is 0",
-                         "paper: 0.5 fine, 0.7 bad", above=0, at_most=1)
+                         "paper: 0.5 fine, 0.7 bad", above=0, below=1)
     phi: str = setting("none", "weight of a token in the SFT loss: none = 1; uncertainty = "
                        "p (1 - p), without gradient", "CHORD-mu: none; CHORD-phi: uncertainty",
                        choices=("none", "uncertainty"))

@@ -89,6 +89,7 @@ class Method:
         needs_reference: whether it reads `Rollout.reference`, which is then there at every step.
         dynamic_sampling: whether groups without signal may be dropped before it sees them.
         sharded: whether it works where FSDP leaves each process a part of every weight.
+        trains_base: whether it trains the base weights beside an adapter.
         stages: in order. A method may replace them while it runs; what is in the past stays.
 
     Raises, at construction:
@@ -101,7 +102,19 @@ class Method:
     needs_reference: ClassVar[bool] = False
     dynamic_sampling: ClassVar[bool] = False
     sharded: ClassVar[bool] = True
+    trains_base: ClassVar[bool] = False
     stages: tuple[Stage, ...] = ()
+
+    @classmethod
+    def copies(cls, own: Section, device: str) -> tuple[float, float]:
+        """How many times the trained weights it holds, for the estimate of a run's memory: always,
+        and more while it learns; beside weights, reference, optimiser and one gradient.
+
+        Args:
+            own: the method's own settings.
+            device: `cuda` or `cpu`.
+        """
+        return 0.0, 0.0
 
     def __init__(self, setup: Setup, settings: Settings):
         self.setup, self.settings, self.own = setup, settings, settings.method

@@ -62,6 +62,11 @@ class MIFO(Method):
     settings_section = MIFOSettings
     sharded = False
 
+    @classmethod
+    def copies(cls, own: MIFOSettings, device: str) -> tuple[float, float]:
+        # SFT's moments and C; the weights before RL, or C in one piece and what topk takes for it.
+        return 3.0, 1.0 if device == "cuda" else 4.5
+
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
         self.stages = (mixing_stage(settings),)
@@ -106,10 +111,11 @@ class MIFO(Method):
     def learn(self, step: "Step", updates: "list[Update]", totals: "Totals") -> list[float]:
         before = {name: w.detach().clone() for name, w in self.policy.trained_weights().items()}
         norms = super().learn(step, [u for u in updates if u.optimizer == "main"], totals)
-        if norms:
+        if any(map(math.isfinite, norms)):
             for name, weight in self.policy.trained_weights().items():
                 moved = (weight.detach() - before[name]).abs()
                 self.importance[name] = self.own.decay * self.importance.get(name, 0.0) + moved
+        del before  # a copy of the weights, which the next update has better use for
         for update in updates:
             if update.optimizer == "sft":
                 norms.append(self._learn_unfrozen(step, update, totals))

@@ -55,6 +55,10 @@ class ReLIFT(Method):
     settings_section = ReLIFTSettings
     teaches_as_needed = True
 
+    @classmethod
+    def copies(cls, own: ReLIFTSettings, device: str) -> tuple[float, float]:
+        return 2.0, 0.0  # SFT's moments
+
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
         self.stages = (mixing_stage(settings),)

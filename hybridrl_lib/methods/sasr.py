@@ -128,7 +128,8 @@ class SASR(Method):
 
     def _sft_update(self, step: "Step") -> "Update":
         """An update on the next full batch of demonstrations."""
-        return step.update(self._next_batch(), sft=1.0, rl=0.0, gamma=0.0,
+        step.demonstrations = self._next_batch()
+        return step.update(step.demonstrations, sft=1.0, rl=0.0, gamma=0.0,
                            learning_rate=step.learning_rates["sft"])
 
     def _next_batch(self) -> "list[Problem]":
@@ -150,7 +151,7 @@ class SASR(Method):
         from ..objectives import k3
 
         rollouts = [rollout for rollout in step.rollouts if rollout.anchor is not None]
-        if not rollouts:
+        if not rollouts or step.settings.rl.kl_anchor != "stage":
             return {}
         terms = [k3(now.to(then.device), then)
                  for rollout, mine in zip(rollouts, step.scores_when_sampled(rollouts), strict=True)

@@ -19,9 +19,9 @@ class Staged(Method):
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
-        epochs, count = settings.training.epochs, max(1, len(setup.stages))
+        epochs, count = settings.training.epochs, len(setup.stages)
         shares = [epochs // count + (i < epochs % count) for i in range(count)]
         if setup.shares:
             shares = [math.ceil(share * epochs) for share in setup.shares]
         self.stages = tuple(Stage(name, share)
-                            for name, share in zip(setup.stages, shares, strict=False))
+                            for name, share in zip(setup.stages, shares, strict=True))
