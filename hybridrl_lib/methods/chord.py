@@ -62,6 +62,7 @@ class CHORD(Method):
     """A scheduled weight between the losses, and a weight for every token of a demonstration."""
 
     settings_section = CHORDSettings
+    own_loss = True
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)

@@ -46,6 +46,7 @@ class LUFFY(Method):
     """Demonstrations as off-policy answers of the group."""
 
     settings_section = LUFFYSettings
+    own_loss = True
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)

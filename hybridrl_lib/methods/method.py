@@ -89,6 +89,7 @@ class Method:
         needs_reference: whether it reads `Rollout.reference`, which is then there at every step.
         dynamic_sampling: whether groups without signal may be dropped before it sees them.
         sharded: whether it works where FSDP leaves each process a part of every weight.
+        own_loss: whether its loss on demonstrations is another than SFT's.
         trains_base: whether it trains the base weights beside an adapter.
         stages: in order. A method may replace them while it runs; what is in the past stays.
 
@@ -102,6 +103,7 @@ class Method:
     needs_reference: ClassVar[bool] = False
     dynamic_sampling: ClassVar[bool] = False
     sharded: ClassVar[bool] = True
+    own_loss: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
     stages: tuple[Stage, ...] = ()
 

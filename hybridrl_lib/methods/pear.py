@@ -86,6 +86,7 @@ class PEAR(Staged):
     """SFT weighted by how likely the policy is to go on as the demonstration does, then RL."""
 
     settings_section = PEARSettings
+    own_loss = True
     sharded = False
 
     def __init__(self, setup: Setup, settings: Settings):

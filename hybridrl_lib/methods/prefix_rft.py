@@ -60,6 +60,7 @@ class PrefixRFT(Method):
     """RL with one answer a group that begins as the demonstration does."""
 
     settings_section = PrefixRFTSettings
+    own_loss = True
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)

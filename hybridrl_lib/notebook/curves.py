@@ -12,9 +12,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image as Picture
 
 from ..errors import printable
+from ..methods import method_class
 from ..records import RunFolder
 from ..report.loading import setup_title
 from ..report.style import figure_text, line_style, style
+from ..setups import SETUPS
 
 DOTS_PER_INCH = 100
 SMOOTH = 0.9  # of the running mean that is drawn over single steps
@@ -53,13 +55,19 @@ def plot_run(record: RunFolder) -> None:
     if not metrics:
         print("Nothing was trained, so there are no curves.")
         return
-    show(draw_run(metrics, probe, record.lines("validation.jsonl")),
+    setup = SETUPS.get(record.path.parent.name)
+    own_loss = setup is not None and method_class(setup.method).own_loss
+    show(draw_run(metrics, probe, record.lines("validation.jsonl"), own_loss),
          alt="Reward, losses, entropy, KL divergence, length and groups without signal over epochs")
 
 
 @style()
-def draw_run(metrics: Rows, probe: Rows, validation: Rows) -> Figure:
-    """Six panels over epochs, of one run."""
+def draw_run(metrics: Rows, probe: Rows, validation: Rows, own_loss: bool = False) -> Figure:
+    """Six panels over epochs, of one run.
+
+    Args:
+        own_loss: whether the method's loss on demonstrations is another than SFT's.
+    """
     figure, panels = new_panels(4.6, columns=3, rows=2)
     one, two, three, four, five, six = panels.flat
     _steps(one, metrics, "reward", "training, each step")
@@ -69,7 +77,8 @@ def draw_run(metrics: Rows, probe: Rows, validation: Rows) -> Figure:
     if any("loss/sft" in row for row in metrics):
         _steps(two, metrics, "loss/sft", "training, each step")
         _points(two, validation, "loss", "")
-        finish(two, "SFT loss (nat per token)", floor=True)
+        finish(two, "the method's loss on demonstrations" if own_loss else
+               "SFT loss (nat per token)", floor=True)
     else:
         _steps(two, metrics, "loss/rl", "")
         finish(two, "RL loss (near 0 is normal)")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..setups import SETUPS, paper_setups
 from ..statistics import SIGNIFICANT, Difference, gap_interval, holm, paired_difference
 from .loading import Experiment, benchmark_title, paper_value, setup_title
-from .scores import EXACT_MATCH, score
+from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, score
 from .text import (
     NOTHING,
     bullets,
@@ -18,7 +18,10 @@ from .text import (
     signed,
 )
 
-METRICS = {EXACT_MATCH: "greedy exact match, strict", "pass@1": "sampled Pass@1, strict"}
+# Lenient beside strict: what training adds to the strict score may be the form of the answer alone.
+METRICS = {EXACT_MATCH: "greedy exact match, strict",
+           EXACT_MATCH_LENIENT: "greedy exact match, lenient", "pass@1": "sampled Pass@1, strict"}
+GAP_METRICS = {metric: METRICS[metric] for metric in (EXACT_MATCH, "pass@1")}
 DIFFERENCE_COLUMNS = ("benchmark", "metric", "first", "second", "difference", "ci_low", "ci_high",
                       "p_value", "p_holm", "seeds_first", "seeds_second", "problems", "paper")
 GAP_COLUMNS = ("setup", "benchmark", "metric", "train", "test", "gap", "ci_low", "ci_high", "seeds",
@@ -120,7 +123,7 @@ def comparisons_markdown(experiment: Experiment, comparisons: list[Comparison]) 
         "Intervals hold the problems, and the seeds of each setup that has more than one; they are "
         "not corrected for the number of comparisons.",
         "Holm's family is all comparisons of one metric over the benchmarks together: "
-        + " and ".join(str(count) for count in families if count)
+        + ", ".join(str(count) for count in families if count)
         + ". The benchmarks are never pooled.",
         "The paper's differences come from single numbers without intervals.")))
     single = [setup_title(name) for name in experiment.setups
@@ -159,7 +162,7 @@ def make_gaps(experiment: Experiment) -> list[Gap]:
     gaps = []
     for setup in experiment.setups:
         for benchmark in experiment.benchmarks:
-            for metric in METRICS:
+            for metric in GAP_METRICS:
                 train = score(experiment, setup, benchmark, metric + "_train")
                 test = score(experiment, setup, benchmark, metric)
                 seeds = sorted(set(train.seeds) & set(test.seeds)) if train and test else []
@@ -185,7 +188,7 @@ def gaps_markdown(experiment: Experiment, gaps: list[Gap]) -> str:
     parts = [f"# Training against test problems, experiment `{experiment.name}`\n",
              "Training minus test in percentage points [95 % interval]; the base model's row is "
              "how much harder one part is for a model that saw neither.\n"]
-    for metric, title in METRICS.items():
+    for metric, title in GAP_METRICS.items():
         chosen = {(g.setup, g.benchmark): g for g in gaps if g.metric == metric}
         if not chosen:
             continue

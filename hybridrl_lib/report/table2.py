@@ -208,7 +208,7 @@ def place_notes(experiment: Experiment) -> list[str]:
     models = agreed(experiment.runs, lambda run: run.manifest.get("model", {}).get("name"))
     here = "; here the model is " + ", ".join(map(code_span, models)) if models else ""
     notes.append(f"The paper's numbers are {PAPER_MODEL} on the real benchmarks{here}"
-                 ". Compare the order of the setups, not the height of the numbers.")
+                 ". Another model is no test of them: neither height nor order.")
     return notes
 
 
