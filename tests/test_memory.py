@@ -291,11 +291,11 @@ def test_the_bridge_notebook_says_what_fits_a_t4():
     advised = re.search(r'`settings = "(.+?)"`', title)[1]
     plain, smaller = (load_settings("colab", text, smoke=False, setup=SETUPS["bridge"])
                       for text in ("", advised))
-    with pytest.raises(UserError, match="needs about 15.8 GiB .* has 13.1 GiB"):
+    with pytest.raises(UserError, match="needs about 18.8 GiB .* has 13.1 GiB"):
         fit(plain, QWEN, "fp32", "cuda", T4)
     _, expected = fit(smaller, shape_of(smaller.model), "fp32", "cuda", T4)
     assert expected.peak < T4
-    for number in (15.8, 13.1, round(expected.total(expected.surely) / GIB, 1)):
+    for number in (18.8, 13.1, round(expected.total(expected.surely) / GIB, 1)):
         assert str(number) in title
     fit(plain, QWEN, "fp32", "cuda", 0.9 * 22 * GIB)  # what a GPU of 24 GB has
 

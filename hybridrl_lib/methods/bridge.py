@@ -18,7 +18,8 @@ clip, are to the policy that did. Each of the three has an AdamW of its own and 
 clipped by itself. The KL anchor is the initial model without an adapter. Where hat persists, its
 gain has no gradient at the first update, since hat is theta. The second pass costs about as much
 again as an RL update; compare at equal compute. In memory there are the model, hat, the reference,
-two sets of moments and at most three gradients: ten times the model in fp32.
+two sets of moments and two gradients (three where hat is one step ahead): nine times the model in
+fp32.
 
 `bridge_without_gain` keeps the adapter and drops the gain from what it learns, `bridge_joint` lets
 it learn what theta learns, and `bridge_without_adapter` leaves theta alone: (1 - lambda) SFT +
@@ -76,7 +77,8 @@ class Bridge(Method):
 
     @classmethod
     def copies(cls, own: BridgeSettings, device: str) -> tuple[float, float]:
-        return (3.0 if own.adapter == "gain" else 0.0), 2.0  # hat and its moments; gradients
+        gain, ahead = own.adapter == "gain", own.auxiliary == "one_step"
+        return (3.0 if gain else 0.0), (2.0 if gain and ahead else 1.0)  # hat, moments; gradients
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
@@ -133,18 +135,22 @@ class Bridge(Method):
         """(gradient of the base weights, that of the adapter); hat has taken its step."""
         own, lam = self.own, self.own.rl_weight
         mixed = self._gradient(learner, taught, totals)
-        by_sft = self._of_adapter(mixed)
         before = totals.sums.get("loss/rl", 0.0)
         g_rl = self._gradient(learner, sampled, totals)
         loss = totals.sums.get("loss/rl", 0.0) - before
-        mixed = add((1 - lam, mixed), (lam, g_rl))
+        of_sft, of_rl = (add((1.0, self._of_adapter(g))) for g in (mixed, g_rl))
+        for g in mixed.values():  # in place: a gradient is as large as the model
+            g.mul_(1 - lam)
+        for name, g in g_rl.items():
+            mixed[name] = mixed[name].add_(lam * g) if name in mixed else lam * g
         if own.adapter != "gain":
-            return mixed, mixed if own.adapter == "both" else add((1 - lam, by_sft))
-        by_rl = self._of_adapter(g_rl)
-        by_hat, loss_hat = self._auxiliary(learner, sampled, g_rl, rate)
+            return mixed, mixed if own.adapter == "both" else add((1 - lam, of_sft))
+        if own.auxiliary == "persistent":
+            g_rl = {}  # nor is it needed any more
+        of_hat, loss_hat = self._auxiliary(learner, sampled, g_rl, rate)
         gains.append(loss_hat - loss)
-        gain = add((1.0, by_rl), (-1.0, by_hat))
-        return mixed, add((1 - lam, by_sft), (lam, gain))
+        gain = add((1.0, of_rl), (-1.0, of_hat))
+        return mixed, add((1 - lam, of_sft), (lam, gain))
 
     # The auxiliary copy ---------------------------------------------------------------------------
 
@@ -167,7 +173,7 @@ class Bridge(Method):
             else:
                 g_hat = self._gradient(learner, sampled, totals)
                 self._move(learner, g_hat, True, rate, "hat")
-        return g_hat, totals.sums.get("loss/rl", 0.0)
+        return self._of_adapter(g_hat), totals.sums.get("loss/rl", 0.0)
 
     def _of_adapter(self, whole: Gradient) -> Gradient:
         return {name: g for name, g in whole.items() if name not in self.base}
@@ -220,7 +226,7 @@ class Bridge(Method):
 
 
 def add(*terms: tuple[float, Gradient]) -> Gradient:
-    """A weighted sum of gradients, in new tensors: a step clips those that it is given."""
+    """A weighted sum of gradients, in new tensors."""
     result: Gradient = {}
     for factor, one in terms:
         for name, g in one.items():
