@@ -27,7 +27,7 @@ def evaluate(policy: Policy, problems: Sequence[Problem], settings: EvaluationSe
     """Scores the policy on problems.
 
     Args:
-        part: `test` or `train`, for the record.
+        part: `test`, `train` or `validation`, for the record.
         checkpoint: `last` or `best`, for the record.
         samples: m answers a problem at `settings.temperature`; 0 for the greedy one alone.
         seed: of the run; the samples' random numbers are derived from it.
