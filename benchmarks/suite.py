@@ -52,7 +52,7 @@ def cases(model: str | None) -> dict[str, Case]:
         "verdicts": Case("verdicts"),
     }
     if model:
-        found["full_size"] = Case("full_size", gigabytes=20.0)
+        found["full_size"] = Case("full_size", gigabytes=16.0)
     for precision in ("fp32", "bf16") if model else ():
         own = ("--model", str(model), "--precision", precision)
         found |= {
