@@ -15,7 +15,13 @@ def test_the_tables_are_the_published_ones():
     """Protects against a README that quotes another run than the committed one."""
     for table in sorted(ROOT.glob("results/published/*/table2.md")):
         text = table.read_text(encoding="utf-8").split("## Other")[0]
-        for row in (line for line in text.splitlines() if line.startswith("|")):
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        if table.parent.name.startswith("base-"):  # one row each, beside what others measured
+            scores = [cell.strip() for cell in rows[-1].split("|") if "[" in cell]
+            assert any(all(score in line for score in scores) for line in README.splitlines()
+                       if table.parent.name in line), f"{table.parent.name}: {scores}"
+            continue
+        for row in rows:
             assert row in README, f"{table.parent.name}: {row}"
 
 
