@@ -8,6 +8,7 @@ import pytest
 from hybridrl_lib import doctor, hub
 from hybridrl_lib.config import load_settings, preset_names
 from hybridrl_lib.errors import UsageError
+from hybridrl_lib.setups import paper_setups
 
 GPU_BOX = doctor.Machine(device="cuda", device_name="GPU", precision="bf16", gpu_memory=79.0,
                          memory=128.0, hub="", data="", tiny_model=True)
@@ -102,10 +103,12 @@ def test_colab_says_what_it_needs_and_how_long_it_takes(monkeypatch):
 def test_setups_that_need_more_than_the_preset_are_named(monkeypatch):
     """A T4 is enough for colab and not for BRIDGE at it; the six setups are not in that list."""
     monkeypatch.setattr(doctor, "look", lambda: replace(GPU_BOX, gpu_memory=14.6, precision="fp32"))
-    (row,) = [row for row in doctor.report("colab") if "bridge" in row[0]]
-    assert row[0].strip().startswith("bridge, ") and "at the least 15.8 GiB" in row[1]
-    assert "This run needs about 15.8 GiB" in row[2]
-    assert not [row for row in doctor.report("colab") if "sft_then_rl" in row[0].split(", ")]
+    rows = {name: row for row in doctor.report("colab") for name in row[0].strip().split(", ")}
+    for name, needed in (("bridge", 18.8), ("bridge_one_step", 20.7)):  # a third gradient
+        assert f"at the least {needed} GiB" in rows[name][1]
+        assert f"This run needs about {needed} GiB" in rows[name][2]
+    assert {"bridge_without_gain", "bridge_joint", "bridge_without_adapter"} <= set(rows)
+    assert not set(paper_setups()) & set(rows)
 
 
 def test_render_shows_value_and_advice(monkeypatch):

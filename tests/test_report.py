@@ -177,9 +177,9 @@ def test_one_seed_says_so(records, tmp_path):
 
 
 def test_differences_pairs_and_holm(report):
-    """Protects the family: 12 pairs, two benchmarks, two metrics, Holm never below p."""
+    """Protects the family: 12 pairs, two benchmarks, three metrics, Holm never below p."""
     found = rows(report / "differences.csv")
-    assert len(found) == 12 * 2 * 2
+    assert len(found) == 12 * 2 * 3
     assert {(row["first"], row["second"]) for row in found} == {
         *((name, "base") for name in PAPER if name != "base"), ("rl", "sft"),
         ("sft_then_rl", "sft"), ("sft_then_rl", "rl"), ("sft_entropy", "sft"),
