@@ -65,8 +65,8 @@ class MIFO(Method):
 
     @classmethod
     def copies(cls, own: MIFOSettings, device: str) -> tuple[float, float]:
-        # SFT's moments and C; the weights before RL, or C in one piece and what topk takes for it.
-        return 3.0, 1.0 if device == "cuda" else 4.5
+        # SFT's moments and C; the weights before RL, or (more on a CPU) what topk takes of C.
+        return 3.0, 1.0 if device == "cuda" else 2.5
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
