@@ -211,7 +211,8 @@ class Learner:
         keep = self.has_gradient(update)
         if keep.any() and self.entropy_control is not None and update.marked is None:
             self.entropy_control.mark(update, self)
-            keep = self.has_gradient(update)  # what is marked by KL-Cov has one
+            if update.marked is not None:  # what KL-Cov has marked has a gradient
+                keep = self.has_gradient(update)
         keep = keep.nonzero().squeeze(-1).tolist()
         self._count_skipped(update, keep, totals)
         if size() == 1 or not keep:
@@ -388,8 +389,7 @@ class Learner:
             arguments = (old, advantages, *bounds)
             losses = policy_token_losses(scores, *arguments)
             if update.marked is not None:
-                losses = self.entropy_control.losses(losses, flat(update.marked),
-                                                     scores, old)
+                losses = self.entropy_control.losses(losses, flat(update.marked), scores, old)
             if self.needs_anchor:
                 anchor = flat(update.anchor)
                 losses = losses + settings.rl.beta * (
