@@ -1,17 +1,19 @@
 """Demonstrations that a model wrote: sampled from it, verified, and scored under it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .config import Settings
+from .config import ModelSettings, Settings
 from .errors import UserError
 from .evaluation import verdicts_of
+from .judging import rewards_of
 from .methods.method import Progress, Stage, Weights
 from .packing import PromptCompletion
-from .policy import Policy, load_policy
+from .policy import Policy, load_policy, load_tokenizer
 from .problems import Problem
 from .records import seed_of
 from .rewards import Verifier
@@ -48,20 +50,53 @@ def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
         seed: for `sft`, of the order of the problems.
 
     Raises:
-        UserError: it cannot be loaded, or has another tokenizer than the student.
+        UserError: it cannot be loaded, or ends answers with another token than the student.
     """
     if source == OF_THIS_RUN:
         policy = load_policy(settings.model)
         _fine_tune(policy, problems, settings, epochs, learning_rate, seed)
         return policy
-    policy = load_policy(replace(settings.model, path=source, revision=None, adapter="none",
-                                 gradient_checkpointing=False))
-    if (policy.tokenizer.get_vocab() != student.tokenizer.get_vocab()
-            or any(policy.encode_completion(p.solution) != student.encode_completion(p.solution)
-                   for p in problems)):
-        raise UserError(f"The model {source} has another tokenizer than {student.name}, so neither "
-                        "can score the other's tokens; choose one of the same family.")
+    with _called_behaviour():
+        policy = load_policy(_named(source, settings))
+    if policy.eos_id != student.eos_id:
+        raise _other_tokenizer(source, student)
     return policy
+
+
+def refuse_other_tokenizer(source: str, student: Policy, problems: Sequence[Problem],
+                           settings: Settings) -> None:
+    """Refuses a model that cannot write demonstrations, before its weights are fetched or read.
+
+    Raises:
+        UserError: there is none of that name, or it has another tokenizer than the student.
+    """
+    with _called_behaviour():
+        tokenizer = load_tokenizer(_named(source, settings))
+    if tokenizer.get_vocab() != student.tokenizer.get_vocab() or any(
+            tokenizer(p.solution, add_special_tokens=False)["input_ids"]
+            != student.encode_completion(p.solution)[:-1] for p in problems):
+        raise _other_tokenizer(source, student)
+
+
+def _other_tokenizer(source: str, student: Policy) -> UserError:
+    return UserError(f"The model {source} has another tokenizer than {student.name}, so neither "
+                     "can score the other's tokens; choose one of the same family for "
+                     "pear.behaviour.")
+
+
+def _named(source: str, settings: Settings) -> ModelSettings:
+    """How a model that writes demonstrations is loaded."""
+    return replace(settings.model, path=source, revision=None, adapter="none",
+                   gradient_checkpointing=False)
+
+
+@contextmanager
+def _called_behaviour() -> Iterator[None]:
+    """What is said of model.path is said of the setting that names the model here."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace("model.path", "pear.behaviour")) from error
 
 
 def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, epochs: int,
@@ -83,7 +118,8 @@ def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, 
 def sample_demonstrations(policy: Policy, student: Policy, problems: Sequence[Problem],
                           verifier: Verifier, settings: Settings, samples: int, seed: int,
                           ) -> tuple[dict[str, Demonstration], int]:
-    """The first right answer of a model to each problem, among so many sampled at temperature 1.
+    """The first answer of a model to each problem that earns RL's reward, among so many sampled at
+    temperature 1.
 
     Both models read the student's prompt, token for token.
 
@@ -94,11 +130,13 @@ def sample_demonstrations(policy: Policy, student: Policy, problems: Sequence[Pr
     groups = sample(policy, [student.encode_prompt(p.question) for p in problems],
                     samples=samples, max_new_tokens=settings.rl.max_new_tokens, temperature=1.0,
                     seed=seed_of(seed, "behaviour"), batch_size=settings.evaluation.batch_size)
-    verdicts = iter(verdicts_of(problems, groups, verifier))
+    rewards = rewards_of([p for p in problems for _ in range(samples)],
+                         [c.text for group in groups for c in group.completions],
+                         verdicts_of(problems, groups, verifier), settings.rl.reward)
     found: dict[str, PromptCompletion] = {}
-    for problem, group in zip(problems, groups, strict=True):
-        for completion, verdict in zip(group.completions, verdicts, strict=False):
-            if verdict.strict and completion.finished:
+    for problem, group, mine in zip(problems, groups, rewards.view(-1, samples), strict=True):
+        for completion, reward in zip(group.completions, mine.tolist(), strict=True):
+            if reward > 0 and completion.finished:
                 found.setdefault(problem.id, PromptCompletion(group.prompt_ids,
                                                               completion.token_ids))
     scores = Learner(policy, settings).scores(list(found.values()), temperature=1.0)

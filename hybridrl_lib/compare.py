@@ -35,8 +35,9 @@ from .reproduce import default_jobs, gpus_for, joined, relative_cost, threads_fo
 from .setups import SETUPS, Setup, paper_setups
 
 BASELINE = "sft_then_rl"
-# What a claim has to be held against: all of RL after SFT, and PEAR's demonstrations unweighted.
-CONTROLS = ("sft_then_full_rl", "sft_sampled_then_rl")
+# What a claim has to be held against: all of RL after SFT, PEAR's demonstrations unweighted, and
+# SuperRL's problems for SFT left out.
+CONTROLS = ("sft_then_full_rl", "sft_sampled_then_rl", "superrl_drop")
 VARIANTS = ("combined_cosine",)  # that change what a method is: here its lambda moves
 GRID = (0.25, 0.5, 1.0, 2.0)
 DEVELOPMENT_SEEDS = (1000, 1001)
@@ -143,7 +144,10 @@ def work_and_write(plan: Plan, runs: Sequence[Job], say: Callable[[str], None],
         raise
     except UserError as error:
         failure = error
-    files = write()
+    try:
+        files = write()
+    except UserError as error:  # why there is nothing to show says more than that there is nothing
+        raise failure or error from None
     if failure:
         raise failure
     return files
@@ -302,6 +306,7 @@ def run_job(plan: Plan, arm: Setup, seed: int, experiment: str, settings: Sequen
             raise UserError(f"The run {arm.name}/seed-{seed} of experiment {experiment} was made "
                             f"with other settings ({'; '.join(changes)}); choose another "
                             "--experiment or delete its folder.")
+        record.refuse_other_numerics(experiment)
     log = (folder / "logs" / f"{arm.name}-seed-{seed}.log").absolute()
     command = (sys.executable, "-m", "hybridrl_lib.cli", "run", arm.name, "--preset", plan.preset,
                "--seed", str(seed), "--experiment", experiment,
@@ -351,10 +356,13 @@ def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tune
 
     folder = experiment_folder(plan.experiment)
     experiment = only_runs(plan, folder)
+    if not experiment.runs:
+        raise UserError(f"No run of the comparison in {from_here(folder)} is finished.")
     arms = make_arms(experiment, BASELINE, factors)
     alone = {benchmark: only_runs(plan, experiment_folder(only(plan, benchmark)))
              for benchmark in experiment.benchmarks
              if any(experiment_folder(only(plan, benchmark)).glob("*/seed-*/manifest.json"))}
+    alone = {benchmark: found for benchmark, found in alone.items() if found.runs}
     files, table = report_arms(folder, experiment, arms, BASELINE, tuned, alone)
     say("\n" + table)
     say(f"\n{len(files)} files in {from_here(folder)}; start with comparison.md.")

@@ -12,7 +12,8 @@ superrl, hpt, uft, prefix_rft), of demonstrations, hints and prefixes as well. A
 may also take an update of demonstrations alone: that has the term where it is a part of the step's
 loss (bridge), and none where it is SFT beside RL (relift, mifo, sasr).
 
-    covariance of token t = (log pi(y_t) - mean) (A_t - mean), means over an update's sampled tokens
+    covariance of token t = (log pi(y_t) - mean) (A_t - mean), means over an update's tokens that
+                            L_RL weighs (hybrids of prefix_rft have no weight there)
 
 Clip-Cov and KL-Cov are of 2505.22617, whose code was read for the sheet this follows: shares are
 of all tokens of the update, at least one token. That code computes them over the micro-batch which

@@ -269,17 +269,9 @@ def load_policy(settings: ModelSettings,
     if settings.sampler == "vllm" and not find_spec("vllm"):
         raise UsageError("model.sampler=vllm needs the package vllm; install it with "
                          "'pip install hybridrl_lib[vllm]' or set model.sampler=own.")
-    folders, base, commit = adapters.unfold(settings.path)
-    revision = settings.revision or commit
-    source, arguments, name = _locate(replace(settings, path=base) if folders else settings)
-    device = choose_device(settings.device)
-    on_hub = not source
-    if on_hub:
-        source = str(fetch_description(name, revision))
-    if "gguf_file" not in arguments:
-        refuse_redirections(Path(source), base)
-        refuse_wrong_architecture(Path(source), base)
-    tokenizer = _load_tokenizer(source, arguments, base)
+    device, found = choose_device(settings.device), _describe(settings)
+    folders, base, source, arguments = found.folders, found.base, found.source, found.arguments
+    name, on_hub, tokenizer = found.name, found.on_hub, found.tokenizer
     if not tokenizer.chat_template and name != TINY:
         say(f"the tokenizer of {name} has no chat template: questions are asked as plain text, "
             "'Problem: ... Solution:'")
@@ -318,6 +310,48 @@ def load_policy(settings: ModelSettings,
         precision=choose_precision(settings.precision, device),
         stop_ids=stop_ids, pad_id=pad_id, adapter=settings.adapter, sampler=settings.sampler,
         revision=Path(source).name if on_hub else "")
+
+
+def load_tokenizer(settings: ModelSettings):
+    """The tokenizer of a model, whose weights are neither fetched nor read.
+
+    Raises:
+        UserError: as `load_policy`.
+    """
+    return _describe(settings).tokenizer
+
+
+@dataclass(frozen=True)
+class _Description:
+    """A model before its weights: where it is, its name in records, its tokenizer.
+
+    Attributes:
+        folders: of the adapters that are merged into it, in order.
+        base: the path or hub name of the model beneath them, as it was given.
+        source, arguments: what from_pretrained takes.
+        on_hub: whether `source` is a folder of the hub's cache, and named after a commit.
+    """
+
+    folders: Sequence[Path]
+    base: str
+    source: str
+    arguments: dict
+    name: str
+    on_hub: bool
+    tokenizer: object
+
+
+def _describe(settings: ModelSettings) -> _Description:
+    folders, base, commit = adapters.unfold(settings.path)
+    source, arguments, name = _locate(replace(settings, path=base) if folders else settings)
+    on_hub = not source
+    if on_hub:
+        source = str(fetch_description(name, settings.revision or commit))
+    if "gguf_file" not in arguments:
+        refuse_redirections(Path(source), base)
+        refuse_wrong_architecture(Path(source), base)
+    return _Description(folders, base, source, arguments, name, on_hub,
+                        _load_tokenizer(source, arguments, base))
 
 
 @contextmanager

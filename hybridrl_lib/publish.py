@@ -167,7 +167,6 @@ def tables_of(folder: Path, name: str) -> dict[str, str]:
     if swept:
         experiments = {value: load_experiment(folder / part_of(value))
                        for value in dict.fromkeys(row["value"] for row in swept)}
-        setup, = {setup for one in experiments.values() for setup in one.setups}
-        parameter = swept[0]["parameter"]
+        parameter, setup = swept[0]["parameter"], swept[0]["setup"]
         texts |= sweep_texts(parameter, SWEEPS[parameter].title, setup, experiments)
     return texts

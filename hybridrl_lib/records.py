@@ -310,6 +310,23 @@ class RunFolder:
         return any((self.path / name).exists()
                    for name in (*LOGS, ANSWERS, "manifest.json", "checkpoint"))
 
+    def refuse_other_numerics(self, experiment: str) -> None:
+        """Refuses a run whose numbers this version would not give.
+
+        Args:
+            experiment: for the sentence.
+
+        Raises:
+            UserError: it was begun by a version with another `NUMERICS_VERSION`.
+        """
+        numerics = (self.read("config.json") or {}).get("numerics_version", 1)  # the first say none
+        if numerics != NUMERICS_VERSION:
+            raise UserError(
+                f"The run {self.path.parent.name}/{self.path.name} of experiment {experiment} was "
+                "made by an older or newer hybridrl_lib, whose numbers differ (numerics version "
+                f"{numerics}, this is {NUMERICS_VERSION}); choose another --experiment or delete "
+                "its folder.")
+
     def checksums(self) -> dict[str, str]:
         """{name: sha256} of the logs and answers that are there; packing them changes none."""
         contents = {name: log_bytes(self.path / name) for name in (*LOGS, ANSWERS)}

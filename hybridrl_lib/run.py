@@ -249,11 +249,7 @@ def _claim(folder: RunFolder, config: dict, settings: Settings) -> None:
     if others := difference(old, settings, ignored=MEMORY_ALONE):
         raise UserError(f"{run} was made with other settings ({'; '.join(others)}); choose "
                         "another --experiment or delete its folder.")
-    numerics = before.get("numerics_version", 1)  # the first ones do not say
-    if numerics != NUMERICS_VERSION:
-        raise UserError(f"{run} was made by an older or newer hybridrl_lib, whose numbers differ "
-                        f"(numerics version {numerics}, this is {NUMERICS_VERSION}); choose "
-                        "another --experiment or delete its folder.")
+    folder.refuse_other_numerics(config["experiment"])
     if (changes := difference(old, settings)) and not folder.is_complete:
         after = before | {"settings": config["settings"],
                           "memory_changes": [*before.get("memory_changes", ()), *changes]}

@@ -45,7 +45,7 @@ class Rollout:
     @property
     def solved(self) -> float:
         """Share of right answers."""
-        return float((self.rewards > 0).float().mean())
+        return int((self.rewards > 0).sum()) / len(self.rewards)  # in fp32, 1 of 5 is above 0.2
 
 
 @dataclass

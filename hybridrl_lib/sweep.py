@@ -71,8 +71,8 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
         values: as after `--set`; the parameter's own list unless given.
         setup: instead of the parameter's own.
         preset, seeds, jobs, experiment, settings, say, executor: as for `compare`; the experiment
-            is the preset's name with `-sweep-` and the parameter unless given, and every value has
-            one whose name begins with it.
+            is the preset's name with `-sweep-` and the parameter (and the setup, where it is not
+            the parameter's own) unless given, and every value has one whose name begins with it.
 
     Returns:
         The files of the sweep.
@@ -89,11 +89,17 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
     if not values:
         raise UsageError(f"The parameter {parameter} has no values of its own; give them with "
                          "--values.")
+    folders = [part_of(value) for value in values]
+    if twice := [value for value in values if folders.count(part_of(value)) > 1]:
+        raise UsageError(f"The values {' and '.join(twice)} would share a folder, whose name is "
+                         "the last part of a path; rename one, or sweep them into experiments of "
+                         "their own.")
     arm, cluster = get_setup(setup or chosen.setup), connect(executor)
+    own = "" if arm.name == chosen.setup else f"-{arm.name}"
     settings, seeds = tuple(split_overrides(settings)), tuple(dict.fromkeys(seeds))
     gpus = gpus_for(preset, settings)
     plan = Plan(preset, settings, (arm,), seeds, (1.0,),
-                experiment or f"{default_experiment(preset)}-sweep-{parameter}", (),
+                experiment or f"{default_experiment(preset)}-sweep-{parameter}{own}", (),
                 jobs or default_jobs(preset, len(values) * len(seeds), gpus, cluster), cluster)
     given = {value: (*plan.settings, *as_settings(plan, chosen, value)) for value in values}
     for texts in given.values():  # refused here, once, rather than in every run
@@ -139,6 +145,7 @@ def write_sweep(plan: Plan, parameter: str, values: Sequence[str],
     experiments = {value: only_runs(plan, experiment_folder(place(plan, value)))
                    for value in values
                    if any(experiment_folder(place(plan, value)).glob("*/seed-*/manifest.json"))}
+    experiments = {value: found for value, found in experiments.items() if found.runs}
     if not experiments:
         return []
     files, table = report_sweep(folder, parameter, SWEEPS[parameter].title, plan.arms[0].name,

@@ -198,9 +198,9 @@ class Trainer:
         row["seconds/sampling"] = round(sampled_at - began, 4)
         row["seconds/update"] = round(now - sampled_at, 4)
         row["seconds/step"] = round(now - began, 4)
+        row = finite_values(row)
         self.method.after_step(row, progress)
-        row = {name: value for name, value in row.items()  # JSON has no NaN: absent instead
-               if not isinstance(value, float) or math.isfinite(value)}
+        row = finite_values(row)
         begun = self.health.see(row)
         if self.health.active:
             row["warnings"] = sorted(self.health.active)
@@ -420,6 +420,12 @@ def place_of(step: Step, number: int) -> str:
     more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
     first = ", ".join(ids[:3])
     return f"step {number} ({step.progress.stage.name}) with the problems {first}{more}"
+
+
+def finite_values(row: dict) -> dict:
+    """The row without numbers that are not finite: JSON has none, and they teach nothing."""
+    return {name: value for name, value in row.items()
+            if not isinstance(value, float) or math.isfinite(value)}
 
 
 def measured(totals: Totals, updates: Sequence[Update], with_rollouts: bool) -> dict:

@@ -1,6 +1,7 @@
 """One optimiser update: the loss of a mini-batch, its gradient over micro-batches, one step."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -129,7 +130,7 @@ class Learner:
                     shard(model)
         self.parameters = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.non_finite_in_a_row = 0
+        self.non_finite_in_a_row: Counter[str] = Counter()  # updates by optimiser
         self.loss_is_finite = True  # since the last step
         self.place = ""  # the step and its batch in words, which the trainer sets
         self.entropy_control = None  # an `EntropyControl`, which the trainer sets
@@ -306,13 +307,13 @@ class Learner:
         if finite or scaler is not None:  # which skips by itself, and finds another scale
             chosen.step()
         chosen.zero_grad(set_to_none=True)
-        self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
+        in_a_row = 0 if finite else self.non_finite_in_a_row[optimizer] + 1
+        self.non_finite_in_a_row[optimizer] = in_a_row
         fp16 = self.policy.precision == "fp16"
-        if self.non_finite_in_a_row >= (PATIENCE_WITH_SCALING if fp16 else
-                                        PATIENCE_WITH_NON_FINITE):
+        if in_a_row >= (PATIENCE_WITH_SCALING if fp16 else PATIENCE_WITH_NON_FINITE):
             raise UserError(
-                f"The loss or its gradient was not finite {self.non_finite_in_a_row} updates in a "
-                "row" + (f", the last at {self.place}" if self.place else "") + "; lower the "
+                f"The loss or its gradient was not finite {in_a_row} updates in a row"
+                + (f", the last at {self.place}" if self.place else "") + "; lower the "
                 + ("learning rate" if self.policy.precision == "fp32" else
                    "learning rate or set model.precision=fp32") + ", then delete the run's folder.")
         return norm

@@ -10,7 +10,7 @@ import json, sys
 sys.path.append({str(Path(__file__).parent)!r})
 import synthetic_records
 from hybridrl_lib.config import load_settings, settings_to_dict
-from hybridrl_lib.records import RunFolder, experiment_folder
+from hybridrl_lib.records import NUMERICS_VERSION, RunFolder, experiment_folder
 from hybridrl_lib.setups import get_setup
 arguments = sys.argv[1:]
 setup, seed = arguments[1], int(arguments[arguments.index("--seed") + 1])
@@ -23,7 +23,8 @@ synthetic_records.build_experiment(folder, [setup], [seed], {{"tiny_word": 8, "t
                                    {{"tiny_word": 4}}, epochs=2)
 run = RunFolder(folder / setup / ("seed-0" if setup == "base" else f"seed-{{seed}}"))
 rate = settings["rl"]["learning_rate"]
-run.write("config.json", {{"setup": setup, "seed": seed, "preset": "tiny", "settings": settings}})
+run.write("config.json", {{"setup": setup, "seed": seed, "preset": "tiny", "settings": settings,
+                          "numerics_version": NUMERICS_VERSION}})
 run.append("validation.jsonl", {{"step": 1, "strict": 0.9}})
 run.append("validation.jsonl", {{"step": 2, "strict": 0.3 + (rate > 1.5e-4) * (setup == "rl") / 3}})
 """

@@ -29,8 +29,8 @@ from hybridrl_lib.errors import UsageError, UserError
 from hybridrl_lib.methods import METHODS, make_method
 from hybridrl_lib.report import load_experiment
 from hybridrl_lib.report.arm_figures import draw_diagnostics
-from hybridrl_lib.report.arm_tables import report_arms
-from hybridrl_lib.report.arms import make_arms, used, verdict
+from hybridrl_lib.report.arm_tables import difference_rows, report_arms
+from hybridrl_lib.report.arms import beyond_budget, make_arms, used, verdict
 from hybridrl_lib.setups import SETUPS, get_setup, paper_setups
 from hybridrl_lib.statistics import Difference, holm, paired_difference
 
@@ -148,6 +148,25 @@ def test_one_failure_leaves_the_comparison_of_the_others(started, monkeypatch, r
     assert "rl,tiny_word" in (results / "cmp" / "comparison.csv").read_text()
 
 
+def test_why_runs_failed_is_said_where_none_is_left_to_show(monkeypatch, results):
+    """Not that there is no experiment, which is only what follows."""
+    def broken(plan, jobs, say):
+        raise UserError("2 of 2 runs failed (...)")
+
+    monkeypatch.setattr(module, "work", broken)
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        go(grid=(1.0,))
+
+
+def test_runs_of_other_numerics_are_not_mixed_in(started, results):
+    """As `hybridrl run` would not go on with them."""
+    go(grid=(1.0,))
+    path = results / "cmp" / "rl" / "seed-1" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"numerics_version": 0}))
+    with pytest.raises(UserError, match="rl/seed-1.*older or newer.*numerics version 0"):
+        go(grid=(1.0,))
+
+
 def plan_of(**more):
     arguments = {"preset": "tiny", "seeds": (0,), "methods": ["rl"], "grid": (1.0,), "jobs": 1,
                  "experiment": "cmp", "settings": ()} | more
@@ -178,6 +197,17 @@ def test_arms_without_a_stage_of_sft_have_the_rollouts_of_sft_then_rl(setup):
     mine, theirs = (make_method(get_setup(name), chosen).stages[-1]
                     for name, chosen in zip((setup, BASELINE), settings, strict=True))
     assert mine.name == theirs.name == "rl" and mine.epochs == theirs.epochs
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 5, 10])
+def test_an_odd_epoch_is_not_given_to_rl(epochs):
+    """SFT -> RL gives it to SFT, and so do the arms that have RL's half."""
+    settings = load_settings("tiny", [f"training.epochs={epochs}"], smoke=False)
+    stages = {name: make_method(get_setup(name), replace(settings, method=load_settings(
+        "tiny", smoke=False, setup=get_setup(name)).method, rl=replace(settings.rl, beta=0))).stages
+        for name in (BASELINE, "raft", "frpo", "sft_then_full_rl")}
+    assert stages["raft"][-1] == stages["frpo"][-1] == stages[BASELINE][-1]
+    assert [s.epochs for s in stages["sft_then_full_rl"]] == [stages[BASELINE][0].epochs, epochs]
 
 
 def test_the_full_rl_arm_takes_as_many_rl_steps_as_rl_alone():
@@ -292,13 +322,47 @@ def test_who_does_not_beat_the_baseline_is_named(experiment, tmp_path):
     arms = make_arms(experiment, BASELINE, {})
     report_arms(tmp_path / "out", experiment, arms, BASELINE, [], {})
     text = (tmp_path / "out" / "comparison.md").read_text()
-    beaten = {line for line in text.splitlines() if line.startswith("- ")}
-    assert "- Better than SFT + RL somewhere and nowhere worse: ReLIFT." in beaten
-    assert "- Worse than SFT + RL somewhere and nowhere better: RL." in beaten
-    assert "- Not shown to beat SFT + RL: none." in beaten
+    by_exact_match = text.partition("By exact match:")[2].partition("By Pass@1:")[0].splitlines()
+    assert "- Better than SFT + RL on a benchmark and on none worse: ReLIFT †." in by_exact_match
+    assert "- Worse than SFT + RL on a benchmark and on none better: none." in by_exact_match
+    assert "- Not shown to beat SFT + RL, nor to lose to it: RL †." in by_exact_match
+    by_pass_at_8 = text.partition("By Pass@8:")[2].splitlines()
+    assert "- Worse than SFT + RL on a benchmark and on none better: RL †." in by_pass_at_8
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
     assert {r["verdict"] for r in rows if r["setup"] == "rl"} <= {"worse", "not told apart"}
     assert {r["verdict"] for r in rows if r["setup"] in (BASELINE, "base")} == {""}
+
+
+def test_a_verdict_is_of_one_family(experiment):
+    """Holm holds the level within a metric: best of three would be a false gain three times as
+    often."""
+    arm, = (arm for arm in make_arms(experiment, BASELINE, {}) if arm.setup == "relift")
+    good, none = (Difference(0.2, 0.1, 0.3, 0.01, 3, 60), 0.01), (
+        Difference(0.0, -0.1, 0.1, 0.9, 3, 60), 0.9)
+    arm = replace(arm, differences={("tiny_word", "exact_match"): none,
+                                    ("tiny_word", "pass@8"): good})
+    assert arm.verdict("exact_match") == "not told apart" and arm.verdict("pass@8") == "better"
+    row, = difference_rows(experiment, [arm], BASELINE)
+    assert row[-1] == "not told apart"
+
+
+def test_who_used_more_than_the_budget_is_marked(experiment, tmp_path):
+    """In the text, the tables and the forest plot; twice the rollouts may be what wins."""
+    arms = [replace(arm, used=replace(arm.used, rollouts=2 * arm.used.rollouts))
+            if arm.setup == "rl" else arm for arm in make_arms(experiment, BASELINE, {})]
+    base = next(arm.used for arm in arms if arm.setup == BASELINE)
+    arms = [replace(arm, used=base) if arm.setup == "relift" else arm for arm in arms]
+    assert beyond_budget(arms, BASELINE) == {"rl"}
+    report_arms(tmp_path / "out", experiment, arms, BASELINE, [], {})
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "better: RL †." in text and "† used more than SFT + RL" in text
+    assert "ReLIFT." in text and "ReLIFT †" not in text
+    assert r"RL \textdagger{} &" in (tmp_path / "out" / "comparison.tex").read_text()
+    assert "RL †" in svg_text(tmp_path / "out" / "figures" / "forest.svg")
+
+
+def svg_text(path):
+    return path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("weights", "drawn"), [
@@ -331,4 +395,5 @@ def test_the_files_hold_every_arm(experiment, tmp_path):
     assert all(SETUPS[arm.setup].title in text and SETUPS[arm.setup].title in table
                for arm in arms)
     assert "nothing was tuned" in text
-    assert (tmp_path / "out" / "comparison.tex").read_text().count(r"\begin{tabular}") == 2
+    latex = (tmp_path / "out" / "comparison.tex").read_text()
+    assert latex.count(r"\begin{tabular}{lrrr}") == 4, "narrow enough for a page: one a benchmark"

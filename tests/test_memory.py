@@ -258,6 +258,10 @@ def test_pear_holds_its_behaviour_model():
     assert sizes["named"].surely != "behaviour's update"
     assert sizes["named"].phases["behaviour's sampling"]["behaviour model"] == 4 * QWEN.parameters
     assert sizes["pear"].total("SFT update") == update
+    # in main memory: the weights as loaded and after SFT, and for a moment those of now
+    one, other = (estimate(QWEN, settings[name], "fp32", "cpu").total("RL update")
+                  for name in ("sft", "pear"))
+    assert other - one == 3 * 4 * QWEN.parameters
 
 
 def test_vllm_has_its_share_of_the_gpu(monkeypatch):

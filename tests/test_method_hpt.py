@@ -35,6 +35,14 @@ def test_the_gate_is_a_threshold(make_trainer, monkeypatch, gamma, sft):
     assert (row["hpt/closed"], row["hpt/sft_share"], row["hpt/left_out"]) == (len(sft), share, 0)
 
 
+def test_a_share_that_is_the_threshold_is_not_above_it(make_trainer):
+    """1 of 5 as a mean in fp32 is above 0.2, and would be taught by RL."""
+    trainer = make_trainer("hpt", *PLAIN, "hpt.gamma=0.2", "rl.group_size=5",
+                           verifier=Fixed([0, 0, 1, 0, 0]))
+    trainer.train()
+    assert trainer.folder.lines("metrics.jsonl")[0]["hpt/closed"] == 8
+
+
 def flat(trainer):
     return torch.cat([w.flatten() for w in trainer.weights().values()])
 

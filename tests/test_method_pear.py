@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import write_model
-from small_training import Coin, Fixed, distance, watch
+from small_training import SMALL, Coin, Fixed, distance, watch
 from textbook import gradient, plain_mean, plain_scores
 
 from hybridrl_lib.errors import UsageError, UserError
@@ -174,6 +174,18 @@ def test_demonstrations_are_the_first_right_answers(make_trainer, other):
     assert found[0] == found[1] != found[2]
 
 
+def test_demonstrations_earn_the_reward_of_rl(make_trainer, other):
+    """A right answer after a false equation is not imitated where RL would not reward it."""
+    found = {}
+    for reward in ("answer", "answer_and_steps"):
+        trainer = make_trainer("pear", f"pear.behaviour={other}", "pear.samples=2",
+                               f"rl.reward={reward}", "rl.max_new_tokens=40",
+                               verifier=Fixed([1]), folder=reward)
+        trainer.train()
+        found[reward] = len(trainer.method.demonstrations)
+    assert found["answer"] > 0 == found["answer_and_steps"], "random texts have no equation"
+
+
 def test_no_right_answer_at_all_is_a_stage_without_updates(make_trainer):
     """And no crash: RL still runs, from the base model."""
     trainer = make_trainer("pear", "pear.behaviour_epochs=1", verifier=Fixed([0]))
@@ -278,6 +290,19 @@ def test_the_behaviour_models_path_names_no_home(monkeypatch, tmp_path):
     assert PEARSettings(behaviour=str(tmp_path / "model")).behaviour == "~/model"
 
 
+def test_a_behaviour_model_that_is_not_there_binds_nobody(model_folders, other, monkeypatch):
+    """It is looked for before anything is recorded: the command with the right name then runs."""
+    from hybridrl_lib.run import run
+
+    monkeypatch.setattr("hybridrl_lib.run.Verifier", Coin)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = [*SMALL, "pear.samples=2", f"model.path={model_folders['qwen2']}"]
+    with pytest.raises(UserError, match="models/nowhere.*pear.behaviour") as caught:
+        run("pear", settings=[*settings, "pear.behaviour=models/nowhere"])
+    assert "model.path" not in str(caught.value)
+    assert run("pear", settings=[*settings, f"pear.behaviour={other}"]).is_complete
+
+
 def test_another_tokenizer_is_one_sentence(make_trainer, other):
     """Log-probabilities of other tokens would be divided by each other."""
     from pathlib import Path
@@ -286,4 +311,4 @@ def test_another_tokenizer_is_one_sentence(make_trainer, other):
     path.write_text(path.read_text(encoding="utf-8").replace('" apples"', '" pears"'),
                     encoding="utf-8")
     with pytest.raises(UserError, match="another tokenizer"):
-        make_trainer("pear", f"pear.behaviour={other}").train()
+        make_trainer("pear", f"pear.behaviour={other}")

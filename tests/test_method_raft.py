@@ -32,6 +32,24 @@ def test_the_gradient_is_that_of_sft_on_the_right_answers(make_trainer, monkeypa
     assert trainer.tokens["demonstrations"] == 0  # no reference solution was learned from
 
 
+def test_the_temperature_of_sampling_is_that_of_training(make_trainer, monkeypatch):
+    """The answers are the policy's own: their log-probabilities are those of the sampler."""
+    trainer = make_trainer("raft", "rl.updates_per_rollout=1", "rl.temperature=2")
+    taken, seen = watch_rollouts(monkeypatch), watch(trainer)
+    trainer.train()
+    groups = taken[0]
+    rewards = coin_rewards(trainer, problems_of(trainer, groups), groups)
+    trainer.load_weights(seen.weights[0])
+    right = {(tuple(group.prompt_ids), tuple(completion.token_ids))
+             for group, mine in zip(groups, rewards, strict=True)
+             for completion, reward in zip(group.completions, mine, strict=True) if reward}
+    losses = {temperature: plain_mean([-plain_scores(
+        trainer.policy.model, *map(list, pair), temperature)[0] for pair in right], "token_mean")
+        for temperature in (1.0, 2.0)}
+    assert distance(seen.gradients[0], gradient(trainer, losses[2.0])) < 2e-5
+    assert distance(seen.gradients[0], gradient(trainer, losses[1.0])) > 0.1
+
+
 def test_it_is_rl_with_the_reward_for_the_advantage(make_trainer, monkeypatch):
     """The gradient of RL at ratio 1 with A = 1 for a right answer and 0 for a wrong one."""
     found = []

@@ -93,6 +93,9 @@ def test_the_cap_on_sft_updates(make_trainer):
     trainer.train()
     rows = trainer.folder.lines("metrics.jsonl")
     assert [row["relift/taught"] for row in rows] == [2, 0, 0, 2, 0, 0]
+    # one SFT update beside the two of RL, then two steps of RL alone, and so on
+    assert [row["relift/sft_share"] for row in rows] == pytest.approx(
+        [1 / 3, 1 / 5, 1 / 7, 2 / 10, 2 / 12, 2 / 14])
 
 
 def test_a_buffer_smaller_than_a_batch_is_refused(make_trainer):

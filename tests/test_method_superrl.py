@@ -69,6 +69,19 @@ def test_the_control_leaves_unsolved_problems_out_of_the_mean(make_trainer, monk
     assert "loss/sft" not in row
 
 
+def test_a_loss_that_is_not_finite_leaves_the_learned_weights(make_trainer):
+    """NaN would send s to its floor, and infinity switch that loss off for the rest of the run."""
+    trainer = make_trainer("superrl_log_sigma", *ONE_UPDATE, verifier=Fixed(MIXED))
+    score, before = trainer.policy.score, dict(trainer.method.sigma)
+    for bad in (math.nan, math.inf):
+        trainer.policy.score = lambda *given, bad=bad, **more: tuple(
+            bad * one for one in score(*given, **more))
+        trainer.learner.new_optimizer()
+        trainer._one_step(trainer._progress())
+        assert trainer.method.sigma == before
+    assert trainer.folder.lines("metrics.jsonl")[-1]["updates_not_finite"] == 1
+
+
 def test_learned_weights_follow_their_own_gradient(make_trainer, monkeypatch):
     """The loss is exp(-2 s_rl) L_RL + exp(-2 s_sft) L_SFT on all problems; s takes a step of plain
     gradient descent on that loss plus s_rl + s_sft, and is in the checkpoint."""

@@ -112,7 +112,9 @@ def reordered(rollout, order):
 
 
 @pytest.mark.parametrize(("setup", "overrides"), [
-    ("rl", ("rl.beta=0.5", "rl.kl_anchor=reference")), ("combined", ()), ("luffy", ())])
+    ("rl", ("rl.beta=0.5", "rl.kl_anchor=reference")), ("combined", ()), ("luffy", ()),
+    ("superrl", ()), ("hpt", ()), ("chord_phi", ()), ("frpo", ("prl.beta=0.5",)),
+    ("prl", ("prl.beta=0.5", "prl.step_tokens=4")), ("mifo", ("mifo.batch_size=1000",))])
 def test_the_order_of_a_batch_changes_no_gradient(make_trainer, setup, overrides):
     """Problems, answers of a group and demonstrations: an index that follows another list would."""
     trainer = make_trainer(setup, "rl.updates_per_rollout=1", "training.micro_batch_tokens=60",
@@ -134,7 +136,8 @@ def test_the_order_of_a_batch_changes_no_gradient(make_trainer, setup, overrides
         assert distance(gradient_of(trainer, two), expected) > 1e-2
 
 
-@pytest.mark.parametrize("setup", ["rl", "luffy"])
+@pytest.mark.parametrize("setup", ["rl", "luffy", "superrl", "chord_phi", "frpo", "uft", "raft",
+                                   "prefix_rft", "mifo", "pear"])
 def test_padding_changes_no_gradient(make_trainer, monkeypatch, setup):
     """Rows with more of it than they need, as beside a longer one; no mean may count it."""
     trainer = make_trainer(setup, "rl.updates_per_rollout=1", "rl.learning_rate=0.01")

@@ -1,6 +1,8 @@
 """`hybridrl sweep`: which runs a parameter means, its table and its figure."""
 
 import csv
+import sys
+from dataclasses import replace
 
 import pytest
 from made_up_runs import make_up_runs
@@ -9,7 +11,7 @@ from hybridrl_lib import sweep as module
 from hybridrl_lib.cli import main
 from hybridrl_lib.compare import Plan
 from hybridrl_lib.config import describe, load_settings, preset_names
-from hybridrl_lib.errors import UsageError
+from hybridrl_lib.errors import UsageError, UserError
 from hybridrl_lib.methods import make_method
 from hybridrl_lib.setups import get_setup
 from hybridrl_lib.sweep import SWEEPS, as_settings, place, sweep
@@ -66,7 +68,30 @@ def test_values_that_multiply_are_of_the_presets_own():
         "sft.learning_rate=0.0004", "rl.learning_rate=0.0003")
 
 
+def test_another_setup_is_another_sweep(started, results):
+    """One must not take the place of the other's table."""
+    for setup in (None, "rl"):
+        sweep("beta", ("0",), jobs=1, setup=setup, say=lambda line: None)
+    for folder, setup in (("tiny-sweep-beta", "sft_then_rl"), ("tiny-sweep-beta-rl", "rl")):
+        rows = list(csv.DictReader((results / folder / "sweep.csv").open()))
+        assert {row["setup"] for row in rows} == {setup}
+
+
+def test_a_value_without_a_run_of_this_sweep_is_left_out(started, results, monkeypatch):
+    """Its folder may hold other seeds, which are not asked for."""
+    sweep("beta", ("0",), jobs=1, seeds=(3,), experiment="sw", say=lambda line: None)
+    begin = module.run_job
+    monkeypatch.setattr(module, "run_job", lambda plan, arm, seed, experiment, texts: replace(
+        begin(plan, arm, seed, experiment, texts), **({} if experiment == "sw-0.1" else {
+            "command": (sys.executable, "-c", "raise SystemExit('no')")})))
+    with pytest.raises(UserError, match="1 of 2 runs failed"):
+        sweep("beta", ("0", "0.1"), jobs=1, experiment="sw", say=lambda line: None)
+    rows = csv.DictReader((results / "sw" / "sweep.csv").open())
+    assert {row["value"] for row in rows} == {"0.1"}
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
+    (("base", ("a/model", "b/model")), "a/model and b/model would share a folder"),
     (("betta",), "did you mean .beta"), (("base",), "give them with --values"),
     (("beta", ("much",)), "rl.beta cannot be"), (("gamma", ("much",)), "no factor"),
     (("updates_per_rollout", ("3",)), "must divide"),

@@ -549,6 +549,26 @@ def test_four_in_a_row_do_not_stop_it(make_trainer):
     assert len(trainer.folder.lines("metrics.jsonl")) == 12
 
 
+def test_each_optimiser_counts_its_own(make_trainer):
+    """Good updates of RL must not hide that every SFT update beside them is skipped."""
+    trainer = make_trainer("relift", "relift.batch_size=2", "training.epochs=40",
+                           verifier=Fixed([0, 0, 0, 0, 1, 0, 0, 1]))
+    score, apply = trainer.policy.score, trainer.learner.apply
+
+    def only_sft(update, *more):
+        trainer.policy.score = (lambda *a, **b: tuple(
+            one * float("nan") for one in score(*a, **b))) if update.optimizer == "sft" else score
+        try:
+            return apply(update, *more)
+        finally:
+            trainer.policy.score = score
+
+    trainer.learner.apply = only_sft
+    with pytest.raises(UserError, match="not finite 5 updates in a row"):
+        trainer.train()
+    assert len(trainer.folder.lines("metrics.jsonl")) == 4
+
+
 def test_a_problem_the_model_always_or_never_solves_is_kept(make_trainer):
     """Problems may repeat a question's words; rollouts are matched by place, not by text."""
     twins = tuple(Problem(id=f"twin/{i}", question="How many?", solution=r"\boxed{3}.", answer="3",

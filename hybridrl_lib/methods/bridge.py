@@ -56,9 +56,9 @@ class BridgeSettings(Section):
         "alone; both = SFT and RL, as the base weights; nothing = it stays 0",
         "BRIDGE: gain", choices=("gain", "sft", "both", "nothing"))
     auxiliary: str = setting(
-        "persistent", "the weights that the gain compares with: persistent = a copy that RL alone "
-        "has trained since the start; one_step = the base weights after one RL update from where "
-        "they are", "sources disagree", choices=("persistent", "one_step"))
+        "persistent", "for bridge.adapter=gain, the weights that it compares with: persistent = a "
+        "copy that RL alone has trained since the start; one_step = the base weights after one RL "
+        "update from where they are", "sources disagree", choices=("persistent", "one_step"))
     base_learning_rate: float | None = setting(
         None, "alpha, the learning rate of the base weights; none = rl.learning_rate, which a "
         "preset with LoRA has for the adapter", "second-hand: the same everywhere", above=0)

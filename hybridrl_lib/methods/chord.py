@@ -35,13 +35,13 @@ class CHORDSettings(Section):
     schedule: str = setting("cosine", "how mu moves: cosine = warm-up, then from peak to valley; "
                             "constant = at its peak; adaptive = max(0, tau - mean reward)",
                             "paper: all three", choices=("cosine", "constant", "adaptive"))
-    peak: float = setting(0.9, "largest mu", "CHORD-mu: 0.9, CHORD-phi: 0.1",
+    peak: float = setting(0.9, "cosine and constant: largest mu", "CHORD-mu: 0.9, CHORD-phi: 0.1",
                           at_least=0, at_most=1)
-    valley: float = setting(0.05, "mu at the end of the decay", "paper: 0.05",
+    valley: float = setting(0.05, "cosine: mu at the end of the decay", "paper: 0.05",
                             at_least=0, at_most=1)
-    warmup: float = setting(0.1, "share of the steps in which mu rises from 0 to its peak",
+    warmup: float = setting(0.1, "cosine: share of the steps in which mu rises from 0 to its peak",
                             at_least=0, at_most=1)
-    decay: float = setting(0.5, "share of the steps in which mu falls from peak to valley",
+    decay: float = setting(0.5, "cosine: share of the steps in which mu falls from peak to valley",
                            "paper: 30 or 200 steps", at_least=0, at_most=1)
     tau: float = setting(0.5, "adaptive: the mean reward from which mu is 0",
                          "paper: 0.5 fine, 0.7 bad", above=0, below=1)

@@ -9,11 +9,11 @@
             at which the policy's entropy is highest
 
 Second-hand, from abstract, reviews and summaries; there is no code. Unverified: the exact form of
-the importance C. Not found: p, rho, alpha, k and the size of the buffer, so all values here are
-ours. alpha = 0 is the paper's second variant (`mifo_last`): the last step of RL alone decides. Our
-choices: what a step's RL updates moved counts together, and a step without any leaves C as it is;
-k% is taken over all weights at once; SFT has an optimiser of its own; an SFT update comes at most
-once a step.
+the importance C. Not found: p, rho, alpha, k and the size of the buffer, so all values are ours.
+alpha = 0 is the paper's second variant (`mifo_last`): the last step of RL alone decides. Our
+choices: a problem that stays hard enters the buffer again; what a step's RL updates moved counts
+together, and a step without any leaves C as it is; k% is taken over all weights at once; SFT has an
+optimiser of its own; an SFT update comes at most once a step.
 
 With Adam it is not enough to set the gradient of a frozen weight to 0: momentum and weight decay
 would still move it. So its gradient is 0, which keeps it out of the norm and the moments, and its

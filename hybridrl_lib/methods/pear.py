@@ -64,7 +64,8 @@ class PEARSettings(Section):
         "the mean weight of an update is 1", "unspecified in the paper",
         choices=("tokens", "weights"))
     centred: bool = setting(False, "whether the log-ratios have their mean over the answer "
-                            "subtracted", "a replication's variant")
+                            "subtracted; for pear.level=none, as all settings of weights, nothing",
+                            "a replication's variant")
     behaviour: str | None = setting(
         "sft", "the model that writes the demonstrations: a folder, hub name or GGUF file with the "
         "same tokenizer; sft = the base model after SFT on the reference solutions")
@@ -89,20 +90,27 @@ class PEAR(Staged):
     own_loss = True
     sharded = False
 
+    @classmethod
+    def copies(cls, own: PEARSettings, device: str) -> tuple[float, float]:
+        return (0.0, 0.0) if device == "cuda" else (2.0, 1.0)  # of before; of now, too
+
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
-        named = self.own.behaviour
-        if is_missing(named):
+        if is_missing(self.own.behaviour):
             self.own.refuse("behaviour", "there is no such file or folder; give a model folder, a "
                             "hub name, a GGUF file, or sft")
         self.demonstrations: dict | None = None  # by problem; sampled at the first step of SFT
         self.after_sft: dict[str, Tensor] = {}
 
     def begin(self, trainer) -> None:
+        from ..behaviour import OF_THIS_RUN, refuse_other_tokenizer
         from ..weight_changes import copy_of
 
         self.trainer = trainer
         self.at_first = copy_of(trainer.weights())
+        if self.own.behaviour != OF_THIS_RUN and not trainer.folder.has_begun:  # else it is written
+            refuse_other_tokenizer(self.own.behaviour, trainer.policy, trainer.parts.train,
+                                   trainer.settings)
 
     # SFT ------------------------------------------------------------------------------------------
 

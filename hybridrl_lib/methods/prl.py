@@ -12,7 +12,8 @@ v2's point: before it, the group's deviation would re-scale it.
 v2 was read in full; v1 is second-hand. The released code is of v1's time: it cuts steps as v1 does
 and counts each step's last token into its own suffix (`prl.suffix=inclusive`), which theory starts
 one token later. None of its three launch scripts runs Algorithm 1. A line end is looked for in the
-text of each token here; the code looks for one token id and misses others that end a line.
+text of each token here; the code looks for one token id and misses others that end a line. The
+reference is the model as loaded; `rl.kl_anchor` is of the KL term, which there is none of.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,9 @@ PRL's other baseline. Written from its definition: none of the papers that use i
 and they differ in how many answers a problem may keep and in whether copies count. That one update
 follows each mini-batch of fresh answers is GRPO's cadence, so that the two are compared like for
 like; the first paper samples a large batch and trains on it for longer. Where no answer of a
-mini-batch is right, no update is taken. There is no ratio, no clip and no KL.
+mini-batch is right, no update is taken. There is no ratio, no clip, no KL and no advantage
+(`rl.advantage_scale` does nothing), and the loss is normalised as that of SFT, not by
+`rl.loss_normalisation`. An entropy term is over the kept answers alone.
 """
 
 from dataclasses import dataclass
@@ -27,7 +29,8 @@ class RAFTSettings(Section):
     """Which of the right answers are learned from."""
 
     section: ClassVar[str] = "raft"
-    deduplicate: bool = setting(True, "whether the same answer text to a problem is learned once")
+    deduplicate: bool = setting(True, "whether the same answer to a problem, token for token, is "
+                                "learned once")
     most: int | None = setting(None, "right answers learned from a problem, at most: easy problems "
                                "have more of them; none = all",
                                "the first paper keeps the best one", at_least=1)
@@ -59,6 +62,7 @@ class RAFT(Staged):
             kept = [answer for rollout in rollouts for answer in self.kept(rollout)]
             update = step.update(kept, sft=1.0)
             update.demonstrations = 0  # these are the model's own, counted as sampled
+            update.temperature[:] = self.settings.rl.temperature
             updates.append(update)
             right += int(sum((rollout.rewards > 0).sum() for rollout in rollouts))
         step.row |= {"raft/right": right, "raft/kept": sum(len(u.sequences) for u in updates)}

@@ -5,16 +5,19 @@
         put each problem that no answer solved, with its demonstration, into the buffer
         if the buffer holds M: one SFT update on M of them, by an optimiser of its own
 
-Read from the released code and second-hand notes on the paper. The code differs from the paper:
-the newest problems are taught first, the advantage is not divided by its deviation, the ratio is
-not clipped, there is no KL, losses are summed over a constant length, and the entropy has the
-weight 0.001 in SFT, ten times the paper's, and in RL; the setup `relift_code` has these. That code
-adds the entropy of RL once a micro-batch, so that its weight grows with their number; here it is
-0.001 an update. The setup `relift` has the L_RL that all setups here share, with its clip, beta and
-normalisation (`rl.*`), not the token mean over the group that the notes give for the paper. Both
-decide from the answers before the RL update, and test no buffered problem again. Here the SFT loss
-is a mean over all tokens of the batch; the released code takes means of micro-batches, which
-over-weights short solutions.
+Read from the released code and second-hand notes on the paper. The code differs from the paper: the
+newest problems are taught first, the advantage is not divided by its deviation, the ratio is not
+clipped, there is no KL, losses are summed over a constant length, and the entropy has the weight
+0.001 in SFT, ten times the paper's, and in RL; the setup `relift_code` has these. That code adds
+the entropy of RL once a micro-batch, so that its weight grows with their number; here it is 0.001
+an update. Nor does it divide the summed loss by the number of answers, and it clips the gradient's
+norm at 0.7; here `constant` divides by that number too and `training.gradient_clip` is the
+preset's, so that the entropy weighs more beside L_RL than there. A problem that stays unsolved is
+put into the buffer again, as in the code. The setup `relift` has the L_RL that all setups here
+share, with its clip, beta and normalisation (`rl.*`), not the token mean over the group that the
+notes give for the paper. Both decide from the answers before the RL update, and test no buffered
+problem again. Here the SFT loss is a mean over all tokens of the batch; the released code takes
+means of micro-batches, which over-weights short solutions.
 """
 
 from dataclasses import dataclass
@@ -64,6 +67,7 @@ class ReLIFT(Method):
         self.stages = (mixing_stage(settings),)
         self.buffer: list[str] = []  # ids of problems, the next to be taught first
         self.steps_since_sft = self.own.every
+        self.taken = [0, 0]  # updates so far: of SFT, and all
 
     def begin(self, trainer) -> None:
         self.problems = {problem.id: problem for problem in trainer.parts.train}
@@ -84,11 +88,15 @@ class ReLIFT(Method):
                 optimizer="sft", learning_rate=step.learning_rates["sft"]))
             self.steps_since_sft = 0
         self.steps_since_sft += 1
-        step.row |= {"relift/taught": len(taught), "relift/buffer": len(self.buffer)}
+        self.taken = [self.taken[0] + bool(taught), self.taken[1] + len(updates)]
+        step.row |= {"relift/taught": len(taught), "relift/buffer": len(self.buffer),
+                     "relift/sft_share": self.taken[0] / self.taken[1]}
         return updates
 
     def state(self) -> dict:
-        return {"buffer": self.buffer, "steps_since_sft": self.steps_since_sft}
+        return {"buffer": self.buffer, "steps_since_sft": self.steps_since_sft,
+                "taken": self.taken}
 
     def load_state(self, state: dict) -> None:
         self.buffer, self.steps_since_sft = state["buffer"], state["steps_since_sft"]
+        self.taken = state["taken"]

@@ -17,9 +17,9 @@ g and g_warm are norms before clipping, on batches of sft.batch_size and with th
 that an epoch's end cuts short do not count. g grows stale while GRPO steps follow each other:
 `measure_every` measures it anew at the cost of a backward pass, whose demonstrations teach nothing
 and are not counted as used; `smoothing` averages it. The random draw comes from the run's seed and
-the step, so that it is the same in every process and after a resumption. Recorded at every GRPO
-step: `kl/reference`, the divergence from the model as loaded, and `sasr/kl_warm`, from the
-warmed-up one.
+the step, so that it is the same in every process and after a resumption. Recorded at GRPO steps:
+`sasr/kl_warm`, the divergence from the warmed-up model, which the loss measures (with `rl.beta`
+above 0 and `rl.kl_anchor=stage`, as in the setup), and `kl/reference`, from the model as loaded.
 """
 
 import math

@@ -22,6 +22,7 @@ class Staged(Method):
         epochs, count = settings.training.epochs, len(setup.stages)
         shares = [epochs // count + (i < epochs % count) for i in range(count)]
         if setup.shares:
-            shares = [math.ceil(share * epochs) for share in setup.shares]
+            shares = [math.ceil(share * epochs) if name == "sft" else max(1, int(share * epochs))
+                      for name, share in zip(setup.stages, setup.shares, strict=True)]
         self.stages = tuple(Stage(name, share)
                             for name, share in zip(setup.stages, shares, strict=True))

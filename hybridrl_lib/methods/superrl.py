@@ -151,7 +151,7 @@ class SuperRL(Gated):
         if self.own.mixing == "gate":
             return
         for name, sigma in self.sigma.items():
-            if f"loss/{name}" in row:  # absent if it was not finite
+            if f"loss/{name}" in row:  # absent if it was not finite, or had no part in the step
                 slope = 1 - 2 * math.exp(-2 * sigma) * row[f"loss/{name}"]
                 sigma = (sigma - self.own.sigma_learning_rate * slope) * self.own.sigma_decay
                 self.sigma[name] = max(self.own.sigma_floor, sigma)

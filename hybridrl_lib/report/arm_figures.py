@@ -1,6 +1,6 @@
 """Pictures of a comparison: forest plot, Pass@k against k, and each method's own diagnostics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,7 +19,8 @@ PANELS = 3  # in a row
 SFT_WEIGHT = "lambda/sft"
 
 
-def draw_forest(experiment: Experiment, arms: Sequence[Arm]) -> Figure | None:
+def draw_forest(experiment: Experiment, arms: Sequence[Arm],
+                titles: Mapping[str, str]) -> Figure | None:
     """Each arm's difference to the baseline in exact match, with its interval."""
     shown = [arm for arm in arms
              if any(metric == EXACT_MATCH for _, metric in arm.differences)]
@@ -42,7 +43,7 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm]) -> Figure | None:
         panel.axvline(0.0, color=GREY, linewidth=0.9)
         panel.set_title(benchmark_title(benchmark).title, loc="left")
         panel.set(xlabel="difference (percentage points)", ylim=(len(shown) - 0.4, -0.6))
-        panel.set_yticks(range(len(shown)), [setup_title(arm.setup) for arm in shown])
+        panel.set_yticks(range(len(shown)), [titles[arm.setup] for arm in shown])
         panel.tick_params(axis="y", length=0)
         panel.grid(True, axis="x")
         panel.grid(False, axis="y")
@@ -50,7 +51,9 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm]) -> Figure | None:
     marks = [Line2D([], [], color="#333333", marker="o", markersize=5.5, linewidth=1.8,
                     markerfacecolor=fill, label=label)
              for fill, label in (("#333333", f"p < {SIGNIFICANT} after Holm"), ("white", "not"))]
-    legend_below(figure, marks, 2)
+    if any(titles[arm.setup] != setup_title(arm.setup) for arm in shown):
+        marks.append(Line2D([], [], linestyle="", label="† more than the baseline's budget"))
+    legend_below(figure, marks, len(marks))
     return figure
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..setups import SETUPS
 from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
-from .arms import Arm, metrics_of, verdict
+from .arms import BUDGET, SAME, Arm, beyond_budget, metrics_of, verdict
 from .loading import Experiment, Run, benchmark_title, setup_title
 from .scores import EXACT_MATCH, score
 from .style import as_bytes, style
@@ -26,7 +26,6 @@ from .text import (
     write,
 )
 
-BUDGET = ("rollouts", "updates", "demonstration_tokens")  # what an equal budget is equal in
 COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "difference", "diff_low",
            "diff_high", "p_value", "p_holm", "verdict", "seeds", "problems", "rate_factor", *BUDGET,
            "generated_tokens", "minutes")
@@ -48,7 +47,7 @@ def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], basel
     texts = arms_texts(experiment, arms, baseline, tuned, alone)
     files = [write(folder / name, text) for name, text in texts.items()]
     with style():
-        figures = {"forest": draw_forest(experiment, arms),
+        figures = {"forest": draw_forest(experiment, arms, marked_titles(arms, baseline)),
                    "pass_at_k": draw_pass_at_k(experiment, baseline),
                    **{f"diagnostics_{method}": draw_diagnostics(experiment, method)
                       for method in dict.fromkeys(SETUPS[arm.setup].method for arm in arms)}}
@@ -99,12 +98,21 @@ def arms_csv(arms: Sequence[Arm]) -> str:
     return csv_text(COLUMNS, rows)
 
 
+def name_of(metric: str) -> str:
+    return "exact match" if metric == EXACT_MATCH else metric.replace("pass", "Pass")
+
+
 def header(experiment: Experiment) -> list[str]:
     """The columns of the wide table."""
-    names = {EXACT_MATCH: "exact match"}
-    return ["arm", *(f"{benchmark_title(benchmark).title}: "
-                     f"{names.get(metric, metric.replace('pass', 'Pass'))}"
+    return ["arm", *(f"{benchmark_title(benchmark).title}: {name_of(metric)}"
                      for benchmark in experiment.benchmarks for metric in metrics_of(experiment))]
+
+
+def marked_titles(arms: Sequence[Arm], baseline: str) -> dict[str, str]:
+    """{setup: its title}, with a dagger where it used more than the baseline's budget."""
+    beyond = beyond_budget(arms, baseline)
+    return {arm.setup: setup_title(arm.setup) + (" †" if arm.setup in beyond else "")
+            for arm in arms}
 
 
 def score_rows(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
@@ -115,8 +123,9 @@ def score_rows(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
         for arm in arms]
 
 
-def difference_rows(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
-    """One row an arm that has a difference: `+mean [low, high] (Holm's p)`, and the verdict."""
+def difference_rows(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> list[list[str]]:
+    """One row an arm that has a difference: `+mean [low, high] (Holm's p)`, and by exact match the
+    verdict."""
     def cell(arm: Arm, key: tuple[str, str]) -> str:
         if key not in arm.differences:
             return NOTHING
@@ -124,24 +133,32 @@ def difference_rows(experiment: Experiment, arms: Sequence[Arm]) -> list[list[st
         text = signed(difference.mean, difference.low, difference.high)
         return f"{f'**{text}**' if p < SIGNIFICANT else text} (p {p_text(p)})"
 
-    return [[setup_title(arm.setup), *(
+    titles = marked_titles(arms, baseline)
+    return [[titles[arm.setup], *(
         cell(arm, (benchmark, metric))
         for benchmark in experiment.benchmarks for metric in metrics_of(experiment)),
-        verdict(arm.differences.values())] for arm in arms if arm.differences]
+        arm.verdict(EXACT_MATCH) or NOTHING] for arm in arms if arm.differences]
 
 
-def who_beats(arms: Sequence[Arm], baseline: str) -> str:
-    """A paragraph that names the arms which beat the baseline, and those which do not."""
-    title, names = setup_title(baseline), {}
-    for arm in arms:
-        if arm.differences:
-            names.setdefault(verdict(arm.differences.values()), []).append(setup_title(arm.setup))
-    words = {"better": f"Better than {title} somewhere and nowhere worse",
-             "better and worse": f"Better than {title} in one place and worse in another",
-             "worse": f"Worse than {title} somewhere and nowhere better",
-             "not told apart": f"Not shown to beat {title}"}
-    return "\n".join(f"- {text}: {', '.join(names[key]) if key in names else 'none'}."
-                     for key, text in words.items()) + "\n"
+def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str:
+    """A list for each metric of the arms that beat the baseline, and of those that do not."""
+    title, titles = setup_title(baseline), marked_titles(arms, baseline)
+    words = {"better": f"Better than {title} on a benchmark and on none worse",
+             "better and worse": f"Better than {title} on one and worse on another",
+             "worse": f"Worse than {title} on a benchmark and on none better",
+             "not told apart": f"Not shown to beat {title}, nor to lose to it"}
+    parts = []
+    for metric in metrics_of(experiment):
+        names: dict[str, list[str]] = {}
+        for arm in arms:
+            names.setdefault(arm.verdict(metric), []).append(titles[arm.setup])
+        parts.append(f"By {name_of(metric)}:\n\n" + bullets(
+            f"{text}: {', '.join(names.get(key, ['none']))}." for key, text in words.items()))
+    if beyond_budget(arms, baseline):
+        parts.append(f"† used more than {title} of some part of the budget (more than "
+                     f"{100 * (SAME - 1):.0f} % more): the next table says of which. What it wins "
+                     "may be won by that.\n")
+    return "\n".join(parts)
 
 
 def used_rows(arms: Sequence[Arm], baseline: str) -> list[list[str]]:
@@ -178,10 +195,12 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
              markdown_table(head, score_rows(experiment, arms), range(1, len(head))),
              f"## Difference to {title}\n",
              "Percentage points, paired over problems [95 % interval] (p after Holm's correction "
-             f"over all arms and benchmarks of one metric); bold below {SIGNIFICANT}.\n",
-             markdown_table([*head, "verdict"], difference_rows(experiment, arms),
+             f"over all arms and benchmarks of one metric); bold below {SIGNIFICANT}. The verdict "
+             "is by exact match; every metric is a family of its own, so that luck has a chance in "
+             "each.\n",
+             markdown_table([*head, "verdict"], difference_rows(experiment, arms, baseline),
                             range(1, len(head))),
-             who_beats(arms, baseline),
+             who_beats(experiment, arms, baseline),
              "## What each arm used\n",
              f"A run, mean over seeds; in brackets as a multiple of {title}'s. An arm that has "
              "other numbers than 1.00 does not have its budget.\n",
@@ -245,6 +264,10 @@ def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[
         found.append(f"{', '.join(setup_title(arm.setup) for arm in taught)}: the model that wrote "
                      "their demonstrations was trained before; what it sampled is among the "
                      "generated tokens, its updates are in no column.")
+    if moved := [arm for arm in arms if SETUPS[arm.setup].method == "bridge"]:
+        found.append(f"{', '.join(setup_title(arm.setup) for arm in moved)}: the updates are those "
+                     "of the base weights; the adapter, and the copy that the gain compares with, "
+                     "take as many beside them.")
     found += [note for note in experiment.notes if note.startswith("Left out")]
     if any(run.manifest.get("resumed_from") for run in experiment.runs):
         found.append("Some runs were cut off and went on: their minutes leave out what was lost.")
@@ -269,18 +292,22 @@ def validation_problems(run: Run) -> int:
 
 
 def arms_tex(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str:
-    """The scores and the differences for LaTeX with booktabs."""
-    head = header(experiment)
+    """The scores and the differences for LaTeX with booktabs, a table a benchmark."""
+    names = [name_of(metric) for metric in metrics_of(experiment)]
+    head, scores = ["arm", *names], score_rows(experiment, arms)
+    apart = difference_rows(experiment, arms, baseline)
     lines = [r"% needs \usepackage{booktabs}"]
-    for caption, rows in (("Scores, percent, mean [95 % interval].", score_rows(experiment, arms)),
+    for caption, rows in (("Scores, percent, mean [95 % interval]", scores),
                           ("Difference to " + setup_title(baseline)
-                           + ", percentage points, p after Holm's correction.",
-                           difference_rows(experiment, arms))):
-        names = [*head, "verdict"][:len(rows[0])] if rows else head
-        lines += [r"\begin{table}", r"\centering", rf"\caption{{{tex(caption)}}}",
-                  r"\begin{tabular}{l" + "r" * (len(names) - 1) + "}", r"\toprule",
-                  " & ".join(map(tex, names)) + r" \\", r"\midrule",
-                  *(" & ".join(tex(cell.replace("*", "")) for cell in row) + r" \\"
-                    for row in rows),
-                  r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+                           + ", percentage points, p after Holm's correction", apart)):
+        for place, benchmark in enumerate(experiment.benchmarks):
+            first = 1 + place * len(names)
+            lines += [r"\begin{table}", r"\centering\footnotesize",
+                      rf"\caption{{{tex(caption)}: {tex(benchmark_title(benchmark).title)}.}}",
+                      r"\begin{tabular}{l" + "r" * len(names) + "}", r"\toprule",
+                      " & ".join(map(tex, head)) + r" \\", r"\midrule",
+                      *(" & ".join(tex(cell.replace("*", ""))
+                                   for cell in (row[0], *row[first:first + len(names)])) + r" \\"
+                        for row in rows),
+                      r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,9 @@ from ..statistics import (
 from .loading import Experiment, Run
 from .scores import EXACT_MATCH, pass_ks, score
 
+BUDGET = ("rollouts", "updates", "demonstration_tokens")  # what an equal budget is equal in
+SAME = 1.05  # times the baseline's: within it a part of the budget counts as equal
+
 
 @dataclass(frozen=True)
 class Used:
@@ -48,6 +51,11 @@ class Arm:
     used: Used
     scores: dict[tuple[str, str], Interval]
     differences: dict[tuple[str, str], tuple[Difference, float]]
+
+    def verdict(self, metric: str) -> str:
+        """Of one metric, which is a family of its own; empty where there is no difference."""
+        found = [both for (_, own), both in self.differences.items() if own == metric]
+        return verdict(found) if found else ""
 
 
 def metrics_of(experiment: Experiment) -> tuple[str, ...]:
@@ -99,6 +107,14 @@ def used(runs: Sequence[Run]) -> Used:
                 (run.manifest.get("seconds/wall") or 0.0) / 60)
 
     return Used(*(sum(column) / len(runs) for column in zip(*map(of, runs), strict=True)))
+
+
+def beyond_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
+    """The arms that used more than the baseline of some part of its budget."""
+    whole = next((arm.used for arm in arms if arm.setup == baseline), None)
+    return set() if whole is None else {
+        arm.setup for arm in arms
+        if any(getattr(arm.used, name) > SAME * getattr(whole, name) for name in BUDGET)}
 
 
 def verdict(differences: Iterable[tuple[Difference, float]]) -> str:

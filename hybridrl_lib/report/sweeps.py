@@ -14,8 +14,8 @@ from .style import as_bytes, legend_below, new_figure, style
 from .text import NOTHING, bracket, bullets, csv_text, markdown_table, percent, plain_table, write
 
 METRICS = {EXACT_MATCH: "exact match", "pass@1": "Pass@1"}
-COLUMNS = ("parameter", "value", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds",
-           "problems")
+COLUMNS = ("parameter", "setup", "value", "benchmark", "metric", "mean", "ci_low", "ci_high",
+           "seeds", "problems")
 
 
 def report_sweep(folder: Path, parameter: str, title: str, setup: str,
@@ -50,13 +50,15 @@ def sweep_texts(parameter: str, title: str, setup: str,
         f"# {title}, {setup_title(setup)}\n",
         "Test problems, last checkpoint, strict; percent, mean [95 % interval].\n",
         markdown_table(head, rows, range(1, len(head))), bullets((
-            "Nothing but this was changed: no other setting was tuned anew for a value.",
+            "No other setting was changed or tuned anew for a value. What a run uses may change "
+            "with it: answers sampled to learn from, optimiser updates, demonstrations.",
             "One seed only: the intervals are over the test problems alone." if seeds == [1] else
             "Intervals cross seeds and problems; they are of each value by itself, and values that "
             "share problems differ by less than two intervals suggest.",
             "Choose a value on validation problems, not by this table."))])
     return {"sweep.md": text, "sweep.csv": csv_text(COLUMNS, [
-        (parameter, *key, percent(i.mean), percent(i.low), percent(i.high), i.seeds, i.problems)
+        (parameter, setup, *key, percent(i.mean), percent(i.low), percent(i.high), i.seeds,
+         i.problems)
         for key, i in cells.items()])}
 
 
@@ -71,17 +73,19 @@ def _cells(setup: str, experiments: Mapping[str, Experiment]
 
 def _table(setup: str, experiments: Mapping[str, Experiment],
            cells: Mapping[tuple[str, str, str], Interval]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a row a value, with the answers that its runs sampled to learn from."""
+    """Header and rows: a row a value, with what its runs used."""
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
     columns = [(benchmark, metric) for benchmark in benchmarks for metric in METRICS]
     head = ["value", *(f"{benchmark_title(benchmark).title}: {METRICS[metric]}"
-                       for benchmark, metric in columns), "rollouts", "minutes"]
+                       for benchmark, metric in columns), "rollouts", "optimiser updates",
+            "demonstration tokens", "minutes"]
     rows = []
     for value, experiment in experiments.items():
         spent = used(experiment.of(setup))
         rows.append([value, *(bracket(i.mean, i.low, i.high) if (i := cells.get((value, *key)))
                               else NOTHING for key in columns),
-                     f"{spent.rollouts:,.0f}", f"{spent.minutes:.1f}"])
+                     f"{spent.rollouts:,.0f}", f"{spent.updates:,.0f}",
+                     f"{spent.demonstration_tokens:,.0f}", f"{spent.minutes:.1f}"])
     return head, rows
 
 
