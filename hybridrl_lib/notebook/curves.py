@@ -133,7 +133,7 @@ def plot_against(record: RunFolder, other: str) -> None:
               "its notebook, then this cell again.")
         return
     columns = {"reward": "reward (probe)", "entropy": "entropy (nat per token)",
-               "kl/base": "KL to the base model"}
+               "kl/base": "KL to base model (nat per token)"}
     figure, panels = new_panels(2.7, columns=len(columns))
     for panel, (key, title) in zip(panels, columns.items(), strict=True):
         for name, rows in probes.items():

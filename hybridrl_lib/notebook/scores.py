@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 from IPython.display import Markdown, display
+from matplotlib.ticker import MaxNLocator
 
 from ..errors import printable
 from ..records import RunFolder
@@ -96,6 +97,8 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
         title = figure_text(benchmark_title(name).title)
         panel.set_title(f"{title} ({len(right)} problems)", loc="left")
         panel.set(xlabel=f"right samples out of {samples}", ylabel="problems")
+        for axis in (panel.xaxis, panel.yaxis):  # counts
+            axis.set_major_locator(MaxNLocator(integer=True))
     show(figure, alt="Histogram of right samples a problem; grey: all wrong or all right")
     for name, right in drawn.items():
         c = np.array(right)
