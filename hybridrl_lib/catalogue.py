@@ -91,25 +91,24 @@ def cost(setup: Setup, settings: Settings, measured: tuple[Measured, ...] = ()) 
 def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]]:
     """{(preset, setup): what its published runs took}; runs that were cut off do not count.
 
-    Those of the experiment that is named like the preset; others, whose settings may differ, only
-    where it has none.
+    Only the experiment that is named like the preset has its settings.
     """
-    minutes: dict[tuple[str, str, str, str], list[float]] = {}
+    minutes: dict[tuple[str, str, str], list[float]] = {}
     for path in sorted(published.glob("*/*/seed-*/manifest.json")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            key = (str(manifest["preset"]), path.parts[-3], path.parts[-4],
-                   str(manifest["device"]))
-            if manifest["complete"] and not manifest["resumed_from"]:
-                minutes.setdefault(key, []).append(float(manifest["seconds/wall"]) / 60)
+            preset, setup = str(manifest["preset"]), path.parts[-3]
+            if (manifest["complete"] and not manifest["resumed_from"]
+                    and path.parts[-4] == preset):
+                minutes.setdefault((preset, setup, str(manifest["device"])), []).append(
+                    float(manifest["seconds/wall"]) / 60)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # the report names broken records; here they are merely not counted
     found: dict[tuple[str, str], tuple[Measured, ...]] = {}
-    for (preset, setup, experiment, device), values in minutes.items():
+    for (preset, setup, device), values in minutes.items():
         found[preset, setup] = (*found.get((preset, setup), ()), Measured(
-            experiment, device, len(values), round(sum(values) / len(values), 2)))
-    return {key: tuple(m for m in all_of if m.experiment == key[0]) or all_of
-            for key, all_of in found.items()}
+            preset, device, len(values), round(sum(values) / len(values), 2)))
+    return found
 
 
 def preset_description(name: str) -> str:

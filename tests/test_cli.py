@@ -247,7 +247,7 @@ def test_cost_of_tiny_is_exact():
 
 
 def test_minutes_come_from_published_runs_alone(tmp_path):
-    """A time is the mean of finished runs in one go; without any it is not measured."""
+    """A time is the mean of runs in one go with the preset's settings; else it is not measured."""
     for name, setups in (("tiny", ("sft",)), ("tiny-compare", ("sft", "rl"))):
         build_experiment(tmp_path / name, setups, seeds=(0, 1, 2), test={"tiny_word": 4}, train={})
     other = tmp_path / "tiny-compare" / "rl" / "seed-0" / "manifest.json"
@@ -261,8 +261,7 @@ def test_minutes_come_from_published_runs_alone(tmp_path):
     found = catalogue.read_measured(tmp_path)
     entry, = found.pop(("tiny", "sft"))
     assert (entry.minutes, entry.runs, entry.experiment) == (1.5, 2, "tiny")
-    assert [m.experiment for m in found.pop(("tiny", "rl"))] == ["tiny-compare"], "no other there"
-    assert not found
+    assert not found, "a comparison may have fewer epochs than the preset"
     assert catalogue.minutes(()) == catalogue.NOT_MEASURED
 
 

@@ -24,7 +24,7 @@ from hybridrl_lib.compare import (
     rates,
     tuning_settings,
 )
-from hybridrl_lib.config import load_settings, preset_names
+from hybridrl_lib.config import load_settings, preset_names, settings_to_dict
 from hybridrl_lib.errors import UsageError, UserError
 from hybridrl_lib.methods import METHODS, make_method
 from hybridrl_lib.report import load_experiment
@@ -295,6 +295,18 @@ def test_differences_and_holm_are_those_of_the_formulas(experiment):
             p_values.append((wanted.p_value, p))
     assert [p for _, p in p_values] == pytest.approx(holm(p for p, _ in p_values))
     assert arms["rl"].rate_factor == 2.0
+
+
+def test_what_all_runs_have_otherwise_than_the_preset_is_said(experiment, tmp_path):
+    """Protects the reader from taking a shorter comparison for the preset's own budget."""
+    for run in experiment.runs:
+        rate = [f"rl.learning_rate={1e-5 if run.setup == 'rl' else 2e-5}"]
+        settings = load_settings("tiny", ["training.epochs=4", *rate], setup=SETUPS[run.setup])
+        run.config.update(preset="tiny", settings=settings_to_dict(settings))
+    arms = make_arms(experiment, BASELINE, {})
+    report_arms(tmp_path / "out", experiment, arms, BASELINE, [], {})
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "Every run has `training.epochs=4` (preset tiny: `10`).\n" in text
 
 
 def test_what_an_arm_used_is_counted_from_its_records(experiment):

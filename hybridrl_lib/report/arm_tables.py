@@ -7,6 +7,7 @@ from ..setups import SETUPS
 from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
 from .arms import BUDGET, SAME, Arm, beyond_budget, metrics_of, verdict
+from .hyperparameters import changes_of
 from .loading import Experiment, Run, benchmark_title, setup_title
 from .scores import EXACT_MATCH, score
 from .style import as_bytes, style
@@ -247,6 +248,8 @@ def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[
     """How the numbers were made and what they leave out."""
     found = [*interval_notes(experiment),
              "Differences count the seeds of the two arms as independent."]
+    if changes := changes_of(experiment.runs):
+        found.insert(0, f"Every run has {', '.join(changes)}.")
     if tuned:
         seeds = " and ".join(map(str, sorted({t.seed for t in tuned})))
         problems = sorted({count for run in experiment.runs

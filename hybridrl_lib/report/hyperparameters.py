@@ -1,5 +1,6 @@
 """The table of everything needed to repeat the runs, out of their config.json."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import UserError
@@ -125,6 +126,28 @@ def _symbol_table(values: dict[str, str]) -> str:
     rows = [[symbol, meaning, ", ".join(f"`{key}` = {values[key]}" for key in keys)]
             for symbol, meaning, keys in SYMBOLS if all(key in values for key in keys)]
     return markdown_table(["paper", "meaning", "here"], rows)
+
+
+def changes_of(runs: Iterable[Run]) -> list[str]:
+    """`training.epochs=4 (preset tiny: 10)` of every setting that all runs have otherwise than
+    their preset and setup say; nothing where a record is of another version."""
+    from ..config import describe, load_settings, settings_from_dict
+
+    found: list[dict[str, str]] = []
+    for run in runs:
+        config = run.config
+        try:
+            mine = settings_from_dict(config.get("settings") or {})
+            usual = load_settings(str(config.get("preset")), smoke=False,
+                                  setup=SETUPS.get(run.setup))
+        except UserError:
+            return []
+        before = {key: value for key, value, _ in describe(usual)}
+        found.append({key: f"{code_span(f'{key}={value}')} (preset {config['preset']}: "
+                           f"{code_span(before[key])})"
+                      for key, value, _ in describe(mine) if value != before.get(key, value)})
+    return [text for key, text in (found[0] if found else {}).items()
+            if all(other.get(key) == text for other in found)]
 
 
 def _setting_rows(config: dict[str, Any], values: dict[str, str]) -> list[list[str]]:

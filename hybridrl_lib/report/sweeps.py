@@ -8,6 +8,7 @@ from matplotlib.lines import Line2D
 
 from ..statistics import Interval, mean_interval
 from .arms import used
+from .hyperparameters import changes_of
 from .loading import Experiment, benchmark_title, setup_title
 from .scores import EXACT_MATCH, score
 from .style import as_bytes, legend_below, new_figure, style
@@ -46,10 +47,12 @@ def sweep_texts(parameter: str, title: str, setup: str,
     cells = _cells(setup, experiments)
     head, rows = _table(setup, experiments, cells)
     seeds = sorted({cell.seeds for cell in cells.values()})
+    changes = changes_of(run for found in experiments.values() for run in found.of(setup))
     text = "\n".join([
         f"# {title}, {setup_title(setup)}\n",
         "Test problems, last checkpoint, strict; percent, mean [95 % interval].\n",
         markdown_table(head, rows, range(1, len(head))), bullets((
+            *((f"Every run has {', '.join(changes)}.",) if changes else ()),
             "No other setting was changed or tuned anew for a value. What a run uses may change "
             "with it: answers sampled to learn from, optimiser updates, demonstrations.",
             "One seed only: the intervals are over the test problems alone." if seeds == [1] else
