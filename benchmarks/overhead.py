@@ -1,8 +1,8 @@
 """What a method adds to a step of the plain loop besides its own passes through the model.
 
 Steps of every method and of SFT, then RL are taken on the same problems, in processor time. Time in
-passes through the model (sampling, scores, gradients), in the verifier and in the optimiser is left
-out: what remains is the loop's and the method's own code, what it puts into the losses included.
+passes through the model (sampling, scores, gradients) and in the verifier is left out: what remains
+is the loop's and the method's own code, its optimisers and what it puts into the losses included.
 The overhead is how much more of it a method's median step has than the plain loop's median step of
 the same stage, over that whole step. See README.md beside this file.
 """
@@ -73,7 +73,7 @@ class Passes:
     def watched(self) -> Iterator[None]:
         """Counts inside the `with` block, wherever the package calls these functions."""
         places = [(owner, name) for owner, name in (
-            (Policy, "score"), (Learner, "scores"), (Learner, "accumulate"), (Learner, "step"),
+            (Policy, "score"), (Learner, "scores"), (Learner, "accumulate"),
             (Verifier, "verify"), (torch.autograd, "grad"))]
         places += [(module, "sample") for name, module in list(sys.modules.items())
                    if name.startswith("hybridrl_lib")

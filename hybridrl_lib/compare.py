@@ -159,6 +159,11 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
     """The plan, or the error for what cannot be compared."""
     preset, arms = resolve_preset(preset), choose_arms(methods)
     settings = tuple(split_overrides(settings))
+    known = {arm.method for arm in arms}
+    for section in dict.fromkeys(text.partition(".")[0].strip() for text in settings):
+        if section in METHODS and section not in known:
+            raise UsageError(f"No arm has the settings {section}.*, which are those of the method "
+                             f"{section}; leave them out, or add {section} to --methods.")
     for arm in arms:  # refuses impossible settings here, once, rather than in every run
         make_method(arm, load_settings(preset, own_settings(arm, settings), setup=arm))
     seeds, grid = tuple(dict.fromkeys(seeds)), tuple(sorted(set(grid)))

@@ -236,25 +236,26 @@ class Trainer:
             self.observer.on_sample(row)
 
     def _score_reference(self, step: Step) -> None:
-        """log pi_reference of every token, its k3 divergence from the policy that sampled, and
-        log pi of the loss's anchor."""
-        total, tokens, count = 0.0, 0, step.mini_batches
+        """log pi of every token under the reference and the loss's anchor, and their k3 divergences
+        from the policy that sampled."""
+        count, tokens, apart = step.mini_batches, 0, {"reference": 0.0}
         for rollouts in (step.rollouts[index::count] for index in range(count)):
             sequences = [s for rollout in rollouts for s in rollout.sequences]
             with self.policy.reference() as model:
                 reference = iter(self.learner.scores(sequences, model))
-            for rollout, mine in zip(rollouts, step.scores_when_sampled(rollouts), strict=True):
-                rollout.reference = [next(reference) for _ in mine]
+            mine = step.scores_when_sampled(rollouts)
+            for rollout, scores in zip(rollouts, mine, strict=True):
+                rollout.reference = [next(reference) for _ in scores]
                 rollout.anchor = rollout.reference if self.learner.needs_anchor else None
-                for now, theirs in zip(mine, rollout.reference, strict=True):
-                    total += float(k3(now.to(theirs.device), theirs).sum())
-                    tokens += len(now)
+                apart["reference"] += divergence(scores, rollout.reference)
+                tokens += sum(map(len, scores))
             if self.anchor_weights is not None:
                 with self.policy.with_weights(self.anchor_weights):
                     anchor = iter(self.learner.scores(sequences))
-                for rollout in rollouts:
-                    rollout.anchor = [next(anchor) for _ in rollout.group.completions]
-        step.row["kl/reference"] = total / max(1, tokens)
+                for rollout, scores in zip(rollouts, mine, strict=True):
+                    rollout.anchor = [next(anchor) for _ in scores]
+                    apart["anchor"] = apart.get("anchor", 0.0) + divergence(scores, rollout.anchor)
+        step.row |= {f"kl/{name}": total / max(1, tokens) for name, total in apart.items()}
 
     # 4. Between steps --------------------------------------------------------------------------
 
@@ -412,6 +413,16 @@ class Trainer:
         self.method.load_tensors(more["method"])
         if self.learner.accelerator.scaler is not None and snapshot.scaler is not None:
             self.learner.accelerator.scaler.load_state_dict(snapshot.scaler)
+
+
+def divergence(scores: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Sum of k3 over the tokens of a problem's answers.
+
+    Args:
+        scores, theirs: (T_i,) log-probabilities of each answer, of the sampler and of another.
+    """
+    return sum(float(k3(mine.to(other.device), other).sum())
+               for mine, other in zip(scores, theirs, strict=True))
 
 
 def place_of(step: Step, number: int) -> str:

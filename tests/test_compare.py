@@ -235,7 +235,8 @@ def test_a_factor_is_of_the_presets_own_rates(setup):
 @pytest.mark.parametrize(("more", "words"), [
     ({"seeds": (0, 1000), "grid": (1.0, 2.0)}, "The seed 1000 is one that learning rates"),
     ({"grid": ()}, "one or more factors"), ({"grid": (0.0, 1.0)}, "one or more factors"),
-    ({"settings": ("rl.bta=1",)}, "rl.beta")])
+    ({"settings": ("rl.bta=1",)}, "rl.beta"),
+    ({"methods": ["pear"], "settings": ("relift.every=3",)}, "No arm has the settings relift")])
 def test_what_cannot_be_compared_is_one_sentence(more, words):
     with pytest.raises(UsageError, match=words):
         plan_of(**more)

@@ -50,17 +50,21 @@ def test_the_anchor_survives_a_resumption(make_trainer, make_policy, adapter):
 
 @pytest.mark.parametrize("estimator", ["k3", "ratio_k3"])
 def test_the_kl_to_the_anchor_is_in_the_loss(make_trainer, monkeypatch, estimator):
-    """At the anchor it has no gradient; a step away it is the textbook's."""
+    """At the anchor it has no gradient; a step away it is the textbook's. kl/anchor is recorded."""
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("rl", "rl.kl_anchor=stage", f"rl.kl_estimator={estimator}", "rl.beta=5",
                            "rl.updates_per_rollout=1", "rl.learning_rate=0.001")
     seen = watch(trainer)
     trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
     for step, beta in ((0, 0.0), (1, 5.0)):
         trainer.load_weights(trainer.anchor_weights)
         anchor = all_scores(trainer, taken[step])
         trainer.load_weights(seen.weights[step])
         old = all_scores(trainer, taken[step])
+        apart = torch.cat(anchor) - torch.cat(old)
+        assert rows[step]["kl/anchor"] == pytest.approx(
+            float((apart.exp() - apart - 1).mean()), rel=1e-3, abs=1e-7)
         rewards = coin_rewards(trainer, problems_of(trainer, taken[step]), taken[step])
         settings = trainer.settings
         object.__setattr__(settings.rl, "beta", beta)

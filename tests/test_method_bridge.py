@@ -210,14 +210,17 @@ def test_hat_learns_from_rl_alone(bridge, make_trainer, make_policy):
     assert distance(moved, wanted) < 1e-2
 
 
-def test_without_an_adapter_it_is_the_combined_loss(bridge, make_trainer, monkeypatch):
-    """Ablation (a): the base weights' gradient is that of `combined`, the adapter stays 0."""
-    trainer = bridge("bridge_without_adapter", "training.epochs=2", "rl.beta=0.1", stir=False)
+@pytest.mark.parametrize("last", [LAM, 0.9])
+def test_without_an_adapter_it_is_the_combined_loss(bridge, make_trainer, monkeypatch, last):
+    """Ablation (a): the base weights' gradient is that of `combined`, the adapter stays 0. Where
+    lambda is annealed, every update has the one of its step."""
+    trainer = bridge("bridge_without_adapter", "training.epochs=4", "rl.beta=0.1",
+                     *(() if last == LAM else (f"bridge.last_rl_weight={last}",)), stir=False)
     seen = Watched(trainer, monkeypatch)
     trainer.train()
-    plain = make_trainer("combined", f"combined.first={1 - LAM}", f"combined.last={1 - LAM}",
-                         *SOME[2:], "training.epochs=2", "rl.beta=0.1", "rl.kl_anchor=reference",
-                         folder="plain")
+    plain = make_trainer("combined", f"combined.first={1 - LAM}", f"combined.last={1 - last}",
+                         "combined.schedule=linear", *SOME[2:], "training.epochs=4", "rl.beta=0.1",
+                         "rl.kl_anchor=reference", folder="plain")
     other = watch(plain)
     plain.train()
     names = list(plain.weights())

@@ -284,6 +284,12 @@ def test_wrong_settings_are_one_sentence(make_trainer, override, words):
         make_trainer("pear", override)
 
 
+def test_a_block_as_long_as_an_answer_is_refused(make_trainer):
+    """Every weight would be 1: the control arm under PEAR's name."""
+    with pytest.raises(UsageError, match="pear.block_size cannot be '16'.*a single block"):
+        make_trainer("pear", "pear.level=block", "pear.block_size=16", "rl.max_new_tokens=16")
+
+
 def test_the_behaviour_models_path_names_no_home(monkeypatch, tmp_path):
     """Settings are recorded and passed on."""
     monkeypatch.setenv("HOME", str(tmp_path))

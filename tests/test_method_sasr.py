@@ -45,7 +45,7 @@ def test_every_step_is_drawn_with_the_probability_of_its_norm(make_trainer):
         assert row["sasr/gradient_norm"] == pytest.approx(norm)
         assert row["sasr/sft_share"] == sum(done) / len(done)
     assert rows[0]["sasr/p"] == pytest.approx(1 / 1.7) and 4 < sum(done) < 16
-    assert all("kl/reference" in row and "sasr/kl_warm" in row for row in rows if "reward" in row)
+    assert all("kl/reference" in row and "kl/anchor" in row for row in rows if "reward" in row)
 
 
 def test_the_norm_is_of_equal_batches_before_clipping(make_trainer):
@@ -160,7 +160,7 @@ def test_the_warmed_up_policy_is_watched_only_where_its_scores_are_there(make_tr
     trainer = make_trainer("sasr", *RUN, *overrides, verifier=HALF, seed=3)
     _, rows = rows_of(trainer)
     assert any("kl/reference" in row for row in rows)
-    assert not any("sasr/kl_warm" in row for row in rows)
+    assert not any("kl/anchor" in row for row in rows)
 
 
 def test_the_place_of_a_step_names_what_it_teaches(make_trainer):

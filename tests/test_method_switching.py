@@ -53,7 +53,7 @@ def test_the_rate_of_change_of_the_loss(make_trainer, losses, patience, at):
 
 def test_the_loss_of_the_solutions_ends_no_rl(make_trainer):
     """RL raises it from its first step on and does not minimise it."""
-    trainer = alone(make_trainer, "switching.loss_fall=0.05", first="rl")
+    trainer = alone(make_trainer, "switching.loss_fall=0.05", "switching.entropy=0.001", first="rl")
     assert feed(trainer, "after_validation", [{"loss": 1.0}] * 5) is None
 
 
@@ -159,7 +159,7 @@ def test_not_before_the_least_epochs_and_not_at_the_end(make_trainer):
                     "switching.least_epochs=3")
     assert feed(trainer, "after_probe", probes(entropy=[1.0] * 8)) == 3
     late = alone(make_trainer, "switching.entropy=1000", "switching.entropy_patience=1",
-                 "switching.least_epochs=10", folder="late")
+                 "switching.least_epochs=9.5", folder="late")
     assert feed(late, "after_probe", probes(entropy=[1.0] * 10)) is None
     assert late.method.stages == (Stage("sft", 10),)
 
@@ -174,6 +174,8 @@ def test_one_switch_means_one(make_trainer):
 
 @pytest.mark.parametrize(("overrides", "words"), [
     (OFF, "switching.loss_fall cannot be 'none': no stage could ever end"),
+    (("switching.first=rl", *OFF[1:]), "switching.first cannot be 'rl': RL could never end"),
+    (("training.epochs=4", "switching.least_epochs=4"), "no stage could end before"),
     (("switching.first=both",), "one of sft, rl"),
     (("switching.kl_change=0",), "above 0"), (("switching.switches=0",), "at least 1")])
 def test_wrong_settings_are_one_sentence(make_trainer, overrides, words):

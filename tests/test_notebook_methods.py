@@ -47,6 +47,13 @@ def test_a_threshold_is_a_dashed_line(tmp_path, drawn):
                      ("switching/switches", 2)]
 
 
+def test_a_setting_that_is_no_limit_is_no_line(tmp_path, drawn):
+    """uft/hinted is a share of a step's problems, uft.hinted one of the run's steps."""
+    rows = [{"uft/hinted": 0.9, "kl/anchor": 0.1, "entropy_control/coefficient": 0.2}] * 2
+    notebook.plot_diagnostics(record(tmp_path, "uft", rows, uft={"hinted": 0.6}))
+    assert drawn == [("entropy_control/coefficient", 2), ("kl/anchor", 2), ("uft/hinted", 2)]
+
+
 @pytest.mark.parametrize("setup", ["sft", "a setup that is gone"])
 def test_a_run_without_columns_of_its_own_says_so(tmp_path, drawn, capsys, setup):
     notebook.plot_diagnostics(record(tmp_path, setup, [{"reward": 0.5}] * 3))

@@ -11,10 +11,11 @@ J_RL(theta, w) - J_RL(hat, w) is the cooperative gain: what joint training wins 
 
 Second-hand: no official code; a note, reviews and abstracts. Ambiguous: the policy gradient, GRPO
 or PPO (here GRPO); LoRA's rank (`model.lora_rank`); beta, w's learning rate (5e-7 is said of all;
-`bridge.adapter_learning_rate`); whether lambda is annealed (0.5 in the appendix); and whether hat
-persists or is one step ahead of theta (`bridge.auxiliary`). A wrong answer has reward -1 there and
-0 here, which GRPO's advantage makes the same. hat has not sampled the answers: its ratio, and its
-clip, are to the policy that did. Each of the three has an AdamW of its own and its gradient is
+`bridge.adapter_learning_rate`); whether lambda is annealed (0.5 in the appendix;
+`bridge.last_rl_weight`); and whether hat persists or is one step ahead of theta
+(`bridge.auxiliary`). A wrong answer has reward -1 there and 0 here, which an advantage that is
+divided by the deviation makes the same. hat has not sampled the answers: its ratio, and its clip,
+are to the policy that did. Each of the three has an AdamW of its own and its gradient is
 clipped by itself. The KL anchor is the initial model without an adapter. Where hat persists, its
 gain has no gradient at the first update, since hat is theta. The second pass costs about as much
 again as an RL update; compare at equal compute. In memory there are the model, hat, the reference,
@@ -51,6 +52,9 @@ class BridgeSettings(Section):
     section: ClassVar[str] = "bridge"
     rl_weight: float = setting(0.5, "lambda, weight of L_RL and of the gain; L_SFT has the rest",
                                "second-hand: 0.5, flat from 0.3 to 0.7", above=0, below=1)
+    last_rl_weight: float | None = setting(
+        None, "lambda at the last step, which a line leads to; none = it stays as it is",
+        "second-hand: whether it is annealed is ambiguous", above=0, below=1)
     adapter: str = setting(
         "gain", "what the adapter learns from: gain = SFT and the cooperative gain; sft = SFT "
         "alone; both = SFT and RL, as the base weights; nothing = it stays 0",
@@ -96,7 +100,10 @@ class Bridge(Method):
         self._follow()
 
     def weights(self, progress: Progress) -> Weights:
-        return Weights(sft=1 - self.own.rl_weight, rl=self.own.rl_weight)
+        first, last = self.own.rl_weight, self.own.last_rl_weight
+        way = progress.step / max(1, progress.steps - 1)
+        rl = first if last is None else first + (last - first) * way
+        return Weights(sft=1 - rl, rl=rl)
 
     def compose(self, step: "Step") -> "list[Update]":
         """In turn an SFT update and an RL update, both with the weight 1; `learn` mixes them."""
@@ -117,7 +124,7 @@ class Bridge(Method):
         norms: list[float] = []
         gains: list[float] = []
         for taught, sampled in zip(updates[::2], updates[1::2], strict=True):
-            mixed, for_adapter = self._mixed(learner, taught, sampled, totals, rate, gains)
+            mixed, for_adapter = self._mixed(step, taught, sampled, totals, rate, gains)
             norm = self._move(learner, mixed, True, rate, "main")
             if norm is not None:
                 norms.append(norm)
@@ -130,10 +137,10 @@ class Bridge(Method):
             step.row["bridge/distance"] = self._distance()
         return norms
 
-    def _mixed(self, learner: "Learner", taught: "Update", sampled: "Update", totals: "Totals",
+    def _mixed(self, step: "Step", taught: "Update", sampled: "Update", totals: "Totals",
                rate: float, gains: list[float]) -> tuple[Gradient, Gradient]:
         """(gradient of the base weights, that of the adapter); hat has taken its step."""
-        own, lam = self.own, self.own.rl_weight
+        own, lam, learner = self.own, step.weights.rl, step.learner
         mixed = self._gradient(learner, taught, totals)
         before = totals.sums.get("loss/rl", 0.0)
         g_rl = self._gradient(learner, sampled, totals)

@@ -11,12 +11,12 @@ answers and demonstrations together.
 
 Read from the released code and second-hand notes; the code differs from the paper and is the setup
 `luffy_code`: no division by the deviation, no clip on the sampled answers either, a constant
-length. Its baselines keep the clip. Both have no KL; the entropy bonus (0.01 in the paper, 0.001 in
-the code) is left out. The paper has 7 answers and the demonstration; here all rl.group_size
-answers are on-policy and the demonstration comes on top, so that rollouts are as many as in every
-other method: the paper's group is rl.group_size=7. A demonstration earns its reward, and the
-punishment of its length, by the same rule as an answer. If it is right and so is every answer,
-nobody has an advantage.
+length, an entropy bonus of 0.001. Its baselines keep the clip. Both have no KL; the paper's bonus
+(0.01) is left out of `luffy`, and entropy_control.kind=bonus brings it. The paper has 7 answers
+and the demonstration; here all rl.group_size answers are on-policy and the demonstration comes on
+top, so that rollouts are as many as in every other method: the paper's group is rl.group_size=7. A
+demonstration earns its reward, and the punishment of its length, by the same rule as an answer. If
+it is right and so is every answer, nobody has an advantage.
 """
 
 from dataclasses import dataclass

@@ -91,6 +91,8 @@ class Method:
         sharded: whether it works where FSDP leaves each process a part of every weight.
         own_loss: whether its loss on demonstrations is another than SFT's.
         trains_base: whether it trains the base weights beside an adapter.
+        limits: its columns of metrics.jsonl that the settings of the same names are limits or
+            targets of; figures draw these dashed.
         stages: in order. A method may replace them while it runs; what is in the past stays.
 
     Raises, at construction:
@@ -105,6 +107,7 @@ class Method:
     sharded: ClassVar[bool] = True
     own_loss: ClassVar[bool] = False
     trains_base: ClassVar[bool] = False
+    limits: ClassVar[tuple[str, ...]] = ()
     stages: tuple[Stage, ...] = ()
 
     @classmethod

@@ -60,6 +60,7 @@ class MIFO(Method):
     """RL, and SFT on hard problems' uncertain tokens that forgets no RL."""
 
     settings_section = MIFOSettings
+    limits = ("token_share", "frozen")
     own_loss = True
     sharded = False
 

@@ -96,6 +96,10 @@ class PEAR(Staged):
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
+        if self.own.level == "block" and self.own.block_size >= settings.rl.max_new_tokens:
+            self.own.refuse("block_size", "a demonstration of at most rl.max_new_tokens = "
+                            f"{settings.rl.max_new_tokens} tokens would be a single block, with "
+                            "nothing after it to weigh it by; give fewer tokens")
         if is_missing(self.own.behaviour):
             self.own.refuse("behaviour", "there is no such file or folder; give a model folder, a "
                             "hub name, a GGUF file, or sft")

@@ -18,8 +18,8 @@ that an epoch's end cuts short do not count. g grows stale while GRPO steps foll
 `measure_every` measures it anew at the cost of a backward pass, whose demonstrations teach nothing
 and are not counted as used; `smoothing` averages it. The random draw comes from the run's seed and
 the step, so that it is the same in every process and after a resumption. Recorded at GRPO steps:
-`sasr/kl_warm`, the divergence from the warmed-up model, which the loss measures (with `rl.beta`
-above 0 and `rl.kl_anchor=stage`, as in the setup), and `kl/reference`, from the model as loaded.
+`kl/anchor`, the divergence from the warmed-up model, which the loss measures (with `rl.beta` above
+0 and `rl.kl_anchor=stage`, as in the setup), and `kl/reference`, from the model as loaded.
 """
 
 import math
@@ -99,7 +99,6 @@ class SASR(Method):
             return super().compose(step)
         step.row["sasr/p"] = self.probability()
         if step.rollouts:
-            step.row |= self._divergence(step)
             return super().compose(step)
         self.sft_steps += 1
         return [self._sft_update(step)]
@@ -142,21 +141,6 @@ class SASR(Method):
             orders[epoch] = list(self.problems)
             random.Random(seed_of(self.seed, "sasr demonstrations", epoch)).shuffle(orders[epoch])
         return [orders[place // count][place % count] for place in places]
-
-    @staticmethod
-    def _divergence(step: "Step") -> dict:
-        """k3 of the policy that sampled from the warmed-up one, where the loss has it as anchor."""
-        import torch
-
-        from ..objectives import k3
-
-        rollouts = [rollout for rollout in step.rollouts if rollout.anchor is not None]
-        if not rollouts or step.settings.rl.kl_anchor != "stage":
-            return {}
-        terms = [k3(now.to(then.device), then)
-                 for rollout, mine in zip(rollouts, step.scores_when_sampled(rollouts), strict=True)
-                 for now, then in zip(mine, rollout.anchor, strict=True)]
-        return {"sasr/kl_warm": float(torch.cat(terms).mean())}
 
     def state(self):
         return {name: getattr(self, name) for name in ("warm", "norm", "batches", "sft_steps",

@@ -58,6 +58,10 @@ class SwitchingSettings(Section):
                                            self.entropy)):
             self.refuse("loss_fall", "no stage could ever end; give at least one of "
                         "switching.loss_fall, kl_change, distinct_answers and entropy")
+        if self.first == "rl" and all(value is None for value in (
+                self.kl_change, self.distinct_answers, self.entropy)):
+            self.refuse("first", "RL could never end, since the validation loss is looked at in "
+                        "SFT alone; give one of switching.kl_change, distinct_answers and entropy")
 
 
 class Switching(Method):
@@ -65,9 +69,13 @@ class Switching(Method):
 
     settings_section = SwitchingSettings
     dynamic_sampling = True
+    limits = ("loss_fall", "kl_change", "distinct_answers", "entropy")
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
+        if self.own.least_epochs >= settings.training.epochs:
+            self.own.refuse("least_epochs", "no stage could end before the run's training.epochs = "
+                            f"{settings.training.epochs}; give fewer")
         self.stages = (Stage(self.own.first, settings.training.epochs),)
         self.switched: list[dict] = []  # step, to, reason and value of each switch
         self.before: dict[str, float] = {}  # loss and KL when last measured in this stage

@@ -7,6 +7,7 @@ from collections import Counter
 from IPython.display import Markdown, display
 
 from ..records import RunFolder
+from ..report.arm_figures import is_own, limit_of
 from ..report.style import figure_text, style
 from ..setups import SETUPS
 from .curves import column, finish, mark_stages, new_panels, show
@@ -25,7 +26,7 @@ def show_source(*things: object) -> None:
 def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     """Draws the columns that a run's method added to metrics.jsonl, each in a panel over epochs.
 
-    A column that is named as a setting of the method has that setting as a dashed line.
+    A column that a setting is the limit or target of has that setting as a dashed line.
 
     Args:
         extra: further columns, such as `lambda/sft`.
@@ -37,8 +38,7 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     config = record.read("config.json")
     setup = SETUPS.get(config["setup"])
     method = setup.method if setup else ""
-    own = config.get("settings", {}).get(method) or {}
-    columns = [*extra, *sorted(key for key in known if key.partition("/")[0] == method)]
+    columns = [*extra, *sorted(key for key in known if is_own(key, method))]
     columns = [key for key in dict.fromkeys(columns) if key in known][:MOST_PANELS]
     if not columns:
         print("The method recorded nothing of its own in this run.")
@@ -50,8 +50,8 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     for panel, key in zip(flat, columns, strict=False):
         epochs, values = column(metrics, key)
         panel.plot(epochs, values, color="#0072B2", marker=".", markersize=3, linewidth=0.9)
-        limit = own.get(key.partition("/")[2])
-        if isinstance(limit, int | float):
+        limit = limit_of(config, method, key)
+        if limit is not None:
             panel.axhline(limit, color="#777777", linewidth=0.9, linestyle="--")
         finish(panel, figure_text(key))
     for panel in flat[len(columns):]:

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ..methods import METHODS, method_class
 from ..setups import SETUPS
 from ..statistics import SIGNIFICANT
 from .arms import Arm
@@ -17,6 +18,7 @@ from .style import legend_below, line_style, new_figure
 GREY = "#777777"
 PANELS = 3  # in a row
 SFT_WEIGHT = "lambda/sft"
+TITLES = {SFT_WEIGHT: "λ, weight of the SFT loss", "kl/anchor": "KL to the loss's anchor"}
 
 
 def draw_forest(experiment: Experiment, arms: Sequence[Arm],
@@ -98,17 +100,31 @@ def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
     return figure
 
 
+def is_own(key: str, method: str) -> bool:
+    """Whether a column of metrics.jsonl is a method's, or one that a setting of its runs adds."""
+    return key == "kl/anchor" or key.partition("/")[0] in (method, "entropy_control")
+
+
+def limit_of(config: Mapping, method: str, key: str) -> float | None:
+    """The setting that a run's column is held against, if it has one and it is a number."""
+    name = key.partition("/")[2]
+    if method not in METHODS or name not in method_class(method).limits:
+        return None
+    value = ((config.get("settings") or {}).get(method) or {}).get(name)
+    return value if isinstance(value, int | float) else None
+
+
 def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
     """A panel each of a method's own columns in metrics.jsonl, a line each of its runs.
 
     The weight of the SFT loss is among them where a method mixes the losses, or switches. Dashed:
-    the setting of the method that the column is named as, if there is one.
+    the setting of the same name, where it is the column's limit or target (`Method.limits`).
     """
     setups = [name for name in experiment.setups if SETUPS[name].method == method]
     runs = {name: experiment.of(name) for name in setups}
     keys = sorted({key for found in runs.values() for run in found for line in run.metrics
                    for key, value in line.items()
-                   if key.startswith(f"{method}/") and isinstance(value, int | float)})
+                   if is_own(key, method) and isinstance(value, int | float)})
     keys = [key for key in keys if any(len(series(run, "metrics", key)[0]) > 1
                                        for found in runs.values() for run in found)]
     weights = {line.get(SFT_WEIGHT) for found in runs.values() for run in found
@@ -127,12 +143,10 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
                 epochs, values = series(run, "metrics", key)
                 panel.plot(epochs, values, linewidth=0.8, alpha=0.8,
                            marker="o" if len(values) < 30 else None, markersize=2.0, **looks[name])
-                limit = (run.config.get("settings", {}).get(method) or {}).get(
-                    key.partition("/")[2])
-                if isinstance(limit, int | float):
+                limit = limit_of(run.config, method, key)
+                if limit is not None:
                     panel.axhline(limit, color=GREY, linewidth=0.9, linestyle="--", zorder=0.5)
-        panel.set_title("λ, weight of the SFT loss" if key == SFT_WEIGHT else
-                        key.partition("/")[2].replace("_", " "), loc="left")
+        panel.set_title(TITLES.get(key) or key.partition("/")[2].replace("_", " "), loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         low, high = panel.get_ylim()
         if np.isfinite([low, high]).all() and low == high:
