@@ -13,6 +13,7 @@ from notebook_files import NOTEBOOKS, ROOT, SOLUTION, code_cells, read, setup_ce
 from hybridrl_lib.config import SECTIONS, known_key
 from hybridrl_lib.methods import METHODS
 from hybridrl_lib.notebook.execute import KERNELSPEC, LARGEST, clean
+from hybridrl_lib.notebook.methods import source_of
 from hybridrl_lib.setups import SETUPS
 
 NAMES = ("00_start_here", "01_problems_and_rewards", "02_grpo_step_by_step", "10_sft", "11_rl",
@@ -134,6 +135,21 @@ def test_library_names_and_arguments_exist(name):
                 inspect.signature(function).bind(
                     *node.args, **{keyword.arg: keyword.value for keyword in node.keywords})
     assert calls
+
+
+@every_notebook
+def test_code_that_is_shown_is_todays(name):
+    """Protects the reader from code in a committed page that the library no longer has."""
+    known = {}
+    for cell in code_cells(name):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("hybridrl_lib"):
+                exec(compile(ast.Module([node], []), name, "exec"), known)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "notebook.show_source":
+                things = [eval(ast.unparse(argument), known) for argument in node.args]
+                shown = [output.data["text/markdown"] for output in cell.outputs
+                         if "text/markdown" in output.get("data", {})]
+                assert shown == [source_of(thing) for thing in things], cell.source
 
 
 def _imported(module: str, name: str):

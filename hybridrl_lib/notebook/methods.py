@@ -18,8 +18,12 @@ MOST_PANELS = 9
 def show_source(*things: object) -> None:
     """Shows the code of classes, methods and functions: what runs is what is read."""
     for thing in things:
-        code = textwrap.dedent(inspect.getsource(thing)).rstrip()
-        display(Markdown(f"```python\n{code}\n```"))
+        display(Markdown(source_of(thing)))
+
+
+def source_of(thing: object) -> str:
+    """The code of a class, method or function as a block of Markdown."""
+    return f"```python\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}\n```"
 
 
 @style()
