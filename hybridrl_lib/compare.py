@@ -42,10 +42,9 @@ VARIANTS = ("combined_cosine",)  # that change what a method is: here its lambda
 GRID = (0.25, 0.5, 1.0, 2.0)
 DEVELOPMENT_SEEDS = (1000, 1001)
 TRANSFER = 2  # seeds
-# A tuning run is judged on validation problems: it is hardly tested, and probed at its ends alone
-# unless the method decides by its probes.
-TUNING = ("evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=0",
-          "data.test_limits=1")
+# Of runs for transfer one greedy answer is asked for, and tuning runs are judged on validation
+# problems alone; both are probed at their ends alone unless the method decides by its probes.
+GREEDY = ("evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=0")
 UNPROBED = "probe.every=1000000"
 ALL = 1_000_000_000  # problems: no benchmark has more
 
@@ -119,7 +118,7 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
                 for arm in plan.arms for seed in seeds_of(plan, arm)]
         alone = [run_job(plan, arm, seed, only(plan, benchmark),
                          (*plan.settings, *rates(plan, arm, factors[arm.name]),
-                          *trained_on(plan, benchmark)))
+                          *trained_on(plan, benchmark), *greedy_alone(arm)))
                  for benchmark in (plan.benchmarks if transfer and len(plan.benchmarks) > 1 else ())
                  for arm in plan.arms if arm.stages for seed in plan.seeds[:transfer]]
         say(f"{len(runs) + len(alone)} runs of {len(plan.arms)} arms, "
@@ -251,8 +250,13 @@ def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list
 
 def tuning_settings(arm: Setup) -> tuple[str, ...]:
     """What a tuning run leaves out, and the method does not need."""
+    return (*greedy_alone(arm), "data.test_limits=1")
+
+
+def greedy_alone(arm: Setup) -> tuple[str, ...]:
+    """The settings that leave out what is sampled beside training, and the method does not need."""
     reads_probes = method_class(arm.method).after_probe is not Method.after_probe
-    return TUNING if reads_probes else (*TUNING, UNPROBED)
+    return GREEDY if reads_probes else (*GREEDY, UNPROBED)
 
 
 def last_validation(record: RunFolder) -> float:

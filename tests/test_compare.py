@@ -111,7 +111,9 @@ def test_transfer_trains_on_one_and_tests_on_all(started, results):
     """Each arm once more for each benchmark, without the other's training and validation problems:
     by the latter it would choose the best weights, or switch."""
     go(grid=(1.0,), seeds=(0, 1), transfer=1)
-    limits = {c[c.index("--experiment") + 1]: c[-2:] for c in started if "only" in " ".join(c)}
+    alone = [c for c in started if "only" in " ".join(c)]
+    limits = {c[c.index("--experiment") + 1]: tuple(text for text in c if "_limits=" in text)
+              for c in alone}
     assert limits == {f"cmp-only-{name}": (f"data.train_limits={left}",
                                            f"data.validation_limits={left}")
                       for name, left in (("tiny_word", "1000000000,0"),
@@ -122,6 +124,7 @@ def test_transfer_trains_on_one_and_tests_on_all(started, results):
         for one in ("tiny_word", "tiny_symbolic") for other in ("tiny_word", "tiny_symbolic")}
     assert {c[c.index("--seed") + 1] for c in started if "only" in " ".join(c)} == {"0"}
     assert load_settings("tiny", limits["cmp-only-tiny_word"])  # a setting that there is
+    assert all("evaluation.samples=0" in c for c in alone), "one greedy answer is all that is shown"
 
 
 def test_a_run_that_fails_is_named_and_keeps_no_other_from_running(monkeypatch, results):
