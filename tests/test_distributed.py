@@ -21,10 +21,12 @@ from hybridrl_lib.setups import get_setup
 
 TESTS = Path(__file__).parent
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl", "eval.jsonl")
-# Both stages with every term of the loss; a method that keeps numbers of its own; an adapter, a
-# reference in the loss, several updates a batch, and problems drawn anew.
+# Both stages with every term of the loss; a method that keeps numbers of its own; one that draws
+# each step's loss by a norm it measures; an adapter, a reference in the loss, several updates a
+# batch, and problems drawn anew.
 FULL = {"setup": "sft_then_rl_entropy"}
 CHORD = {"setup": "chord_phi"}
+SASR = {"setup": "sasr", "settings": ["sasr.measure_every=1", "sasr.gamma=0.5"]}
 LORA = {"setup": "rl", "settings": [
     "model.adapter=lora", "rl.kl_anchor=reference", "rl.updates_per_rollout=2",
     "rl.dynamic_sampling_rounds=2"]}
@@ -42,16 +44,17 @@ def runs(tmp_path_factory):
     """The folder of the same runs by one process, by two, and by two with FSDP."""
     folder = tmp_path_factory.mktemp("runs")
     place = {"HYBRIDRL_RESULTS_DIR": str(folder)}
-    start([{**case, "experiment": "one"} for case in (FULL, CHORD, LORA)], processes=1, **place)
-    start([*stopped(FULL, "two", step=5, process=1), {**CHORD, "experiment": "two"},
-           {**LORA, "experiment": "two"}], **place)
+    start([{**case, "experiment": "one"} for case in (FULL, CHORD, SASR, LORA)],
+          processes=1, **place)
+    start([*stopped(FULL, "two", step=5, process=1),
+           *({**case, "experiment": "two"} for case in (CHORD, SASR, LORA))], **place)
     start([*stopped(FULL, "fsdp", step=5, process=0), {**LORA, "experiment": "fsdp"}],
           **place, **FSDP)
     return folder
 
 
 PAIRS = [(experiment, case["setup"]) for experiment, cases in
-         (("two", (FULL, CHORD, LORA)), ("fsdp", (FULL, LORA))) for case in cases]
+         (("two", (FULL, CHORD, SASR, LORA)), ("fsdp", (FULL, LORA))) for case in cases]
 
 
 def record(runs: Path, experiment: str, setup: str) -> dict[str, list]:
@@ -100,6 +103,19 @@ def test_gradients_and_weights_are_those_of_one_process(runs, experiment, setup)
     weights, others = map(load_file, files)
     assert set(weights) == set(others)
     assert all(torch.allclose(weights[name], others[name], atol=1e-4) for name in weights)
+
+
+@pytest.mark.slow
+def test_a_drawn_step_is_the_same_in_every_process(runs):
+    """SASR's draw follows a norm that all processes measure together; where one had its own, one
+    would sample while the other is taught. Steps of both kinds, and a chance that moves."""
+    one, two = ([row for row in record(runs, experiment, "sasr")["metrics.jsonl"]
+                 if "sasr/p" in row] for experiment in ("one", "two"))
+    drawn = [row["lambda/sft"] for row in one]
+    assert [row["lambda/sft"] for row in two] == drawn and set(drawn) == {0, 1}
+    chances = [row["sasr/p"] for row in one]
+    assert [row["sasr/p"] for row in two] == pytest.approx(chances, rel=1e-3)
+    assert len(set(chances)) == len(chances) > 4
 
 
 @pytest.mark.slow

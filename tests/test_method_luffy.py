@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_training import Fixed, distance, watch, watch_rollouts
-from textbook import CAP, gradient, plain_scores, problems_of
+from textbook import CAP, all_scores, gradient, plain_mean, plain_scores, problems_of
 
 from hybridrl_lib.errors import UsageError
 from hybridrl_lib.rewards import Verifier
@@ -29,9 +29,12 @@ class Judge(Fixed):
         return super().verify(golds, texts, finished)
 
 
-def plain_luffy(trainer, groups, rewards, demonstrated, gamma=0.1):
-    """The objective as the paper writes it, one completion at a time, at rho = 1."""
-    rl, policy, losses = trainer.settings.rl, trainer.policy, []
+def plain_luffy(trainer, groups, rewards, demonstrated, gamma=0.1, old=None):
+    """The objective as the paper writes it, one completion at a time. `old`: log pi_old of every
+    answer; without it rho is 1. The bonus of `luffy_code` is of all tokens."""
+    rl, policy, losses, spread, place = trainer.settings.rl, trainer.policy, [], [], 0
+    control = trainer.settings.entropy_control
+    bonus = control.coefficient if control.kind == "bonus" else 0.0
     for group, problem, reward, shown in zip(groups, problems_of(trainer, groups), rewards,
                                              demonstrated, strict=True):
         joint = torch.tensor([*map(float, reward), float(shown)])
@@ -39,14 +42,22 @@ def plain_luffy(trainer, groups, rewards, demonstrated, gamma=0.1):
         if rl.advantage_scale == "group_std":
             gains = gains / (joint.std() + 1e-4)
         prompt = policy.encode_prompt(problem.question)
-        p = plain_scores(policy.model, prompt, policy.encode_completion(problem.solution))[0].exp()
+        scores, entropies = plain_scores(policy.model, prompt,
+                                         policy.encode_completion(problem.solution))
+        p = scores.exp()
+        spread.append(entropies)
         losses.append(-p / (p + gamma) * gains[-1])
         for completion, gain in zip(group.completions, gains, strict=False):
-            now = plain_scores(policy.model, group.prompt_ids, completion.token_ids)[0]
-            losses.append(-(now - now.detach()).exp() * gain)
+            now, entropies = plain_scores(policy.model, group.prompt_ids, completion.token_ids)
+            spread.append(entropies)
+            rho = (now - (now.detach() if old is None else old[place])).exp()
+            bounded = rho.clamp(1 - rl.epsilon_low, 1 + rl.epsilon_high) if rl.clip else rho
+            losses.append(-torch.min(rho * gain, bounded * gain))
+            place += 1
+    bonus = bonus * plain_mean(spread, "token_mean")
     if rl.loss_normalisation == "constant":
-        return sum(loss.sum() for loss in losses) / (len(losses) * CAP)
-    return sum(loss.mean() for loss in losses) / len(losses)
+        return sum(loss.sum() for loss in losses) / (len(losses) * CAP) - bonus
+    return sum(loss.mean() for loss in losses) / len(losses) - bonus
 
 
 @pytest.mark.parametrize("setup", ["luffy", "luffy_code"])
@@ -67,6 +78,30 @@ def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup):
     # no advantage: the problem with nothing right at all, and the one with everything right
     assert (row["luffy/demonstration_reward"], row["luffy/demonstrations"]) == (6 / 8, 6)
     assert trainer.settings.rl.clip == (setup == "luffy") and trainer.settings.rl.beta == 0
+
+
+@pytest.mark.parametrize("setup", ["luffy", "luffy_code"])
+def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch, setup):
+    """Each problem's demonstration keeps its own advantage where the batch is cut in two."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer(setup, "rl.learning_rate=0.01")
+    order = trainer._batch(trainer.method.stages[0], 0, "prompts", 8)
+    wrong = {order[1].id, order[4].id}
+    trainer.judge.verifier = trainer.method.verifier = Judge(MIXED, trainer.parts.train, wrong)
+    seen = watch(trainer)
+    trainer.train()
+    trainer.load_weights(seen.weights[0])
+    old = all_scores(trainer, taken[0])
+    for i in range(2):
+        mine = range(i, 8, 2)
+        trainer.load_weights(seen.weights[i])
+        loss = plain_luffy(trainer, [taken[0][j] for j in mine],
+                           [MIXED[4 * j:4 * j + 4] for j in mine],
+                           [order[j].id not in wrong for j in mine],
+                           old=[old[4 * j + k] for j in mine for k in range(4)])
+        assert distance(seen.gradients[i], gradient(trainer, loss)) < 2e-4
+    row = trainer.folder.lines("metrics.jsonl")[0]
+    assert row["kl/old"] > 1e-3 and (row["clip_ratio"] > 0) == (setup == "luffy")
 
 
 @pytest.mark.parametrize(("scale", "advantage"), [("group_std", 2.4742), ("none", 0.875)])

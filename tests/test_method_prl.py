@@ -39,9 +39,22 @@ def test_a_line_end_is_found_in_any_token(make_trainer, monkeypatch):
     assert [trainer.method.ends_line(token) for token in (1, 2, 3)] == [False, True, True]
 
 
-@pytest.mark.parametrize(("setup", "overrides"), [
+def plain_corrections(setup, overrides, scores, reference, beta):
+    """beta sum delta of every token of an answer, as the sheet writes it."""
+    delta, sums = (scores - reference).tolist(), []
+    for t in range(len(delta)):
+        end = t if setup == "frpo" else min(len(delta) - 1, t // 4 * 4 + 3)
+        inclusive = setup == "frpo" or "inclusive" in str(overrides)
+        sums.append(beta * sum(delta[end if inclusive else end + 1:]))
+    return torch.tensor(sums)
+
+
+KINDS = pytest.mark.parametrize(("setup", "overrides"), [
     ("frpo", ()), ("prl", ("prl.step_tokens=4",)),
     ("prl", ("prl.step_tokens=4", "prl.suffix=inclusive"))])
+
+
+@KINDS
 def test_the_gradient_is_the_formulas(make_trainer, monkeypatch, setup, overrides):
     """A step away from the reference, token by token as the sheet writes it."""
     taken, beta = watch_rollouts(monkeypatch), 0.7
@@ -60,20 +73,48 @@ def test_the_gradient_is_the_formulas(make_trainer, monkeypatch, setup, override
         for completion, gain in zip(group.completions, (reward - reward.mean())
                                     / (reward.std() + 1e-4), strict=True):
             now = plain_scores(trainer.policy.model, group.prompt_ids, completion.token_ids)[0]
-            delta = (now.detach() - reference[len(losses)]).tolist()
-            token_losses = []
-            for t in range(len(delta)):
-                end = t if setup == "frpo" else min(len(delta) - 1, t // 4 * 4 + 3)
-                inclusive = setup == "frpo" or "inclusive" in str(overrides)
-                rest = sum(delta[end if inclusive else end + 1:])
-                sizes.append(abs(beta * rest))
-                token_losses.append(-(now[t] - now[t].detach()).exp() * (gain - beta * rest))
-            losses.append(torch.stack(token_losses))
+            rest = plain_corrections(setup, overrides, now.detach(), reference[len(losses)], beta)
+            sizes += rest.abs().tolist()
+            losses.append(-(now - now.detach()).exp() * (gain - rest))
     loss = plain_mean(losses, "sequence_mean")
     assert distance(seen.gradients[1], gradient(trainer, loss)) < 1e-4
     row = trainer.folder.lines("metrics.jsonl")[1]
     assert row["prl/correction"] == pytest.approx(sum(sizes) / len(sizes), rel=1e-3)
     assert row["prl/correction_ratio"] > 0
+
+
+@KINDS
+def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch, setup, overrides):
+    """The corrections of both are by the policy that sampled, also where it has moved since."""
+    taken, beta = watch_rollouts(monkeypatch), 0.7
+    trainer = make_trainer(setup, f"prl.beta={beta}", "training.epochs=4", "rl.learning_rate=0.01",
+                           *overrides)
+    seen = watch(trainer)
+    base = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
+    trainer.train()
+    groups = taken[1]
+    trainer.load_weights(base)
+    reference = all_scores(trainer, groups)
+    trainer.load_weights(seen.weights[2])
+    old = all_scores(trainer, groups)
+    rewards, rl = coin_rewards(trainer, problems_of(trainer, groups), groups), trainer.settings.rl
+    for i in range(2):
+        trainer.load_weights(seen.weights[2 + i])
+        losses = []
+        for j in range(i, 8, 2):
+            gains = (rewards[j] - rewards[j].mean()) / (rewards[j].std() + 1e-4)
+            for k, completion in enumerate(groups[j].completions):
+                place = 4 * j + k
+                now = plain_scores(trainer.policy.model, groups[j].prompt_ids,
+                                   completion.token_ids)[0]
+                gain = gains[k] - plain_corrections(setup, overrides, old[place], reference[place],
+                                                    beta)
+                rho = (now - old[place]).exp()
+                losses.append(-torch.min(
+                    rho * gain, rho.clamp(1 - rl.epsilon_low, 1 + rl.epsilon_high) * gain))
+        expected = gradient(trainer, plain_mean(losses, "sequence_mean"))
+        assert distance(seen.gradients[2 + i], expected) < 2e-4
+    assert trainer.folder.lines("metrics.jsonl")[1]["clip_ratio"] > 0
 
 
 def test_without_beta_it_is_grpo_bit_for_bit(make_trainer):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from small_training import Fixed, distance, watch, watch_rollouts
-from textbook import gradient, plain_rl, plain_sft, problems_of
+from textbook import all_scores, gradient, plain_rl, plain_sft, problems_of
 
 from hybridrl_lib.errors import UsageError
 
@@ -40,6 +40,33 @@ def test_each_problem_has_one_loss_and_keeps_its_share(make_trainer, monkeypatch
         loss = loss + share * plain_sft(trainer, [problems[i] for i in sft])
     assert distance(gradients[0], gradient(trainer, loss)) < 2e-5
     assert (row["superrl/closed"], row["superrl/sft_share"]) == (len(sft), share)
+
+
+@pytest.mark.parametrize(("setup", "rewards", "closed"), [
+    ("superrl", MIXED, ((0, 2), (1,))),  # the two updates have different shares of SFT
+    ("superrl_advantage", MIXED, ((0, 2), (1, 7))),
+    ("superrl_code", (UNSOLVED + HALF) * 4, (range(0, 8, 2), ()))])  # a gate of its own for each
+def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch, setup, rewards,
+                                                   closed):
+    """Gates and shares are those of an update's own problems; pi_old is the policy that sampled."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer(setup, "rl.beta=0", "rl.learning_rate=0.01", verifier=Fixed(rewards))
+    seen = watch(trainer)
+    trainer.train()
+    trainer.load_weights(seen.weights[0])
+    groups, old = taken[0], all_scores(trainer, taken[0])
+    problems = problems_of(trainer, groups)
+    for i in range(2):
+        rest, share = [j for j in range(i, 8, 2) if j not in closed[i]], len(closed[i]) / 4
+        trainer.load_weights(seen.weights[i])
+        loss = (1 - share) * plain_rl(
+            trainer, [groups[j] for j in rest], [rewards[4 * j:4 * j + 4] for j in rest],
+            [old[4 * j + k] for j in rest for k in range(4)])
+        if closed[i]:
+            loss = loss + share * plain_sft(trainer, [problems[j] for j in closed[i]])
+        assert distance(seen.gradients[i], gradient(trainer, loss)) < 2e-4
+    row = trainer.folder.lines("metrics.jsonl")[0]
+    assert row["superrl/closed"] == sum(map(len, closed)) and row["clip_ratio"] > 0
 
 
 @pytest.mark.parametrize("setup", ["superrl", "superrl_code"])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_training import Coin, Fixed, distance, watch, watch_rollouts
-from textbook import gradient, plain_mean, plain_rl, plain_scores
+from textbook import all_scores, gradient, plain_mean, plain_rl, plain_scores
 
 from hybridrl_lib import judging
 from hybridrl_lib.errors import UsageError
@@ -123,6 +123,33 @@ def test_a_step_follows_the_formula(make_trainer, monkeypatch, coefficient):
     assert row["loss/sft"] == pytest.approx(plain_mean(terms, "token_mean").item(), rel=1e-4)
     assert row["uft/hint_length"] == sum(map(len, terms)) / 8
     assert row["uft/hinted"] == len(terms) / 8
+
+
+def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch):
+    """Each update has the hints of its own problems; in the second the policy has moved."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer("uft", "rl.beta=0", "uft.high=0.5", "uft.sft_coefficient=0.5",
+                           "rl.learning_rate=0.01", verifier=Fixed(REWARDS))
+    seen = watch(trainer)
+    trainer.train()
+    groups, policy, batch = taken[0], trainer.policy, first_batch(trainer)
+    trainer.load_weights(seen.weights[0])
+    old = all_scores(trainer, groups)
+    for i in range(2):
+        mine, terms = range(i, 8, 2), []
+        trainer.load_weights(seen.weights[i])
+        for j in mine:
+            prompt = policy.encode_prompt(batch[j].question)
+            hint = groups[j].prompt_ids[len(prompt):]
+            if hint:
+                terms.append(-plain_scores(policy.model, prompt, hint)[0])
+        assert len({len(term) for term in terms}) > 1  # a wrong hint would show
+        loss = plain_rl(trainer, [groups[j] for j in mine],
+                        [REWARDS[4 * j:4 * j + 4] for j in mine],
+                        [old[4 * j + k] for j in mine for k in range(4)])
+        loss = loss + 0.5 * plain_mean(terms, "token_mean")
+        assert distance(seen.gradients[i], gradient(trainer, loss)) < 2e-4
+    assert trainer.folder.lines("metrics.jsonl")[0]["clip_ratio"] > 0
 
 
 def test_hints_fade_along_a_cosine(make_trainer):

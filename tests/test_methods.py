@@ -1,6 +1,7 @@
 """What must hold for every method alike: settings, resumption, adapters, and that it is a file."""
 
 import ast
+import copy
 import random
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import SMALL, Coin, distance, small_settings
+from small_training import SMALL, Coin, Fixed, distance, small_settings
 
 from hybridrl_lib import methods, packing
 from hybridrl_lib.config import describe, load_settings, preset_names, settings_from_dict
@@ -111,46 +112,85 @@ def reordered(rollout, order):
                        rollout.group, completions=moved(rollout.group.completions)))
 
 
-@pytest.mark.parametrize(("setup", "overrides"), [
+# Every method that makes its updates by itself; `staged`, `deepseekmath` and `switching` are `rl`.
+EVERY_METHOD = pytest.mark.parametrize(("setup", "overrides"), [
     ("rl", ("rl.beta=0.5", "rl.kl_anchor=reference")), ("combined", ()), ("luffy", ()),
     ("superrl", ()), ("hpt", ()), ("chord_phi", ()), ("frpo", ("prl.beta=0.5",)),
-    ("prl", ("prl.beta=0.5", "prl.step_tokens=4")), ("mifo", ("mifo.batch_size=1000",))])
-def test_the_order_of_a_batch_changes_no_gradient(make_trainer, setup, overrides):
-    """Problems, answers of a group and demonstrations: an index that follows another list would."""
-    trainer = make_trainer(setup, "rl.updates_per_rollout=1", "training.micro_batch_tokens=60",
-                           "rl.learning_rate=0.01", *overrides)
-    steps, compose = [], trainer.method.compose
-    trainer.method.compose = lambda step: steps.append(step) or compose(step)
+    ("prl", ("prl.beta=0.5", "prl.step_tokens=4")), ("mifo", ("mifo.batch_size=3",)),
+    ("relift", ("relift.batch_size=3",)), ("raft", ("raft.deduplicate=false",)),
+    ("uft", ("uft.low=0.5", "uft.hinted=1", "uft.sft_coefficient=0.5")), ("prefix_rft", ()),
+    ("pear_centred", ("pear.delta_low=-9", "pear.delta_high=9")), ("bridge", ()),
+    ("sasr", ("sasr.gamma=1e9", "rl.beta=0.5"))])  # a drawn SFT step has a batch of its own
+
+
+def last_step(make_trainer, make_policy, setup, *overrides):
+    """(trainer after a short run, its last step of rollouts, compose); PEAR's is the last of SFT.
+
+    compose(step, order) -> the method's updates at the weights as they are, every time from the
+    same state. What it holds beside each problem of the step (hints, hybrids) is in that order.
+    """
+    trainer = make_trainer(
+        setup, "rl.updates_per_rollout=1", "rl.learning_rate=0.01", *overrides,
+        policy=make_policy(adapter="lora") if setup == "bridge" else None,
+        # in every step three problems for the buffer, and it is empty again
+        verifier=Fixed([0] * 12 + [1, 0, 0, 1] * 5) if setup in ("relift", "mifo") else None)
+    steps, hybrids, method = [], [], trainer.method
+    make, sample = method.compose, getattr(method, "_sample", None)
+    method.compose = lambda step: steps.append(step) or make(step)
+    if setup == "prefix_rft":
+        method._sample = lambda step: hybrids.append(sample(step)) or hybrids[-1]
     trainer.train()
-    step, draws = steps[-1], random.Random(0)
-    taught = step.demonstrations
+    kind = "demonstrations" if setup == "pear_centred" else "rollouts"
+    state = copy.deepcopy(method.state())
+    shown = getattr(method, "shown", None)
+
+    def compose(step, order=range(8)):
+        if setup == "prefix_rft":
+            method._sample = lambda step: [replace(hybrids[-1][i]) for i in order]
+        if setup == "uft":
+            method.shown = [shown[i] for i in order]
+        method.load_state(copy.deepcopy(state))
+        return make(step)
+    return trainer, [step for step in steps if getattr(step, kind)][-1], compose
+
+
+@EVERY_METHOD
+def test_the_order_of_a_batch_changes_no_gradient(make_trainer, make_policy, setup, overrides):
+    """Problems, answers of a group, demonstrations, and what a method holds beside each problem:
+    an index that follows another list would."""
+    trainer, step, compose = last_step(make_trainer, make_policy, setup,
+                                       "training.micro_batch_tokens=60", *overrides)
+    draws, taught = random.Random(0), step.demonstrations
+    order = draws.sample(range(8), 8)
     other = replace(step, demonstrations=draws.sample(taught, len(taught)), rollouts=[
-        reordered(rollout, draws.sample(range(4), 4))
-        for rollout in draws.sample(step.rollouts, 8)])
-    (one,), (two,) = compose(step), compose(other)
-    assert one.sequences != two.sequences
-    expected = gradient_of(trainer, one)
-    assert expected.norm() > 0 and distance(gradient_of(trainer, two), expected) < 1e-5
+        reordered(step.rollouts[i], draws.sample(range(4), 4)) for i in order if step.rollouts])
+    ones, twos = compose(step), compose(other, order)
+    assert len(ones) == 1 + (setup in ("relift", "mifo", "bridge"))
+    for one, two in zip(ones, twos, strict=True):
+        assert one.sequences != two.sequences
+        expected = gradient_of(trainer, one)
+        assert expected.norm() > 0 and distance(gradient_of(trainer, two), expected) < 1e-5
     if not overrides:  # what would be wrong shows: the advantages of one order, answers of another
         two.advantages = one.advantages
         assert distance(gradient_of(trainer, two), expected) > 1e-2
+    if setup in ("uft", "prefix_rft"):  # and the hints or hybrids of one order
+        wrong, = compose(other)
+        assert distance(gradient_of(trainer, wrong), expected) > 1e-2
 
 
-@pytest.mark.parametrize("setup", ["rl", "luffy", "superrl", "chord_phi", "frpo", "uft", "raft",
-                                   "prefix_rft", "mifo", "pear"])
-def test_padding_changes_no_gradient(make_trainer, monkeypatch, setup):
-    """Rows with more of it than they need, as beside a longer one; no mean may count it."""
-    trainer = make_trainer(setup, "rl.updates_per_rollout=1", "rl.learning_rate=0.01")
-    updates, compose = [], trainer.method.compose
-    trainer.method.compose = lambda step: updates.extend(compose(step)) or updates[-1:]
-    trainer.train()
-    expected = gradient_of(trainer, updates[-1])
+@EVERY_METHOD
+def test_padding_changes_no_gradient(make_trainer, make_policy, monkeypatch, setup, overrides):
+    """Rows with more of it than they need, as beside a longer one; no mean may count it, nor a
+    score that a weight or a correction is made of."""
+    trainer, step, compose = last_step(make_trainer, make_policy, setup, *overrides)
+    expected = [gradient_of(trainer, update) for update in compose(step)]
     length, sizes = packing._row_length, []
     monkeypatch.setattr(packing, "_row_length", lambda *given: length(*given) + 30)
     score = trainer.policy.score
     monkeypatch.setattr(trainer.policy, "score", lambda packed, **more: (
         sizes.append(packed.input_ids.shape[1]) or score(packed, **more)))
-    assert distance(gradient_of(trainer, updates[-1]), expected) < 1e-5 and expected.norm() > 0
+    for update, without in zip(compose(step), expected, strict=True):
+        assert distance(gradient_of(trainer, update), without) < 1e-5 and without.norm() > 0
     assert min(sizes) > 30
 
 

@@ -85,10 +85,11 @@ def plain_sft(trainer, problems, normalisation="token_mean"):
                        for p in problems], normalisation)
 
 
-def plain_rl(trainer, groups, rewards):
-    """L_GRPO by the policy that sampled; 0 without groups. `rewards`: G of 0 and 1 a group."""
+def plain_rl(trainer, groups, rewards, old=None):
+    """L_GRPO; 0 without groups. `rewards`: G of 0 and 1 a group. `old`: log pi_old of every
+    completion, those of the policy as it is unless given."""
     if not groups:
         return torch.zeros(())
-    old = all_scores(trainer, groups)
+    old = all_scores(trainer, groups) if old is None else old
     return plain_grpo(trainer.policy, groups, torch.tensor(rewards, dtype=torch.float32), old, old,
                       trainer.settings)
