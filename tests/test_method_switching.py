@@ -150,7 +150,7 @@ def test_the_comparisons_figure_shows_signs_and_thresholds():
     figure = draw_diagnostics(Experiment("made", (run,), ()), "switching")
     found = {panel.get_title(loc="left"): [list(line.get_ydata()) for line in panel.lines]
              for panel in figure.axes}
-    assert found == {"entropy": [[0.5, 0.25], [0.05, 0.05]], "kl change": [[0.1, 0.1]]}
+    assert found == {"entropy": [[0.5, 0.25], [0.05, 0.05]], "KL change": [[0.1, 0.1]]}
 
 
 def test_not_before_the_least_epochs_and_not_at_the_end(make_trainer):

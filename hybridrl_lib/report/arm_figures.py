@@ -105,6 +105,12 @@ def is_own(key: str, method: str) -> bool:
     return key == "kl/anchor" or key.partition("/")[0] in (method, "entropy_control")
 
 
+def title_of(key: str) -> str:
+    """A column in words: `relift/sft_share` is the SFT share."""
+    words = key.partition("/")[2].split("_")
+    return TITLES.get(key) or " ".join(w.upper() if w in ("kl", "rl", "sft") else w for w in words)
+
+
 def limit_of(config: Mapping, method: str, key: str) -> float | None:
     """The setting that a run's column is held against, if it has one and it is a number."""
     name = key.partition("/")[2]
@@ -146,7 +152,7 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
                 limit = limit_of(run.config, method, key)
                 if limit is not None:
                     panel.axhline(limit, color=GREY, linewidth=0.9, linestyle="--", zorder=0.5)
-        panel.set_title(TITLES.get(key) or key.partition("/")[2].replace("_", " "), loc="left")
+        panel.set_title(title_of(key), loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         low, high = panel.get_ylim()
         if np.isfinite([low, high]).all() and low == high:
