@@ -401,3 +401,14 @@ def test_published_files_are_shown_or_said_to_be_elsewhere(tmp_path, monkeypatch
     assert shown[0].data.startswith("### Table <\u200bb>") and shown[1].data == picture.read_bytes()
     with pytest.raises(UserError, match="no picture other.png in one"):
         show_published("one", "figures/other.png")
+
+
+def test_a_wide_picture_of_a_command_is_shown_as_wide_as_a_page(tmp_path, monkeypatch):
+    """A comparison's figures as they are would take a notebook over its size."""
+    shown = []
+    monkeypatch.setattr(tables, "display", shown.append)
+    noise = Image.effect_noise((3000, 600), 80).convert("RGB")
+    noise.save(tmp_path / "wide.png")
+    tables.show_file(tmp_path / "wide.png")
+    assert Image.open(io.BytesIO(shown[0].data)).size == (1000, 200)
+    assert len(shown[0].data) < (tmp_path / "wide.png").stat().st_size / 5

@@ -17,6 +17,7 @@ from ..report.figures import FIGURES
 from ..report.style import style
 
 LONGEST_TEXT = 900  # characters of one text in a cell; the record on disk has all of it
+WIDEST_PICTURE, COLOURS = 1000, 48  # pixels
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 # No typesetting inside: an answer's dollar signs are part of it.
 PLAIN = 'class="tex2jax_ignore mathjax_ignore"'
@@ -121,7 +122,23 @@ def show_file(path: Path) -> None:
         raise UserError(f"There is no picture {path.name} in {path.parent.parent.name}; there was "
                         "nothing to draw, or it was not made yet.")
     else:
-        display(Image(data=path.read_bytes(), metadata={"alt": f"The picture {path.stem}"}))
+        display(Image(data=smaller(path.read_bytes()),
+                      metadata={"alt": f"The picture {path.stem}"}))
+
+
+def smaller(png: bytes) -> bytes:
+    """A picture no wider than a page; a wider one becomes narrower and has few colours, since a
+    committed notebook has to stay small."""
+    from PIL import Image as Picture
+
+    with Picture.open(io.BytesIO(png)) as picture:
+        if picture.width <= WIDEST_PICTURE:
+            return png
+        height = round(picture.height * WIDEST_PICTURE / picture.width)
+        shown = picture.convert("RGB").resize((WIDEST_PICTURE, height), Picture.Resampling.LANCZOS)
+    found = io.BytesIO()
+    shown.quantize(COLOURS).save(found, "PNG", optimize=True)
+    return found.getvalue()
 
 
 def show_published(experiment: str, *names: str) -> None:
