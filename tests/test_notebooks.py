@@ -20,7 +20,7 @@ NAMES = ("00_start_here", "01_problems_and_rewards", "02_grpo_step_by_step", "10
          "12_sft_then_rl", "13_sft_entropy", "14_rl_entropy", "15_sft_then_rl_entropy", "20_table2",
          "21_training_dynamics", "30_combined_loss", "31_switching", "32_deepseekmath", "33_relift",
          "34_superrl", "35_sasr", "36_bridge", "37_pear", "38_prl", "39_other_mixers",
-         "40_comparison")
+         "40_comparison", "41_sensitivity")
 PARAMETERS = 'preset = "auto"\nseed = 0\nexperiment = ""\nsettings = ""'
 BADGE = ("[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
          "(https://colab.research.google.com/github/hybridrl/hybridrl_lib/blob/main/notebooks/")
