@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hybridrl_lib.compare import choose_arms
 from hybridrl_lib.errors import UserError
 from hybridrl_lib.packing import PromptCompletion, pack
 from hybridrl_lib.products import Linear
@@ -246,6 +247,15 @@ def test_scaling_is_drawn(script, tmp_path):
     for name in ("seconds", "peak_mib", "vocabulary"):
         assert (tmp_path / f"here-{name}.png").stat().st_size > 5000
         assert f"here-{name}.png" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_published_overhead_is_of_every_method_and_small(path):
+    """Protects "under 5 %" from a table of methods that are called otherwise, or left out."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cases"]["overhead_tiny"]["overhead"]
+    assert set(found) == {arm.name for arm in choose_arms([])
+                          if arm.stages and arm.method != "staged"}
+    assert max(share for stages in found.values() for share in stages.values()) < 0.05
 
 
 def test_readme_quotes_the_published_ratios():
