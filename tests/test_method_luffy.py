@@ -60,18 +60,24 @@ def plain_luffy(trainer, groups, rewards, demonstrated, gamma=0.1, old=None):
     return sum(loss.mean() for loss in losses) / len(losses) - bonus
 
 
-@pytest.mark.parametrize("setup", ["luffy", "luffy_code"])
-def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup):
-    """Two of the demonstrations are wrong, so that each kind of group is there."""
-    taken = watch_rollouts(monkeypatch)
-    trainer = make_trainer(setup, *ONE_UPDATE)
+def mixed_run(make_trainer, setup, *overrides):
+    """(trainer after its run and with its first weights, what `watch` saw, which of the first
+    step's demonstrations are right): two are wrong, so that each kind of group is there."""
+    trainer = make_trainer(setup, *overrides)
     order = trainer._batch(trainer.method.stages[0], 0, "prompts", 8)
     wrong = {order[1].id, order[4].id}
     trainer.judge.verifier = trainer.method.verifier = Judge(MIXED, trainer.parts.train, wrong)
     seen = watch(trainer)
     trainer.train()
     trainer.load_weights(seen.weights[0])
-    shown = [problem.id not in wrong for problem in order]
+    return trainer, seen, [problem.id not in wrong for problem in order]
+
+
+@pytest.mark.parametrize("setup", ["luffy", "luffy_code"])
+def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup):
+    """Two of the demonstrations are wrong, so that each kind of group is there."""
+    taken = watch_rollouts(monkeypatch)
+    trainer, seen, shown = mixed_run(make_trainer, setup, *ONE_UPDATE)
     loss = plain_luffy(trainer, taken[0], [MIXED[4 * i:4 * i + 4] for i in range(8)], shown)
     assert distance(seen.gradients[0], gradient(trainer, loss)) < 2e-5
     row = trainer.folder.lines("metrics.jsonl")[0]
@@ -84,20 +90,14 @@ def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup):
 def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch, setup):
     """Each problem's demonstration keeps its own advantage where the batch is cut in two."""
     taken = watch_rollouts(monkeypatch)
-    trainer = make_trainer(setup, "rl.learning_rate=0.01")
-    order = trainer._batch(trainer.method.stages[0], 0, "prompts", 8)
-    wrong = {order[1].id, order[4].id}
-    trainer.judge.verifier = trainer.method.verifier = Judge(MIXED, trainer.parts.train, wrong)
-    seen = watch(trainer)
-    trainer.train()
-    trainer.load_weights(seen.weights[0])
+    trainer, seen, shown = mixed_run(make_trainer, setup, "rl.learning_rate=0.01")
     old = all_scores(trainer, taken[0])
     for i in range(2):
         mine = range(i, 8, 2)
         trainer.load_weights(seen.weights[i])
         loss = plain_luffy(trainer, [taken[0][j] for j in mine],
                            [MIXED[4 * j:4 * j + 4] for j in mine],
-                           [order[j].id not in wrong for j in mine],
+                           [shown[j] for j in mine],
                            old=[old[4 * j + k] for j in mine for k in range(4)])
         assert distance(seen.gradients[i], gradient(trainer, loss)) < 2e-4
     row = trainer.folder.lines("metrics.jsonl")[0]

@@ -54,18 +54,25 @@ KINDS = pytest.mark.parametrize(("setup", "overrides"), [
     ("prl", ("prl.step_tokens=4", "prl.suffix=inclusive"))])
 
 
-@KINDS
-def test_the_gradient_is_the_formulas(make_trainer, monkeypatch, setup, overrides):
-    """A step away from the reference, token by token as the sheet writes it."""
-    taken, beta = watch_rollouts(monkeypatch), 0.7
-    trainer = make_trainer(setup, f"prl.beta={beta}", "rl.updates_per_rollout=1",
-                           "training.epochs=4", "rl.learning_rate=0.01", *overrides)
+def second_step(make_trainer, monkeypatch, setup, beta, *overrides):
+    """(trainer after its run, what `watch` saw, the second step's groups, their scores under the
+    reference, from which that step is one away)."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer(setup, f"prl.beta={beta}", "training.epochs=4", "rl.learning_rate=0.01",
+                           *overrides)
     seen = watch(trainer)
     base = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
     trainer.train()
-    groups = taken[1]
     trainer.load_weights(base)
-    reference = all_scores(trainer, groups)
+    return trainer, seen, taken[1], all_scores(trainer, taken[1])
+
+
+@KINDS
+def test_the_gradient_is_the_formulas(make_trainer, monkeypatch, setup, overrides):
+    """A step away from the reference, token by token as the sheet writes it."""
+    beta = 0.7
+    trainer, seen, groups, reference = second_step(make_trainer, monkeypatch, setup, beta,
+                                                   "rl.updates_per_rollout=1", *overrides)
     trainer.load_weights(seen.weights[1])
     rewards = coin_rewards(trainer, problems_of(trainer, groups), groups)
     losses, sizes = [], []
@@ -86,15 +93,9 @@ def test_the_gradient_is_the_formulas(make_trainer, monkeypatch, setup, override
 @KINDS
 def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch, setup, overrides):
     """The corrections of both are by the policy that sampled, also where it has moved since."""
-    taken, beta = watch_rollouts(monkeypatch), 0.7
-    trainer = make_trainer(setup, f"prl.beta={beta}", "training.epochs=4", "rl.learning_rate=0.01",
-                           *overrides)
-    seen = watch(trainer)
-    base = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
-    trainer.train()
-    groups = taken[1]
-    trainer.load_weights(base)
-    reference = all_scores(trainer, groups)
+    beta = 0.7
+    trainer, seen, groups, reference = second_step(make_trainer, monkeypatch, setup, beta,
+                                                   *overrides)
     trainer.load_weights(seen.weights[2])
     old = all_scores(trainer, groups)
     rewards, rl = coin_rewards(trainer, problems_of(trainer, groups), groups), trainer.settings.rl

@@ -54,12 +54,13 @@ class SwitchingSettings(Section):
     entropy_patience: int = setting(2, TIMES, OPEN, at_least=1)
 
     def check(self) -> None:
-        if all(value is None for value in (self.loss_fall, self.kl_change, self.distinct_answers,
-                                           self.entropy)):
+        if any(value is not None for value in (self.kl_change, self.distinct_answers,
+                                               self.entropy)):
+            return
+        if self.loss_fall is None:
             self.refuse("loss_fall", "no stage could ever end; give at least one of "
                         "switching.loss_fall, kl_change, distinct_answers and entropy")
-        if self.first == "rl" and all(value is None for value in (
-                self.kl_change, self.distinct_answers, self.entropy)):
+        if self.first == "rl":
             self.refuse("first", "RL could never end, since the validation loss is looked at in "
                         "SFT alone; give one of switching.kl_change, distinct_answers and entropy")
 
