@@ -101,8 +101,7 @@ class Bridge(Method):
 
     def weights(self, progress: Progress) -> Weights:
         first, last = self.own.rl_weight, self.own.last_rl_weight
-        way = progress.step / max(1, progress.steps - 1)
-        rl = first if last is None else first + (last - first) * way
+        rl = first if last is None else first + (last - first) * progress.way
         return Weights(sft=1 - rl, rl=rl)
 
     def compose(self, step: "Step") -> "list[Update]":

@@ -42,7 +42,7 @@ class Combined(Method):
         self.stages = (mixing_stage(settings),)
 
     def weights(self, progress: Progress) -> Weights:
-        way = progress.step / max(1, progress.steps - 1)
+        way = progress.way
         if self.own.schedule == "cosine":
             way = (1 - math.cos(math.pi * way)) / 2
         share = self.own.first + (self.own.last - self.own.first) * way

@@ -56,6 +56,11 @@ class Progress:
     taken: int = 0
     seed: int = 0
 
+    @property
+    def way(self) -> float:
+        """How far the stage is: 0 at its first step, 1 at its last."""
+        return self.step / max(1, self.steps - 1)
+
     def random(self, purpose: str) -> random.Random:
         """Random numbers of this step for one purpose, the same in every process and resumption."""
         return random.Random(seed_of(self.seed, purpose, self.taken))
