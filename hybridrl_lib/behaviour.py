@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .config import ModelSettings, Settings
@@ -143,3 +144,36 @@ def sample_demonstrations(policy: Policy, student: Policy, problems: Sequence[Pr
     tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
     return {name: Demonstration(sequence, score.to(student.device))
             for (name, sequence), score in zip(found.items(), scores, strict=True)}, tokens
+
+
+# For a checkpoint: strings and counts in JSON, tokens and log-probabilities in tensors ------------
+
+Sizes = list[tuple[str, int, int]]
+
+
+def sizes_of(demonstrations: dict[str, Demonstration]) -> Sizes:
+    """Of every demonstration the id of its problem, and how many tokens its two parts have."""
+    return [(name, len(one.sequence.prompt), len(one.sequence.completion))
+            for name, one in demonstrations.items()]
+
+
+def tensors_of(demonstrations: dict[str, Demonstration]) -> dict[str, Tensor]:
+    """All their tokens, and the log-probabilities of their completions, one after the other."""
+    if not demonstrations:
+        return {}
+    every = demonstrations.values()
+    return {"tokens": torch.tensor([token for one in every for token in
+                                    (*one.sequence.prompt, *one.sequence.completion)]),
+            "behaviour": torch.cat([one.behaviour for one in every])}
+
+
+def demonstrations_of(sizes: Sizes, tensors: dict[str, Tensor],
+                      device: torch.device | str) -> dict[str, Demonstration]:
+    """What `sizes_of` and `tensors_of` were made from."""
+    if not sizes:
+        return {}
+    tokens = iter(tensors["tokens"].tolist())
+    scores = tensors["behaviour"].to(device).split([length for _, _, length in sizes])
+    return {name: Demonstration(PromptCompletion([next(tokens) for _ in range(prompt)],
+                                                 [next(tokens) for _ in range(completion)]), score)
+            for (name, prompt, completion), score in zip(sizes, scores, strict=True)}

@@ -190,43 +190,27 @@ class PEAR(Staged):
     # The checkpoint -------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        if self.demonstrations is None:
-            return {}
-        return {"demonstrations": [
-            [name, len(d.sequence.prompt), len(d.sequence.completion)]
-            for name, d in self.demonstrations.items()]}
+        from ..behaviour import sizes_of
+
+        known = self.demonstrations
+        return {} if known is None else {"demonstrations": sizes_of(known)}
 
     def tensors(self) -> "dict[str, Tensor]":
-        import torch
+        from ..behaviour import tensors_of
 
         kept = {f"after_sft/{name}": weight for name, weight in self.after_sft.items()}
-        if self.demonstrations:
-            written = self.demonstrations.values()
-            kept["tokens"] = torch.tensor([token for d in written for token in
-                                           (*d.sequence.prompt, *d.sequence.completion)])
-            kept["behaviour"] = torch.cat([d.behaviour for d in written])
-        return kept
+        return kept | tensors_of(self.demonstrations or {})
 
     def load_state(self, state: dict) -> None:
-        self.lengths = state.get("demonstrations")
+        self.sizes = state.get("demonstrations")
 
     def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
-        from ..behaviour import Demonstration
-        from ..packing import PromptCompletion
+        from ..behaviour import demonstrations_of
 
         self.after_sft = {name.removeprefix("after_sft/"): weight
                           for name, weight in tensors.items() if name.startswith("after_sft/")}
-        if self.lengths is None:
-            return
-        self.demonstrations = {}
-        if self.lengths:
-            tokens = iter(tensors["tokens"].tolist())
-            behaviour = tensors["behaviour"].to(self.trainer.policy.device).split(
-                [length for _, _, length in self.lengths])
-            for (name, *sizes), scores in zip(self.lengths, behaviour, strict=True):
-                prompt, completion = ([next(tokens) for _ in range(size)] for size in sizes)
-                self.demonstrations[name] = Demonstration(PromptCompletion(prompt, completion),
-                                                          scores)
+        if self.sizes is not None:
+            self.demonstrations = demonstrations_of(self.sizes, tensors, self.trainer.policy.device)
 
 
 def centred(delta: "Tensor", own: PEARSettings) -> "Tensor":
