@@ -28,9 +28,10 @@ from hybridrl_lib.config import load_settings, preset_names, settings_to_dict
 from hybridrl_lib.errors import UsageError, UserError
 from hybridrl_lib.methods import METHODS, make_method
 from hybridrl_lib.report import load_experiment
-from hybridrl_lib.report.arm_figures import draw_diagnostics
+from hybridrl_lib.report.arm_figures import draw_diagnostics, draw_pass_at_k
 from hybridrl_lib.report.arm_tables import difference_rows, report_arms
 from hybridrl_lib.report.arms import beyond_budget, make_arms, used, verdict
+from hybridrl_lib.report.loading import Experiment, Run
 from hybridrl_lib.setups import SETUPS, get_setup, paper_setups
 from hybridrl_lib.statistics import Difference, holm, paired_difference
 
@@ -393,6 +394,31 @@ def test_the_weight_of_sft_is_drawn_where_losses_are_mixed(experiment, weights, 
     if drawn:
         assert [panel.get_title(loc="left") for panel in figure.axes] == [
             "λ, weight of the SFT loss"]
+
+
+def test_a_constant_is_drawn_as_one():
+    """Rounding of a share in fp32 must not fill a panel; and each column says what its x is."""
+    metrics = [{"step": step, "stage": "sft", "epoch": step, "mifo/frozen": 0.1 + 3e-7 * (step % 2),
+                "mifo/taught": 16 * (step % 2), "mifo/buffer": step, "mifo/token_share": 0.2}
+               for step in (1, 2, 3)]
+    figure = draw_diagnostics(Experiment("made", (Run("mifo", 0, {}, {}, metrics, [], {}),), ()),
+                              "mifo")
+    panels = {panel.get_title(loc="left"): panel for panel in figure.axes if panel.get_visible()}
+    low, high = panels["frozen"].get_ylim()
+    assert low < 0.09 and high > 0.11
+    low, high = panels["taught"].get_ylim()
+    assert -2 < low <= 0 and 16 <= high < 18
+    assert [name for name, panel in panels.items() if panel.get_xlabel() == "epoch"] == [
+        "frozen", "taught", "token share"]
+
+
+def test_long_titles_of_panels_are_broken(experiment):
+    """Above one of three panels in a row there is room for some 27 letters."""
+    run = replace(experiment.of("rl")[0], setup="switching")
+    figure = draw_pass_at_k(replace(experiment, runs=(run, *experiment.of(BASELINE))), BASELINE)
+    title, = (panel.get_title(loc="left") for panel in figure.axes
+              if "switched" in panel.get_title(loc="left"))
+    assert "\n" in title and title.replace("\n", " ") == SETUPS["switching"].title
 
 
 def test_the_files_hold_every_arm(experiment, tmp_path):

@@ -1,5 +1,6 @@
 """Pictures of a comparison: forest plot, Pass@k against k, and each method's own diagnostics."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from .style import legend_below, line_style, new_figure
 
 GREY = "#777777"
 PANELS = 3  # in a row
+TITLE_WIDTH = 27  # letters that fit above such a panel
 SFT_WEIGHT = "lambda/sft"
 TITLES = {SFT_WEIGHT: "λ, weight of the SFT loss", "kl/anchor": "KL to the loss's anchor"}
 
@@ -82,22 +84,28 @@ def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
                 panel.plot(*curve(baseline, benchmark), color="#BBBBBB", **style)
             panel.plot(*curve(setup, benchmark), color=line_style(setup)["color"], marker="o",
                        markersize=2.5, **style)
-        panel.set_title(setup_title(setup), loc="left")
+        panel.set_title(textwrap.fill(setup_title(setup), TITLE_WIDTH), loc="left")
         panel.set_xscale("log", base=2)
         panel.set_xticks(curve(setup, experiment.benchmarks[0])[0])
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.minorticks_off()
-    for panel in panels.flat[len(shown):]:
-        panel.set_visible(False)
+    _hide_empty(panels, len(shown), "k")
     for panel in panels[:, 0]:
         panel.set_ylabel("Pass@k (%)")
-    for panel in panels[-1]:
-        panel.set_xlabel("k")
     marks = [Line2D([], [], color="#333333", label=benchmark_title(name).title,
                     dashes=dashes.get(name, ())) for name in experiment.benchmarks]
     marks.append(Line2D([], [], color="#BBBBBB", label=setup_title(baseline)))
     legend_below(figure, marks, len(marks))
     return figure
+
+
+def _hide_empty(panels: np.ndarray, filled: int, label: str) -> None:
+    """Hides the panels (rows, columns) past those filled; each column's last has the x-label."""
+    for place, panel in enumerate(panels.flat):
+        panel.set_visible(place < filled)
+        if place < filled <= place + panels.shape[1]:
+            panel.set_xlabel(label)
+            panel.tick_params(labelbottom=True)  # a shared axis has its ticks in the last row
 
 
 def is_own(key: str, method: str) -> bool:
@@ -155,12 +163,10 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
         panel.set_title(title_of(key), loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         low, high = panel.get_ylim()
-        if np.isfinite([low, high]).all() and low == high:
-            panel.set_ylim(low - 1, high + 1)
-    for panel in panels.flat[len(keys):]:
-        panel.set_visible(False)
-    for panel in panels[-1]:
-        panel.set_xlabel("epoch")
+        size = max(abs(low), abs(high))
+        if high - low < 1e-4 * size:  # a constant but for rounding, which is not to fill the panel
+            panel.set_ylim(low - size / 2, high + size / 2)
+    _hide_empty(panels, len(keys), "epoch")
     legend_below(figure, [Line2D([], [], label=setup_title(name), **looks[name])
                           for name in setups], min(4, len(setups)))
     return figure
