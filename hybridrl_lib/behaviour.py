@@ -38,9 +38,23 @@ class Demonstration:
     behaviour: Tensor
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What a behaviour model's own SFT took, which is part of what its demonstrations cost.
+
+    Attributes:
+        updates: optimiser updates.
+        tokens: of reference solutions in them, epochs counted.
+    """
+
+    updates: int = 0
+    tokens: int = 0
+
+
 def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
-                     settings: Settings, epochs: int, learning_rate: float, seed: int) -> Policy:
-    """The model that writes the demonstrations.
+                     settings: Settings, epochs: int, learning_rate: float,
+                     seed: int) -> tuple[Policy, Taught]:
+    """The model that writes the demonstrations, and what its SFT took in this run.
 
     Args:
         source: a model folder, GGUF file or hub name; `sft` for the run's base model after some
@@ -55,13 +69,12 @@ def behaviour_policy(source: str, student: Policy, problems: Sequence[Problem],
     """
     if source == OF_THIS_RUN:
         policy = load_policy(settings.model)
-        _fine_tune(policy, problems, settings, epochs, learning_rate, seed)
-        return policy
+        return policy, _fine_tune(policy, problems, settings, epochs, learning_rate, seed)
     with _called_behaviour():
         policy = load_policy(_named(source, settings))
     if policy.eos_id != student.eos_id:
         raise _other_tokenizer(source, student)
-    return policy
+    return policy, Taught()
 
 
 def refuse_other_tokenizer(source: str, student: Policy, problems: Sequence[Problem],
@@ -101,7 +114,7 @@ def _called_behaviour() -> Iterator[None]:
 
 
 def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, epochs: int,
-               learning_rate: float, seed: int) -> None:
+               learning_rate: float, seed: int) -> Taught:
     """Plain SFT: every epoch in an order of its own."""
     learner, size = Learner(policy, settings), settings.sft.batch_size
     learner.new_optimizer()
@@ -112,8 +125,12 @@ def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, 
         order = list(problems)
         random.Random(seed_of(seed, "behaviour order", epoch)).shuffle(order)
         batches += [order[start:start + size] for start in range(0, len(order), size)]
+    tokens = 0
     for place, batch in enumerate(batches):
-        learner.apply(step.update(batch), learning_rate * (1 - place / len(batches)), Totals())
+        update = step.update(batch)
+        learner.apply(update, learning_rate * (1 - place / len(batches)), Totals())
+        tokens += sum(len(s.completion) for s in update.sequences)
+    return Taught(len(batches), tokens)
 
 
 def sample_demonstrations(policy: Policy, student: Policy, problems: Sequence[Problem],

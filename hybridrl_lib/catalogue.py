@@ -25,13 +25,11 @@ class Measured:
     """What published runs of a setup at a preset took.
 
     Attributes:
-        experiment: the folder under `results/published/`.
         device: the machine, in words.
         runs: how many runs the mean is over.
         minutes: wall time of a run, evaluation included.
     """
 
-    experiment: str
     device: str
     runs: int
     minutes: float
@@ -94,12 +92,12 @@ def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]
     Only the experiment that is named like the preset has its settings.
     """
     minutes: dict[tuple[str, str, str], list[float]] = {}
-    for path in sorted(published.glob("*/*/seed-*/manifest.json")):
+    for path in sorted(path for name in preset_names()
+                       for path in published.glob(f"{name}/*/seed-*/manifest.json")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            preset, setup = str(manifest["preset"]), path.parts[-3]
-            if (manifest["complete"] and not manifest["resumed_from"]
-                    and path.parts[-4] == preset):
+            preset, setup = path.parts[-4:-2]
+            if manifest["complete"] and not manifest["resumed_from"]:
                 minutes.setdefault((preset, setup, str(manifest["device"])), []).append(
                     float(manifest["seconds/wall"]) / 60)
         except (OSError, ValueError, KeyError, TypeError):
@@ -107,7 +105,7 @@ def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]
     found: dict[tuple[str, str], tuple[Measured, ...]] = {}
     for (preset, setup, device), values in minutes.items():
         found[preset, setup] = (*found.get((preset, setup), ()), Measured(
-            preset, device, len(values), round(sum(values) / len(values), 2)))
+            device, len(values), round(sum(values) / len(values), 2)))
     return found
 
 

@@ -246,8 +246,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
     add_seeds(parser)
     parser.add_argument("--methods", nargs="+", action="extend", default=[], metavar="NAME",
-                        help="setups, or methods for all their setups; unless given the paper's "
-                             "setups and one of each method")
+                        help="setups, or methods, each with its control; unless given the paper's "
+                             "setups and all methods")
     parser.add_argument("--grid", type=factor_list, default=GRID, metavar="FACTORS",
                         help="the preset's learning rates times these are tried on validation "
                              "problems, for every arm; "

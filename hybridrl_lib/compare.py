@@ -19,6 +19,7 @@ from .config import (
     default_experiment,
     difference,
     load_settings,
+    parse_overrides,
     resolve_preset,
     sections_of,
     settings_from_dict,
@@ -93,8 +94,9 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
     Args:
         preset: a preset's name, or `auto`.
         seeds: of every arm.
-        methods: setups, or methods for all setups of theirs; unless given the paper's setups, RL's
-            whole budget after SFT, and the setup that each method gives its name.
+        methods: setups, or methods for those of its setups that are compared unless told
+            otherwise, its control among them; unless given the paper's setups, RL's whole budget
+            after SFT, and of every method the setup that stands for it and its control.
         grid: factors that the preset's learning rates are multiplied with.
         transfer: with how many of the seeds every arm is also trained on each benchmark alone and
             tested on all; 0 for none.
@@ -111,13 +113,15 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
     say = say or (lambda line: print(line, flush=True))
     plan = make_plan(preset, seeds, methods, grid, jobs, experiment, settings, connect(executor))
     folder = experiment_folder(plan.experiment)
+    for sentence in kept(plan):
+        say(sentence)
     with only_writer(folder, f"The experiment {plan.experiment}"):
         factors, tuned = tune(plan, say)
         runs = [run_job(plan, arm, seed, plan.experiment,
-                        (*plan.settings, *rates(plan, arm, factors[arm.name])))
+                        (*given(plan, arm), *rates(plan, arm, factors[arm.name])))
                 for arm in plan.arms for seed in seeds_of(plan, arm)]
         alone = [run_job(plan, arm, seed, only(plan, benchmark),
-                         (*plan.settings, *rates(plan, arm, factors[arm.name]),
+                         (*given(plan, arm), *rates(plan, arm, factors[arm.name]),
                           *trained_on(plan, benchmark), *greedy_alone(arm)))
                  for benchmark in (plan.benchmarks if transfer and len(plan.benchmarks) > 1 else ())
                  for arm in plan.arms if arm.stages for seed in plan.seeds[:transfer]]
@@ -164,7 +168,8 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
             raise UsageError(f"No arm has the settings {section}.*, which are those of the method "
                              f"{section}; leave them out, or add {section} to --methods.")
     for arm in arms:  # refuses impossible settings here, once, rather than in every run
-        make_method(arm, load_settings(preset, own_settings(arm, settings), setup=arm))
+        make_method(arm, load_settings(preset, unless_its_own(arm, own_settings(arm, settings)),
+                                       setup=arm))
     seeds, grid = tuple(dict.fromkeys(seeds)), tuple(sorted(set(grid)))
     if not grid or not all(math.isfinite(factor) and factor > 0 for factor in grid):
         raise UsageError("The grid of learning rates is one or more factors above 0, such as "
@@ -187,14 +192,12 @@ def choose_arms(names: Sequence[str]) -> tuple[Setup, ...]:
     Raises:
         UsageError: a name is neither a setup's nor a method's.
     """
-    wanted = {"base", BASELINE}
-    if not names:
-        first = {setup.method: name for name, setup in reversed(SETUPS.items())}
-        shown = {name for name, setup in SETUPS.items() if setup.notebook}
-        wanted |= {*paper_setups(), *CONTROLS, *VARIANTS, *first.values(), *shown}
+    first = {setup.method: name for name, setup in reversed(SETUPS.items())}
+    shown = {name for name, setup in SETUPS.items() if setup.notebook}
+    usual = {*paper_setups(), *CONTROLS, *VARIANTS, *first.values(), *shown}
+    wanted = {"base", BASELINE} | (set() if names else usual)
     for name in names:
-        found = {name} if name in SETUPS else {
-            setup.name for setup in SETUPS.values() if setup.method == name}
+        found = {name} & set(SETUPS) | {one for one in usual if SETUPS[one].method == name}
         if not found:
             raise unknown("setup or method", name, [*SETUPS, *METHODS])
         wanted |= found
@@ -205,6 +208,31 @@ def own_settings(arm: Setup, settings: Sequence[str]) -> tuple[str, ...]:
     """The settings without those of other methods, which an arm would refuse."""
     return tuple(text for text in settings
                  if text.partition(".")[0].strip() not in set(METHODS) - {arm.method})
+
+
+def given(plan: Plan, arm: Setup) -> tuple[str, ...]:
+    """The settings of the comparison that an arm takes: not those of other methods, nor those that
+    make it what it is called, or a control would become the arm that it controls for."""
+    return unless_its_own(arm, own_settings(arm, plan.settings))
+
+
+def unless_its_own(arm: Setup, settings: Sequence[str]) -> tuple[str, ...]:
+    """The settings without those that the arm sets itself."""
+    fixed = parse_overrides(arm.settings)
+    return tuple(text for text in settings if text.partition("=")[0].strip() not in fixed)
+
+
+def kept(plan: Plan) -> list[str]:
+    """Sentences on the arms that keep a setting of their own against the comparison's."""
+    found = []
+    for arm in plan.arms:
+        asked, fixed = parse_overrides(own_settings(arm, plan.settings)), parse_overrides(
+            arm.settings)
+        own = [text for text in arm.settings if (key := text.partition("=")[0]) in asked
+               and asked[key] != fixed[key]]
+        if own:
+            found.append(f"{arm.name} keeps {', '.join(own)}, which makes it {arm.title}")
+    return found
 
 
 def seeds_of(plan: Plan, arm: Setup) -> tuple[int, ...]:
@@ -219,7 +247,7 @@ def rates(plan: Plan, arm: Setup, factor: float) -> tuple[str, ...]:
     """The settings that multiply an arm's learning rates."""
     if factor == 1 or not arm.stages:
         return ()
-    chosen = load_settings(plan.preset, own_settings(arm, plan.settings), setup=arm)
+    chosen = load_settings(plan.preset, given(plan, arm), setup=arm)
     return tuple(f"{key}={show(rate * factor)}" for key, rate in learning_rates(chosen).items())
 
 
@@ -238,7 +266,7 @@ def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list
     trained = [arm for arm in plan.arms if arm.stages]
     jobs = {(arm.name, factor, seed): run_job(
                 plan, arm, seed, f"{plan.experiment}-tuning-{factor:g}",
-                (*plan.settings, *rates(plan, arm, factor), *tuning_settings(arm)))
+                (*given(plan, arm), *rates(plan, arm, factor), *tuning_settings(arm)))
             for arm in trained for factor in plan.grid for seed in DEVELOPMENT_SEEDS}
     say(f"{len(jobs)} tuning runs: {len(trained)} arms, learning rates times "
         f"{', '.join(f'{factor:g}' for factor in plan.grid)}, seeds "

@@ -31,6 +31,7 @@ from hybridrl_lib.report import load_experiment
 from hybridrl_lib.report.arm_figures import draw_diagnostics, draw_pass_at_k
 from hybridrl_lib.report.arm_tables import difference_rows, report_arms
 from hybridrl_lib.report.arms import beyond_budget, make_arms, used, verdict
+from hybridrl_lib.report.hyperparameters import changes_of
 from hybridrl_lib.report.loading import Experiment, Run
 from hybridrl_lib.setups import SETUPS, get_setup, paper_setups
 from hybridrl_lib.statistics import Difference, holm, paired_difference
@@ -44,8 +45,8 @@ def started(monkeypatch):
 
 def go(**more):
     lines = []
-    files = compare("tiny", methods=["rl"], jobs=2, experiment="cmp", say=lines.append,
-                    **({"seeds": (0, 1), "transfer": 0} | more))
+    files = compare("tiny", jobs=2, experiment="cmp", say=lines.append,
+                    **({"seeds": (0, 1), "transfer": 0, "methods": ["rl"]} | more))
     return files, "\n".join(map(str, lines))
 
 
@@ -189,6 +190,10 @@ def test_the_arms():
     assert {s.name for s in choose_arms(["pear", "staged"])} >= {"pear", "sft", "base"}
     assert "pear_centred" not in names
     assert {s.name for s in choose_arms(["relift"])} == {"base", BASELINE, "relift"}
+    for method, brings in (("pear", "sft_sampled_then_rl"), ("superrl", "superrl_drop"),
+                           ("combined", "combined_cosine"), ("prl", "frpo")):
+        assert {s.name for s in choose_arms([method])} == {"base", BASELINE, method, brings}
+    assert {s.name for s in choose_arms(["superrl_drop"])} == {"base", BASELINE, "superrl_drop"}
     with pytest.raises(UsageError, match="did you mean .relift"):
         choose_arms(["relft"])
 
@@ -247,8 +252,34 @@ def test_what_cannot_be_compared_is_one_sentence(more, words):
 
 
 def test_a_method_with_impossible_settings_is_refused_before_any_run():
-    with pytest.raises(UsageError, match="works with lora"):
-        plan_of(methods=["bridge"], settings=("model.adapter=none",))
+    with pytest.raises(UsageError, match="pear.behaviour cannot be 'none': human solutions"):
+        plan_of(methods=["pear"], settings=("pear.behaviour=none",))
+
+
+@pytest.mark.parametrize(("method", "setting", "keeps", "takes"), [
+    ("pear", "pear.level=block", "sft_sampled_then_rl", "pear"),
+    ("superrl", "superrl.unsolved=sft", "superrl_drop", "superrl"),
+    ("hpt", "rl.clip=true", "hpt", "rl"),
+    ("bridge", "model.adapter=none", "bridge", "rl")])
+def test_an_arm_keeps_what_makes_it_what_it_is_called(started, results, method, setting, keeps,
+                                                      takes):
+    """A setting for all arms must not turn a control into the arm that it controls for."""
+    _, said = go(grid=(1.0,), seeds=(0,), methods=["rl", method], settings=(setting,))
+    assert f"{keeps} keeps {setting.partition('=')[0]}=" in said and said.count(" keeps ") == 1
+    assert all((setting in command) == (command[1] != keeps and (
+        setting.partition(".")[0] not in METHODS or command[1] == takes)) for command in started)
+    assert {keeps, takes} <= {command[1] for command in started}
+
+
+def test_an_arm_with_a_rate_of_its_own_is_tuned_too(monkeypatch):
+    """A setup may set its learning rate; the grid multiplies it like any other."""
+    own = replace(SETUPS["rl"], name="rl_fast", settings=("rl.learning_rate=0.001",))
+    monkeypatch.setitem(SETUPS, "rl_fast", own)
+    plan = plan_of(methods=["rl_fast"], settings=("rl.learning_rate=0.5", "rl.beta=0.1"))
+    assert module.given(plan, own) == ("rl.beta=0.1",)
+    assert rates(plan, own, 2.0)[-1] == "rl.learning_rate=0.002"
+    record = module.run_job(plan, own, 0, "x", (*module.given(plan, own), *rates(plan, own, 2.0)))
+    assert "rl.learning_rate=0.002" in record.command
 
 
 def test_settings_may_be_one_text_as_in_a_notebook():
@@ -314,6 +345,111 @@ def test_what_all_runs_have_otherwise_than_the_preset_is_said(experiment, tmp_pa
     assert "Every run has `training.epochs=4` (preset tiny: `10`).\n" in text
 
 
+@pytest.mark.parametrize(("settings", "said"), [
+    (["rl.beta=0"], ["`rl.beta=0` (preset tiny: `0.02`)"]),
+    (["rl.updates_per_rollout=1"], ["`rl.updates_per_rollout=1` (preset tiny: `2`)"]),
+    (["relift.batch_size=4"], ["`relift.batch_size=4` (preset tiny: `16`)"]), ([], [])])
+def test_a_setting_that_some_arm_has_by_itself_is_said_of_the_others(settings, said):
+    """LUFFY has beta = 0 and DeepSeekMath one update whatever is asked for; only ReLIFT has a
+    buffer."""
+    runs = []
+    for name in ("base", "rl", BASELINE, "luffy", "deepseekmath", "relift"):
+        own = module.own_settings(SETUPS[name], settings)
+        config = {"preset": "tiny", "settings": settings_to_dict(load_settings(
+            "tiny", [*own, *([] if name != "rl" else ["rl.learning_rate=1"])], smoke=False,
+            setup=SETUPS[name]))}
+        runs.append(Run(name, 0, config, {}, [], [], {}))
+    assert changes_of(runs) == said
+
+
+# What the page says of its arms -------------------------------------------------------------------
+
+
+def page_of(experiment, folder, tuned=(), alone=None, factors=None):
+    arms = make_arms(experiment, BASELINE, factors or {})
+    report_arms(folder, experiment, arms, BASELINE, tuned, alone or {})
+    return (folder / "comparison.md").read_text()
+
+
+def test_lenient_scores_stand_beside_strict_ones(experiment, tmp_path):
+    """What training adds may be the box alone; no difference is tested by them."""
+    text = page_of(experiment, tmp_path / "out")
+    head = next(line for line in text.splitlines() if line.startswith("| arm |"))
+    assert head.count("exact match, lenient") == 2
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    lenient = [r for r in rows if r["metric"] == "exact_match_lenient"]
+    assert len(lenient) == 8 and not any(r["difference"] or r["p_holm"] for r in lenient)
+    for r in lenient:
+        answers = [run.answers["last", "test", r["benchmark"]].lenient
+                   for run in experiment.of(r["setup"])]
+        assert float(r["mean"]) == pytest.approx(100 * np.mean(answers), abs=0.01)
+
+
+def test_what_was_not_sampled_has_no_verdict(experiment, tmp_path):
+    """`none` beats the baseline by Pass@1 would be a result that nobody measured."""
+    greedy = replace(experiment, runs=tuple(
+        replace(run, answers={key: replace(a, samples=0) for key, a in run.answers.items()})
+        for run in experiment.runs))
+    text = page_of(greedy, tmp_path / "out")
+    assert "By exact match:" in text and "Pass@" not in text.partition("## What each")[0]
+
+
+def test_one_seed_is_said_beside_the_verdicts(experiment, tmp_path):
+    assert "its verdict is of that run alone" not in page_of(experiment, tmp_path / "three")
+    one = replace(experiment, runs=tuple(run for run in experiment.runs if run.seed == 0))
+    verdicts = page_of(one, tmp_path / "one").partition("## What each arm used")[0]
+    assert "Where an arm has one seed, its verdict is of that run alone" in verdicts
+
+
+def test_an_arm_that_is_another_is_said(experiment, tmp_path):
+    """Switching that never switches is SFT; a verdict on it would be one on SFT, told twice."""
+    assert "counted twice" not in page_of(experiment, tmp_path / "apart")
+    twin = tuple(replace(run, setup="switching",
+                         metrics=[line | {"stage": "sft"} for line in run.metrics])
+                 for run in experiment.of("rl"))
+    text = page_of(replace(experiment, runs=experiment.runs + twin), tmp_path / "out")
+    title = SETUPS["switching"].title
+    assert f"- {title}: no run had a stage of RL.\n" in text
+    assert f"- {title} and RL were right on the same problems with every seed" in text
+
+
+def test_ties_of_learning_rates_are_said(experiment, tmp_path):
+    """A choice by rule is not a choice by score."""
+    tuned = [Tuned(setup, factor, seed, score) for setup, low, high in (
+        ("rl", 0.7, 0.7), ("relift", 0.6, 0.8), (BASELINE, 0.75, 0.75)) for factor, score in (
+        (0.25, low), (1.0, high)) for seed in (1000, 1001)]
+    text = page_of(experiment, tmp_path / "out", tuned)
+    assert ("- Equally good factors had RL (× 0.25 and 1), SFT + RL (× 0.25 and 1); the one "
+            "nearest to 1 was taken.\n") in text
+    assert "it is for greedy exact match" in text
+
+
+def test_arms_may_differ_in_more_than_the_method(experiment, tmp_path):
+    """A paper that drops the clip and the KL term changes GRPO, too: the page has a row for it."""
+    for run in experiment.runs:
+        run.config["settings"] = settings_to_dict(load_settings(
+            "tiny", ["rl.learning_rate=1"] if run.setup == "rl" else
+            ["rl.clip=false", "rl.beta=0", "relift.batch_size=7"] if run.setup == "relift" else [],
+            smoke=False, setup=SETUPS[run.setup]))
+    part = page_of(experiment, tmp_path / "out").partition("## What else differs")[2]
+    assert "| RL | – |" in part and "| ReLIFT | `rl.beta=0`, `rl.clip=false` |" in part
+
+
+def test_transfer_has_a_zero_point_and_its_seeds(experiment, tmp_path):
+    """The base model's score, and whether another seed is in the intervals."""
+    alone = {"tiny_word": replace(experiment, runs=tuple(
+        run for run in experiment.runs if run.seed == 0 and run.setup != "base"))}
+    part = page_of(experiment, tmp_path / "out", alone=alone).partition("## Transfer")[2]
+    assert "one seed, so that the intervals are over test problems alone" in part
+    base, = (arm for arm in make_arms(experiment, BASELINE, {}) if arm.setup == "base")
+    score = base.scores["tiny_symbolic", "exact_match"]
+    row, = (line for line in part.splitlines() if line.startswith("| base model |"))
+    assert row.endswith(f"| {100 * score.mean:.1f} [{100 * score.low:.1f}, "
+                        f"{100 * score.high:.1f}] |")
+    rows = list(csv.DictReader((tmp_path / "out" / "transfer.csv").open()))
+    assert "base" not in {r["setup"] for r in rows}, "it was trained on nothing"
+
+
 def test_what_an_arm_used_is_counted_from_its_records(experiment):
     """Rollouts are groups times their size; tokens and minutes are the manifest's."""
     runs = experiment.of("relift")
@@ -323,6 +459,12 @@ def test_what_an_arm_used_is_counted_from_its_records(experiment):
               for run in runs]
     assert used(beside).rollouts == found.rollouts + np.mean([3 * len(run.metrics) for run in runs])
     assert found.updates == np.mean([sum(line["updates"] for line in run.metrics) for run in runs])
+    aside = [replace(run, metrics=[run.metrics[0] | {"updates/beside": 70}, *run.metrics[1:]],
+                     manifest=run.manifest | {"tokens": run.manifest["tokens"] | {
+                         "behaviour": 20, "behaviour_demonstrations": 300}}) for run in runs]
+    more = used(aside)
+    assert (more.updates, more.demonstration_tokens, more.generated_tokens) == (
+        found.updates + 70, found.demonstration_tokens + 300, found.generated_tokens + 20)
     assert found.minutes == pytest.approx(np.mean([run.manifest["seconds/wall"] / 60
                                                    for run in runs]))
 
@@ -346,7 +488,8 @@ def test_who_does_not_beat_the_baseline_is_named(experiment, tmp_path):
     by_pass_at_8 = text.partition("By Pass@8:")[2].splitlines()
     assert "- Worse than SFT + RL on a benchmark and on none better: RL †." in by_pass_at_8
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
-    assert {r["verdict"] for r in rows if r["setup"] == "rl"} <= {"worse", "not told apart"}
+    assert {r["verdict"] for r in rows if r["setup"] == "rl" and "lenient" not in r["metric"]} <= {
+        "worse", "not told apart"}
     assert {r["verdict"] for r in rows if r["setup"] in (BASELINE, "base")} == {""}
 
 
@@ -376,6 +519,12 @@ def test_who_used_more_than_the_budget_is_marked(experiment, tmp_path):
     assert "ReLIFT." in text and "ReLIFT †" not in text
     assert r"RL \textdagger{} &" in (tmp_path / "out" / "comparison.tex").read_text()
     assert "RL †" in svg_text(tmp_path / "out" / "figures" / "forest.svg")
+    less = [replace(arm, used=replace(base, updates=base.updates / 2)) if arm.setup == "relift"
+            else arm for arm in arms]
+    report_arms(tmp_path / "less", experiment, less, BASELINE, [], {})
+    assert "had ReLIFT: what they lose may be lost by that" in (
+        tmp_path / "less" / "comparison.md").read_text()
+    assert "what they lose" not in text
 
 
 def svg_text(path):
@@ -432,10 +581,11 @@ def test_the_files_hold_every_arm(experiment, tmp_path):
     assert {(r["setup"], r["benchmark"], r["metric"]) for r in rows} == {
         (setup, benchmark, metric) for setup in ("base", "rl", BASELINE, "relift")
         for benchmark in ("tiny_word", "tiny_symbolic")
-        for metric in ("exact_match", "pass@1", "pass@8")}
+        for metric in ("exact_match", "exact_match_lenient", "pass@1", "pass@8")}
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert all(SETUPS[arm.setup].title in text and SETUPS[arm.setup].title in table
                for arm in arms)
     assert "nothing was tuned" in text
     latex = (tmp_path / "out" / "comparison.tex").read_text()
-    assert latex.count(r"\begin{tabular}{lrrr}") == 4, "narrow enough for a page: one a benchmark"
+    widths = [latex.count(rf"\begin{{tabular}}{{l{'r' * columns}}}") for columns in (4, 3)]
+    assert widths == [2, 2], "narrow enough for a page: one a benchmark"

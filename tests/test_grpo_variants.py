@@ -72,6 +72,23 @@ def test_the_kl_to_the_anchor_is_in_the_loss(make_trainer, monkeypatch, estimato
         assert distance(seen.gradients[step], gradient(trainer, loss)) < 1e-4
 
 
+def test_the_kl_to_the_anchor_is_one_mean_over_mini_batches(make_trainer, monkeypatch):
+    """Measured before the first of them moves the weights, over the tokens of all."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer("rl", "rl.kl_anchor=stage", "rl.beta=5", "rl.updates_per_rollout=2",
+                           "rl.learning_rate=0.001")
+    seen = watch(trainer)
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    assert rows[0]["updates"] == 2
+    trainer.load_weights(trainer.anchor_weights)
+    anchor = torch.cat(all_scores(trainer, taken[1]))
+    trainer.load_weights(seen.weights[2])
+    apart = anchor - torch.cat(all_scores(trainer, taken[1]))
+    assert rows[1]["kl/anchor"] == pytest.approx(float((apart.exp() - apart - 1).mean()), rel=1e-3)
+    assert rows[1]["kl/anchor"] > 1e-5
+
+
 def test_k3_at_the_anchor_is_nothing():
     scores = torch.randn(50).requires_grad_()
     value = k3(scores, scores.detach()).sum()

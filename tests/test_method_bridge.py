@@ -67,6 +67,12 @@ class Watched:
         monkeypatch.setattr(Bridge, "_move", noted_move)
         monkeypatch.setattr(Bridge, "_auxiliary", noted_auxiliary)
 
+    def from_update(self, first):
+        """Forgets what was before an update."""
+        self.starts, self.measured = self.starts[first:], self.measured[first:]
+        kinds = len({name for name, _, _ in self.moves})
+        self.moves = self.moves[kinds * first:]
+
     def of(self, optimizer):
         return [gradient for name, _, gradient in self.moves if name == optimizer]
 
@@ -103,19 +109,24 @@ def scores_under(model, groups, temperature):
                 for g in groups for c in g.completions]
 
 
-@pytest.mark.parametrize(("setup", "anchor"), [
-    ("bridge", "reference"), ("bridge", "old"), ("bridge_one_step", "reference"),
-    ("bridge_without_gain", "reference"), ("bridge_joint", "reference")])
-def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor):
-    """Two mini-batches: in the second all three have moved, and hat's ratio is to the sampler."""
+@pytest.mark.parametrize(("setup", "anchor", "last"), [
+    ("bridge", "reference", None), ("bridge", "old", None), ("bridge_one_step", "reference", None),
+    ("bridge_without_gain", "reference", None), ("bridge_joint", "reference", None),
+    ("bridge", "reference", 0.9), ("bridge_without_gain", "reference", 0.9)])
+def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor, last):
+    """Two mini-batches: in the second all three have moved, and hat's ratio is to the sampler.
+    Where lambda is annealed, those of the second step, which is the last."""
+    step, lam = (0, LAM) if last is None else (1, last)
     taken = watch_rollouts(monkeypatch)
-    trainer = bridge(setup, f"rl.kl_anchor={anchor}", "training.epochs=2",
-                     "rl.learning_rate=0.04", "bridge.base_learning_rate=0.02")
+    trainer = bridge(setup, f"rl.kl_anchor={anchor}", f"training.epochs={2 * (step + 1)}",
+                     "rl.learning_rate=0.04", "bridge.base_learning_rate=0.02",
+                     *(() if last is None else (f"bridge.last_rl_weight={last}",)))
     seen = Watched(trainer, monkeypatch)
-    demonstrations = trainer._batch(trainer.method.stages[0], 0, "demonstrations", 8)
+    demonstrations = trainer._batch(trainer.method.stages[0], step, "demonstrations", 8)
     trainer.train()
-    groups, temperature = taken[0], trainer.settings.rl.temperature
-    assert len(seen.starts) == 2
+    groups, temperature = taken[step], trainer.settings.rl.temperature
+    assert len(seen.starts) == 2 * (step + 1)
+    seen.from_update(2 * step)
     trainer.load_weights(seen.starts[0])
     old = scores_under(trainer.policy.model, groups, temperature)
     with trainer.policy.reference() as model:
@@ -128,17 +139,17 @@ def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor):
         trainer.load_weights(seen.starts[index])
         g_sft, g_rl = (plain_gradient(trainer, plain_losses(trainer, *arguments)[term])
                        for term in (0, 1))
-        mixed = {n: (1 - LAM) * g_sft[n] + LAM * g_rl[n] for n in g_sft}
+        mixed = {n: (1 - lam) * g_sft[n] + lam * g_rl[n] for n in g_sft}
         wanted = {"main": {n: g for n, g in mixed.items() if n in base}}
         if setup in ("bridge", "bridge_one_step"):
             # one step ahead: measured where the copy has taken theta's RL step
             trainer.load_weights(seen.starts[index] | seen.measured[index])
             g_hat = plain_gradient(trainer, plain_losses(trainer, *arguments)[1])
-            wanted["adapter"] = {n: g - LAM * g_hat[n] for n, g in mixed.items() if n not in base}
+            wanted["adapter"] = {n: g - lam * g_hat[n] for n, g in mixed.items() if n not in base}
             of_copy = g_hat if setup == "bridge" else g_rl
             wanted["hat"] = {n: g for n, g in of_copy.items() if n in base}
         else:
-            wanted["adapter"] = {n: g if setup == "bridge_joint" else (1 - LAM) * g_sft[n]
+            wanted["adapter"] = {n: g if setup == "bridge_joint" else (1 - lam) * g_sft[n]
                                  for n, g in mixed.items() if n not in base}
         for name, expected in wanted.items():
             assert distance(flat(seen.of(name)[index]), flat(expected)) < 2e-4, (name, index)

@@ -168,6 +168,7 @@ def test_demonstrations_are_the_first_right_answers(make_trainer, other):
         assert row["pear/demonstrations"] == len(found[-1])
         taught = sum(map(len, found[-1].values()))
         assert row["tokens"] == taught + row["pear/behaviour_tokens"] > taught
+        assert (row["groups/beside"], row["updates/beside"]) == (8 * 2, 0)
         left_out = [p.id for p in trainer.parts.train[2::4]]
         assert found[-1] and not set(left_out) & set(found[-1])
         assert all(tokens[-1] == trainer.policy.eos_id for tokens in found[-1].values())
@@ -190,8 +191,10 @@ def test_no_right_answer_at_all_is_a_stage_without_updates(make_trainer):
     """And no crash: RL still runs, from the base model."""
     trainer = make_trainer("pear", "pear.behaviour_epochs=1", verifier=Fixed([0]))
     trainer.train()
-    first = trainer.folder.lines("metrics.jsonl")[0]
+    first, *others = trainer.folder.lines("metrics.jsonl")
     assert (first["updates"], first["pear/problems_without"]) == (0, 8)
+    assert first["updates/beside"] == 1 and not any("updates/beside" in row for row in others)
+    assert trainer.tokens["behaviour_demonstrations"] > 0 == trainer.tokens["demonstrations"]
     assert trainer.method.demonstrations == {}
 
 
@@ -206,9 +209,13 @@ def test_the_behaviour_model_of_the_run_is_its_base_model_after_sft(make_trainer
                         trainer.policy.encode_completion(problem.solution))
     likely = []
     for epochs in (1, 8, 8):
-        policy = behaviour_policy("sft", trainer.policy, trainer.parts.train,
-                                  trainer.settings, epochs, 0.003, 0)
+        policy, taught = behaviour_policy("sft", trainer.policy, trainer.parts.train,
+                                          trainer.settings, epochs, 0.003, 0)
         likely.append(float(plain_scores(policy.model, prompt, solution)[0].mean().detach()))
+        size = trainer.settings.sft.batch_size
+        assert taught.updates == epochs * -(-len(trainer.parts.train) // size)
+        assert taught.tokens == epochs * sum(len(trainer.policy.encode_completion(p.solution))
+                                             for p in trainer.parts.train)
     assert likely[0] < likely[1] == likely[2]
     assert all(torch.equal(before[name], weight) for name, weight in trainer.weights().items())
 

@@ -172,9 +172,23 @@ def test_one_switch_means_one(make_trainer):
     assert [row["stage"] for row in trainer.folder.lines("metrics.jsonl")] == ["sft"] + ["rl"] * 9
 
 
+@pytest.mark.parametrize(("every", "said"), [(4, True), (5, True), (3, False)])
+def test_a_loss_that_is_seldom_measured_is_no_sign(make_trainer, every, said):
+    """As at the preset smollm2, whose one validation is at the end; the other signs end stages."""
+    trainer = make_trainer("switching", "training.epochs=8", f"training.validate_every={every}",
+                           "switching.loss_fall=1")
+    notes = []
+    trainer.observer.note = notes.append
+    trainer.method.begin(trainer)
+    assert any("switching.loss_fall is not looked at" in note for note in notes) == said
+
+
 @pytest.mark.parametrize(("overrides", "words"), [
     (OFF, "switching.loss_fall cannot be 'none': no stage could ever end"),
     (("switching.first=rl", *OFF[1:]), "switching.first cannot be 'rl': RL could never end"),
+    (("switching.switches=2", *OFF[1:]), "switching.switches cannot be '2': RL could never end"),
+    (("training.epochs=4", "training.validate_every=2", *OFF[1:]),
+     "training.validate_every cannot be '2': SFT could never end"),
     (("training.epochs=4", "switching.least_epochs=4"), "no stage could end before"),
     (("switching.first=both",), "one of sft, rl"),
     (("switching.kl_change=0",), "above 0"), (("switching.switches=0",), "at least 1")])

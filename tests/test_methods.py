@@ -123,6 +123,12 @@ EVERY_METHOD = pytest.mark.parametrize(("setup", "overrides"), [
     ("sasr", ("sasr.gamma=1e9", "rl.beta=0.5"))])  # a drawn SFT step has a batch of its own
 
 
+def test_every_method_is_in_that_list():
+    """A new one would skip the tests of order and padding."""
+    asked = {get_setup(setup).method for setup, _ in EVERY_METHOD.args[1]}
+    assert asked == set(METHODS) - {"deepseekmath", "switching"}
+
+
 def last_step(make_trainer, make_policy, setup, *overrides):
     """(trainer after a short run, its last step of rollouts, compose); PEAR's is the last of SFT.
 

@@ -24,7 +24,7 @@ fp32.
 
 `bridge_without_gain` keeps the adapter and drops the gain from what it learns, `bridge_joint` lets
 it learn what theta learns, and `bridge_without_adapter` leaves theta alone: (1 - lambda) SFT +
-lambda RL, which is the method `combined` with the constant weight 1 - lambda.
+lambda RL, which is the method `combined` with the weight 1 - lambda.
 """
 
 import math
@@ -50,7 +50,8 @@ class BridgeSettings(Section):
     """lambda, and what the adapter learns."""
 
     section: ClassVar[str] = "bridge"
-    rl_weight: float = setting(0.5, "lambda, weight of L_RL and of the gain; L_SFT has the rest",
+    rl_weight: float = setting(0.5, "lambda, weight of L_RL and of the gain, at the first step; "
+                               "L_SFT has the rest",
                                "second-hand: 0.5, flat from 0.3 to 0.7", above=0, below=1)
     last_rl_weight: float | None = setting(
         None, "lambda at the last step, which a line leads to; none = it stays as it is",
@@ -122,6 +123,7 @@ class Bridge(Method):
             for peak in (own.base_learning_rate, own.adapter_learning_rate))
         norms: list[float] = []
         gains: list[float] = []
+        beside = 0
         for taught, sampled in zip(updates[::2], updates[1::2], strict=True):
             mixed, for_adapter = self._mixed(step, taught, sampled, totals, rate, gains)
             norm = self._move(learner, mixed, True, rate, "main")
@@ -131,6 +133,8 @@ class Bridge(Method):
                 norm = self._move(learner, for_adapter, False, adapter_rate, "adapter")
                 if norm is not None:
                     step.row["bridge/adapter_grad_norm"] = norm
+                    beside += 1
+        step.row["updates/beside"] = beside + len(gains)  # of the adapter and of hat
         if gains:
             step.row["bridge/gain"] = sum(gains) / len(gains)
             step.row["bridge/distance"] = self._distance()

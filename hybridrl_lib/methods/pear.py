@@ -150,16 +150,16 @@ class PEAR(Staged):
         from ..behaviour import behaviour_policy, sample_demonstrations
 
         trainer, own, problems = self.trainer, self.own, self.trainer.parts.train
-        policy = behaviour_policy(own.behaviour, trainer.policy, problems, trainer.settings,
-                                  own.behaviour_epochs,
-                                  own.behaviour_rate or trainer.settings.sft.learning_rate,
-                                  trainer.seed)
+        policy, taught = behaviour_policy(
+            own.behaviour, trainer.policy, problems, trainer.settings, own.behaviour_epochs,
+            own.behaviour_rate or trainer.settings.sft.learning_rate, trainer.seed)
         self.demonstrations, tokens = sample_demonstrations(
             policy, trainer.policy, problems, trainer.verifier, trainer.settings, own.samples,
             trainer.seed)
         without = len(problems) - len(self.demonstrations)
-        trainer.tokens["behaviour"] = tokens
-        step.row |= {"pear/problems_without": without, "pear/behaviour_tokens": tokens}
+        trainer.tokens |= {"behaviour": tokens, "behaviour_demonstrations": taught.tokens}
+        step.row |= {"pear/problems_without": without, "pear/behaviour_tokens": tokens,
+                     "groups/beside": len(problems) * own.samples, "updates/beside": taught.updates}
         trainer.observer.note(f"the behaviour model solved {len(self.demonstrations)} of "
                               f"{len(problems)} training problems; the others are left out of SFT")
 

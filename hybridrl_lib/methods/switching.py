@@ -53,16 +53,22 @@ class SwitchingSettings(Section):
         "= not looked at", "below 0.05 most groups of published runs have no signal", above=0)
     entropy_patience: int = setting(2, TIMES, OPEN, at_least=1)
 
+    @property
+    def ends_rl(self) -> bool:
+        """Whether one of the signs is looked at in RL as well."""
+        return any(value is not None for value in (self.kl_change, self.distinct_answers,
+                                                   self.entropy))
+
     def check(self) -> None:
-        if any(value is not None for value in (self.kl_change, self.distinct_answers,
-                                               self.entropy)):
+        if self.ends_rl:
             return
         if self.loss_fall is None:
             self.refuse("loss_fall", "no stage could ever end; give at least one of "
                         "switching.loss_fall, kl_change, distinct_answers and entropy")
-        if self.first == "rl":
-            self.refuse("first", "RL could never end, since the validation loss is looked at in "
-                        "SFT alone; give one of switching.kl_change, distinct_answers and entropy")
+        if self.first == "rl" or self.switches > 1:
+            self.refuse("first" if self.first == "rl" else "switches", "RL could never end, since "
+                        "the validation loss is looked at in SFT alone; give one of "
+                        "switching.kl_change, distinct_answers and entropy")
 
 
 class Switching(Method):
@@ -77,14 +83,30 @@ class Switching(Method):
         if self.own.least_epochs >= settings.training.epochs:
             self.own.refuse("least_epochs", "no stage could end before the run's training.epochs = "
                             f"{settings.training.epochs}; give fewer")
+        if not self.own.ends_rl and not self.sees_loss_fall():
+            settings.training.refuse("validate_every", "SFT could never end: its loss is seen to "
+                                     f"fall by {self.own.loss_patience + 1} validations before the "
+                                     f"last of training.epochs = {settings.training.epochs}; "
+                                     "validate more often")
         self.stages = (Stage(self.own.first, settings.training.epochs),)
         self.switched: list[dict] = []  # step, to, reason and value of each switch
         self.before: dict[str, float] = {}  # loss and KL when last measured in this stage
         self.held: dict[str, int] = {}  # how many times in a row a reason has held
         self.signs: dict[str, float] = {}  # measured since the last line of metrics.jsonl
 
+    def sees_loss_fall(self) -> bool:
+        """Whether there are enough validations before the run's end to see the loss fall."""
+        training = self.settings.training
+        return training.validate_every * (self.own.loss_patience + 1) < training.epochs
+
     def begin(self, trainer) -> None:
         self.steps_per_epoch = trainer.steps_per_epoch
+        if self.own.loss_fall is not None and not self.sees_loss_fall():
+            trainer.observer.note("switching.loss_fall is not looked at: with "
+                                  "training.validate_every = "
+                                  f"{self.settings.training.validate_every} of "
+                                  f"{self.settings.training.epochs} epochs there are too few "
+                                  "validations to see the loss fall before the end")
 
     def after_step(self, row: dict, progress: Progress) -> None:
         row["switching/switches"] = len(self.switched)

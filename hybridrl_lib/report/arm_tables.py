@@ -6,16 +6,17 @@ from pathlib import Path
 from ..setups import SETUPS
 from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
-from .arms import BUDGET, SAME, Arm, beyond_budget, metrics_of, verdict
-from .hyperparameters import changes_of
-from .loading import Experiment, Run, benchmark_title, setup_title
-from .scores import EXACT_MATCH, score
+from .arm_notes import notes, verdict_notes
+from .arms import BUDGET, Arm, beyond_budget, metrics_of, score_metrics, used_by, verdict
+from .hyperparameters import own_settings_of
+from .loading import Experiment, benchmark_title, setup_title
+from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, score
 from .style import as_bytes, style
-from .table2 import interval_notes
 from .text import (
     NOTHING,
     bracket,
     bullets,
+    code_span,
     csv_text,
     markdown_table,
     number,
@@ -55,8 +56,10 @@ def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], basel
         files += [write(folder / "figures" / f"{name}.{kind}", as_bytes(figure, kind))
                   for name, figure in figures.items() if figure is not None
                   for kind in ("svg", "png")]
-    return files, "\n\n".join((plain_table(header(experiment), score_rows(experiment, arms)),
-                               plain_table(USED, used_rows(arms, baseline))))
+    metrics = metrics_of(experiment)
+    return files, "\n\n".join((
+        plain_table(header(experiment, metrics), score_rows(experiment, arms, metrics)),
+        plain_table(USED, used_rows(arms, baseline))))
 
 
 def arms_texts(experiment: Experiment, arms: Sequence[Arm], baseline: str, tuned: Sequence,
@@ -100,13 +103,14 @@ def arms_csv(arms: Sequence[Arm]) -> str:
 
 
 def name_of(metric: str) -> str:
-    return "exact match" if metric == EXACT_MATCH else metric.replace("pass", "Pass")
+    return {EXACT_MATCH: "exact match", EXACT_MATCH_LENIENT: "exact match, lenient"}.get(
+        metric, metric.replace("pass", "Pass"))
 
 
-def header(experiment: Experiment) -> list[str]:
-    """The columns of the wide table."""
+def header(experiment: Experiment, metrics: Sequence[str]) -> list[str]:
+    """The columns of a wide table."""
     return ["arm", *(f"{benchmark_title(benchmark).title}: {name_of(metric)}"
-                     for benchmark in experiment.benchmarks for metric in metrics_of(experiment))]
+                     for benchmark in experiment.benchmarks for metric in metrics)]
 
 
 def marked_titles(arms: Sequence[Arm], baseline: str) -> dict[str, str]:
@@ -116,11 +120,12 @@ def marked_titles(arms: Sequence[Arm], baseline: str) -> dict[str, str]:
             for arm in arms}
 
 
-def score_rows(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
+def score_rows(experiment: Experiment, arms: Sequence[Arm],
+               metrics: Sequence[str]) -> list[list[str]]:
     """One row an arm: `mean [low, high]` in percent."""
     return [[setup_title(arm.setup), *(
         bracket(i.mean, i.low, i.high) if (i := arm.scores.get((benchmark, metric))) else NOTHING
-        for benchmark in experiment.benchmarks for metric in metrics_of(experiment))]
+        for benchmark in experiment.benchmarks for metric in metrics)]
         for arm in arms]
 
 
@@ -134,10 +139,10 @@ def difference_rows(experiment: Experiment, arms: Sequence[Arm], baseline: str) 
         text = signed(difference.mean, difference.low, difference.high)
         return f"{f'**{text}**' if p < SIGNIFICANT else text} (p {p_text(p)})"
 
-    titles = marked_titles(arms, baseline)
+    titles, metrics = marked_titles(arms, baseline), metrics_of(experiment)
     return [[titles[arm.setup], *(
         cell(arm, (benchmark, metric))
-        for benchmark in experiment.benchmarks for metric in metrics_of(experiment)),
+        for benchmark in experiment.benchmarks for metric in metrics),
         arm.verdict(EXACT_MATCH) or NOTHING] for arm in arms if arm.differences]
 
 
@@ -155,16 +160,12 @@ def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str
             names.setdefault(arm.verdict(metric), []).append(titles[arm.setup])
         parts.append(f"By {name_of(metric)}:\n\n" + bullets(
             f"{text}: {', '.join(names.get(key, ['none']))}." for key, text in words.items()))
-    if beyond_budget(arms, baseline):
-        parts.append(f"† used more than {title} of some part of the budget (more than "
-                     f"{100 * (SAME - 1):.0f} % more): the next table says of which. What it wins "
-                     "may be won by that.\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, *(f"{note}\n" for note in verdict_notes(arms, baseline))])
 
 
 def used_rows(arms: Sequence[Arm], baseline: str) -> list[list[str]]:
     """One row an arm: what it used, and each part of the budget as a multiple of the baseline's."""
-    first = next((arm.used for arm in arms if arm.setup == baseline), None)
+    first = used_by(arms, baseline)
 
     def cell(arm: Arm, name: str) -> str:
         value, whole = getattr(arm.used, name), getattr(first, name) if first else 0.0
@@ -190,10 +191,12 @@ def transfer_rows(alone: Mapping[str, Experiment]) -> dict[tuple[str, str, str],
 def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tuned: Sequence,
                   transfer: Mapping[tuple[str, str, str], Interval]) -> str:
     """All tables, and what to know before reading them."""
-    head, title = header(experiment), setup_title(baseline)
+    shown, title = score_metrics(experiment), setup_title(baseline)
+    wide, head = header(experiment, shown), header(experiment, metrics_of(experiment))
     parts = [f"# Comparison, experiment `{experiment.name}`\n",
-             "Test problems, last checkpoint, strict; percent, mean [95 % interval].\n",
-             markdown_table(head, score_rows(experiment, arms), range(1, len(head))),
+             "Test problems, last checkpoint, strict unless it says lenient; percent, mean [95 % "
+             "interval].\n",
+             markdown_table(wide, score_rows(experiment, arms, shown), range(1, len(wide))),
              f"## Difference to {title}\n",
              "Percentage points, paired over problems [95 % interval] (p after Holm's correction "
              f"over all arms and benchmarks of one metric); bold below {SIGNIFICANT}. The verdict "
@@ -205,12 +208,17 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
              "## What each arm used\n",
              f"A run, mean over seeds; in brackets as a multiple of {title}'s. An arm that has "
              "other numbers than 1.00 does not have its budget.\n",
-             markdown_table(USED, used_rows(arms, baseline), range(1, len(USED)))]
+             markdown_table(USED, used_rows(arms, baseline), range(1, len(USED))),
+             *settings_part(experiment, baseline)]
     if tuned:
         parts += ["## Learning rates\n", tuning_table(arms, tuned)]
     if transfer:
+        seeds = sorted({interval.seeds for interval in transfer.values()})
         parts += ["## Transfer\n", "Greedy exact match of arms that were trained on one benchmark "
-                  "alone, with the learning rates chosen on both.\n", transfer_table(transfer)]
+                  "alone, with the learning rates chosen on both"
+                  + ("; one seed, so that the intervals are over test problems alone.\n"
+                     if seeds == [1] else f"; {' to '.join(map(str, seeds))} seeds.\n"),
+                  transfer_table(transfer, arms)]
     elif len(experiment.benchmarks) > 1:
         parts += ["## Transfer\n", "Not run: `--transfer N` trains every arm on each benchmark "
                   "alone, with N of the seeds.\n"]
@@ -233,9 +241,28 @@ def tuning_table(arms: Sequence[Arm], tuned: Sequence) -> str:
                           range(1, len(factors) + 1))
 
 
-def transfer_table(transfer: Mapping[tuple[str, str, str], Interval]) -> str:
-    """A row an arm, a column each pair of benchmarks."""
+def settings_part(experiment: Experiment, baseline: str) -> list[str]:
+    """What each arm's loss and sampling have otherwise than the baseline's, as pieces of Markdown.
+
+    Two arms may differ in more than how they combine SFT and RL: some papers change GRPO, too.
+    """
+    rows = [[setup_title(setup), ", ".join(map(code_span, own)) or NOTHING]
+            for setup in experiment.setups if setup != baseline and SETUPS[setup].stages
+            if (own := own_settings_of(experiment, setup, baseline)) is not None]
+    if not rows:
+        return []
+    return ["## What else differs\n", f"Settings that an arm has otherwise than "
+            f"{setup_title(baseline)}, beside its method's own and the learning rates: a paper's "
+            "other changes to GRPO count in its arm's favour or against it, too.\n",
+            markdown_table(("arm", "settings"), rows)]
+
+
+def transfer_table(transfer: Mapping[tuple[str, str, str], Interval], arms: Sequence[Arm]) -> str:
+    """A row an arm, a column each pair of benchmarks; the base model, untrained, comes first."""
     pairs = list(dict.fromkeys((trained, tested) for _, trained, tested in transfer))
+    untrained = {("base", *pair): arm.scores[pair[1], EXACT_MATCH] for pair in pairs
+                 for arm in arms if arm.setup == "base" and (pair[1], EXACT_MATCH) in arm.scores}
+    transfer = untrained | dict(transfer)
     head = ["arm", *(f"{benchmark_title(one).title} → {benchmark_title(other).title}"
                      for one, other in pairs)]
     return markdown_table(head, [[setup_title(setup), *(
@@ -244,65 +271,16 @@ def transfer_table(transfer: Mapping[tuple[str, str, str], Interval]) -> str:
         range(1, len(head)))
 
 
-def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[str]:
-    """How the numbers were made and what they leave out."""
-    found = [*interval_notes(experiment),
-             "Differences count the seeds of the two arms as independent."]
-    if changes := changes_of(experiment.runs):
-        found.insert(0, f"Every run has {', '.join(changes)}.")
-    if tuned:
-        seeds = " and ".join(map(str, sorted({t.seed for t in tuned})))
-        problems = sorted({count for run in experiment.runs
-                           if (count := validation_problems(run))})
-        found.append(
-            "Learning rates: all of a setup times one factor, the same factors for every arm; the "
-            f"best mean of exact match on the validation problems with the seeds {seeds}, which "
-            "are no test seeds. That choice is noisy with "
-            + (f"{problems[0]} validation problems." if problems else "few validation problems."))
-        found += grid_ends(arms, tuned)
-    else:
-        found.append("Learning rates are the preset's, times one factor for all: nothing was "
-                     "tuned for this comparison.")
-    if taught := [arm for arm in arms if SETUPS[arm.setup].method == "pear"]:
-        found.append(f"{', '.join(setup_title(arm.setup) for arm in taught)}: the model that wrote "
-                     "their demonstrations was trained before; what it sampled is among the "
-                     "generated tokens, its updates are in no column.")
-    if moved := [arm for arm in arms if SETUPS[arm.setup].method == "bridge"]:
-        found.append(f"{', '.join(setup_title(arm.setup) for arm in moved)}: the updates are those "
-                     "of the base weights; the adapter, and the copy that the gain compares with, "
-                     "take as many beside them.")
-    found += [note for note in experiment.notes if note.startswith("Left out")]
-    if any(run.manifest.get("resumed_from") for run in experiment.runs):
-        found.append("Some runs were cut off and went on: their minutes leave out what was lost.")
-    return found + ["Wall time holds evaluation, and depends on what else the machine did."]
-
-
-def grid_ends(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
-    """Sentences on arms that took the first or the last factor: a better one may lie beyond."""
-    factors = sorted({t.factor for t in tuned})
-    trained = [arm for arm in arms if SETUPS[arm.setup].stages]
-    return [f"{len(there)} of {len(trained)} arms took the {which} factor, {factor:g}: beyond it "
-            "nothing was tried."
-            for which, factor in (("smallest", factors[0]), ("largest", factors[-1]))
-            if (there := [arm for arm in trained if arm.rate_factor == factor])]
-
-
-def validation_problems(run: Run) -> int:
-    """How many validation problems a run had."""
-    data = run.manifest.get("data") or {}
-    return sum(((entry or {}).get("problems") or {}).get("validation", 0)
-               for entry in data.values())
-
-
 def arms_tex(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str:
     """The scores and the differences for LaTeX with booktabs, a table a benchmark."""
-    names = [name_of(metric) for metric in metrics_of(experiment)]
-    head, scores = ["arm", *names], score_rows(experiment, arms)
-    apart = difference_rows(experiment, arms, baseline)
+    both, apart = score_metrics(experiment), metrics_of(experiment)
     lines = [r"% needs \usepackage{booktabs}"]
-    for caption, rows in (("Scores, percent, mean [95 % interval]", scores),
-                          ("Difference to " + setup_title(baseline)
-                           + ", percentage points, p after Holm's correction", apart)):
+    for caption, metrics, rows in (
+            ("Scores, percent, mean [95 % interval]", both, score_rows(experiment, arms, both)),
+            ("Difference to " + setup_title(baseline) + ", percentage points, p after Holm's "
+             "correction", apart, difference_rows(experiment, arms, baseline))):
+        names = [name_of(metric) for metric in metrics]
+        head = ["arm", *names]
         for place, benchmark in enumerate(experiment.benchmarks):
             first = 1 + place * len(names)
             lines += [r"\begin{table}", r"\centering\footnotesize",

@@ -12,7 +12,7 @@ from ..statistics import (
     paired_difference,
 )
 from .loading import Experiment, Run
-from .scores import EXACT_MATCH, pass_ks, score
+from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks, score
 
 BUDGET = ("rollouts", "updates", "demonstration_tokens")  # what an equal budget is equal in
 SAME = 1.05  # times the baseline's: within it a part of the budget counts as equal
@@ -23,8 +23,10 @@ class Used:
     """What a run of an arm used, the mean over its seeds.
 
     Attributes:
-        rollouts: answers sampled to learn from, those beside the groups among them.
-        updates: optimiser updates of the policy.
+        rollouts: answers sampled to learn from, those beside the groups among them, by the policy
+            or by a model that wrote demonstrations.
+        updates: optimiser updates of the policy, and of what is trained beside it: an adapter, a
+            copy, the model that wrote the demonstrations.
         demonstration_tokens: tokens of demonstrations in updates, epochs counted.
         generated_tokens: sampled while training, by the policy or a model that wrote
             demonstrations; those of probes and evaluation are not in it.
@@ -59,9 +61,19 @@ class Arm:
 
 
 def metrics_of(experiment: Experiment) -> tuple[str, ...]:
-    """Greedy exact match, Pass@1, and Pass@8 or the largest k below that was asked for."""
+    """Greedy exact match, Pass@1, and Pass@8 or the largest k below that was asked for; without
+    those that no run measured."""
     largest = max((k for k in pass_ks(experiment) if k <= 8), default=1)
-    return tuple(dict.fromkeys((EXACT_MATCH, "pass@1", f"pass@{largest}")))
+    return tuple(metric for metric in dict.fromkeys((EXACT_MATCH, "pass@1", f"pass@{largest}"))
+                 if any(score(experiment, setup, benchmark, metric) for setup in experiment.setups
+                        for benchmark in experiment.benchmarks))
+
+
+def score_metrics(experiment: Experiment) -> tuple[str, ...]:
+    """The same, and lenient exact match: what training adds may be the form of the answer alone."""
+    return tuple(name for metric in metrics_of(experiment)
+                 for name in ((metric, EXACT_MATCH_LENIENT) if metric == EXACT_MATCH
+                              else (metric,)))
 
 
 def make_arms(experiment: Experiment, baseline: str, factors: Mapping[str, float]) -> list[Arm]:
@@ -73,7 +85,7 @@ def make_arms(experiment: Experiment, baseline: str, factors: Mapping[str, float
     scores: dict[str, dict[tuple[str, str], Interval]] = {name: {} for name in experiment.setups}
     found: dict[str, dict[tuple[str, str], tuple[Difference, float]]] = {
         name: {} for name in experiment.setups}
-    for metric in metrics_of(experiment):
+    for metric in score_metrics(experiment):
         family: list[tuple[str, str, Difference]] = []
         for benchmark in experiment.benchmarks:
             theirs = score(experiment, baseline, benchmark, metric)
@@ -83,7 +95,7 @@ def make_arms(experiment: Experiment, baseline: str, factors: Mapping[str, float
                     continue
                 scores[name][benchmark, metric] = mean_interval(mine.values)
                 shared = sorted(set(mine.ids) & set(theirs.ids)) if theirs else []
-                if shared and name not in (baseline, "base"):
+                if shared and name not in (baseline, "base") and metric != EXACT_MATCH_LENIENT:
                     family.append((name, benchmark, paired_difference(mine.at(shared),
                                                                       theirs.at(shared))))
         for (name, benchmark, difference), p in zip(
@@ -101,8 +113,9 @@ def used(runs: Sequence[Run]) -> Used:
         tokens = run.manifest.get("tokens") or {}
         beside = sum(line.get("groups/beside", 0) for line in run.metrics)
         return (sum(sum(groups) * (len(groups) - 1) for groups in counts) + beside,
-                sum(line.get("updates", 0) for line in run.metrics),
-                tokens.get("demonstrations", 0),
+                sum(line.get("updates", 0) + line.get("updates/beside", 0)
+                    for line in run.metrics),
+                tokens.get("demonstrations", 0) + tokens.get("behaviour_demonstrations", 0),
                 tokens.get("rollouts", 0) + tokens.get("behaviour", 0),
                 (run.manifest.get("seconds/wall") or 0.0) / 60)
 
@@ -111,10 +124,24 @@ def used(runs: Sequence[Run]) -> Used:
 
 def beyond_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
     """The arms that used more than the baseline of some part of its budget."""
-    whole = next((arm.used for arm in arms if arm.setup == baseline), None)
+    whole = used_by(arms, baseline)
     return set() if whole is None else {
         arm.setup for arm in arms
         if any(getattr(arm.used, name) > SAME * getattr(whole, name) for name in BUDGET)}
+
+
+def below_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
+    """The arms that used less than the baseline of the answers that it samples or its updates."""
+    whole = used_by(arms, baseline)
+    return set() if whole is None else {
+        arm.setup for arm in arms if arm.differences
+        if any(SAME * getattr(arm.used, name) < getattr(whole, name)
+               for name in ("rollouts", "updates"))}
+
+
+def used_by(arms: Sequence[Arm], setup: str) -> Used | None:
+    """What one of the arms used; None where it is not among them."""
+    return next((arm.used for arm in arms if arm.setup == setup), None)
 
 
 def verdict(differences: Iterable[tuple[Difference, float]]) -> str:

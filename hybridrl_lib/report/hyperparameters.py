@@ -130,24 +130,40 @@ def _symbol_table(values: dict[str, str]) -> str:
 
 def changes_of(runs: Iterable[Run]) -> list[str]:
     """`training.epochs=4 (preset tiny: 10)` of every setting that all runs have otherwise than
-    their preset and setup say; nothing where a record is of another version."""
-    from ..config import describe, load_settings, settings_from_dict
+    their preset says, but for those whose setup sets it itself or whose method lacks it; nothing
+    where a record is of another version."""
+    from ..config import describe, load_settings, parse_overrides, settings_from_dict
 
-    found: list[dict[str, str]] = []
+    found: dict[str, set[str]] = {}
     for run in runs:
-        config = run.config
+        config, setup = run.config, SETUPS.get(run.setup)
         try:
             mine = settings_from_dict(config.get("settings") or {})
-            usual = load_settings(str(config.get("preset")), smoke=False,
-                                  setup=SETUPS.get(run.setup))
+            usual = load_settings(str(config.get("preset")), smoke=False, setup=setup)
         except UserError:
             return []
         before = {key: value for key, value, _ in describe(usual)}
-        found.append({key: f"{code_span(f'{key}={value}')} (preset {config['preset']}: "
-                           f"{code_span(before[key])})"
-                      for key, value, _ in describe(mine) if value != before.get(key, value)})
-    return [text for key, text in (found[0] if found else {}).items()
-            if all(other.get(key) == text for other in found)]
+        fixed = parse_overrides(setup.settings) if setup else {}
+        for key, value, _ in describe(mine):
+            if key in before and key not in fixed:
+                changed = value != before[key]
+                found.setdefault(key, set()).add(
+                    f"{code_span(f'{key}={value}')} (preset {config['preset']}: "
+                    f"{code_span(before[key])})" if changed else "")
+    return [text for texts in found.values() if len(texts) == 1 for text in texts if text]
+
+
+def own_settings_of(experiment: Experiment, setup: str, baseline: str) -> list[str] | None:
+    """`rl.clip=false` of every setting that a setup has otherwise than the baseline, but learning
+    rates and its method's own; None where either has no run."""
+    pair = [experiment.of(name) for name in (setup, baseline)]
+    if not all(pair):
+        return None
+    mine, theirs = (_flatten(runs[0].config.get("settings") or {}) for runs in pair)
+    entropy = [SETUPS[name].entropy for name in (setup, baseline)]
+    return [*(f"{key}={_show(value)}" for key, value in mine.items()
+              if key in theirs and value != theirs[key] and not key.endswith("learning_rate")),
+            *(("the term −γH",) if entropy == [True, False] else ())]
 
 
 def _setting_rows(config: dict[str, Any], values: dict[str, str]) -> list[list[str]]:

@@ -1,0 +1,138 @@
+"""What to know before reading a comparison: sentences on its arms, budgets and learning rates."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+
+from ..setups import SETUPS
+from .arms import SAME, Arm, below_budget, beyond_budget
+from .hyperparameters import changes_of
+from .loading import Experiment, Run, setup_title
+from .table2 import interval_notes
+
+STAGES = {"sft": "SFT", "rl": "RL"}
+
+
+def verdict_notes(arms: Sequence[Arm], baseline: str) -> list[str]:
+    """What may lie behind a verdict but the method."""
+    title, found = setup_title(baseline), []
+    if beyond_budget(arms, baseline):
+        found.append(f"† used more than {title} of some part of the budget (more than "
+                     f"{100 * (SAME - 1):.0f} % more): the next table says of which. What it wins "
+                     "may be won by that.")
+    if below := below_budget(arms, baseline):
+        found.append(f"Fewer rollouts or optimiser updates than {title} (also in the next table) "
+                     f"had {titles(arm for arm in arms if arm.setup in below)}: what they lose may "
+                     "be lost by that.")
+    if any(interval.seeds == 1 for arm in arms if arm.differences
+           for interval in arm.scores.values()):
+        found.append("Where an arm has one seed, its verdict is of that run alone, over test "
+                     "problems: another seed may turn it round.")
+    return found
+
+
+def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[str]:
+    """How the numbers were made and what they leave out.
+
+    Args:
+        tuned: what each tuning run scored (`compare.Tuned`).
+    """
+    found = [*interval_notes(experiment),
+             "Differences count the seeds of the two arms as independent."]
+    if changes := changes_of(experiment.runs):
+        found.insert(0, f"Every run has {', '.join(changes)}.")
+    found += unlike_their_names(experiment)
+    found += tuning_notes(experiment, arms, tuned)
+    if taught := [arm for arm in arms if SETUPS[arm.setup].method == "pear"]:
+        found.append(f"{titles(taught)}: their counts hold what the model that wrote their "
+                     "demonstrations took in this run: its own SFT, and the answers it sampled.")
+    if moved := [arm for arm in arms if SETUPS[arm.setup].method == "bridge"]:
+        found.append(f"{titles(moved)}: the updates are those of the base weights, of the adapter, "
+                     "and of the copy that the gain compares with.")
+    found += [note for note in experiment.notes if note.startswith("Left out")]
+    if any(run.manifest.get("resumed_from") for run in experiment.runs):
+        found.append("Some runs were cut off and went on: their minutes leave out what was lost.")
+    return found + ["Wall time holds evaluation, and depends on what else the machine did."]
+
+
+def titles(arms) -> str:
+    """The titles of some arms in a row."""
+    return ", ".join(setup_title(arm.setup) for arm in arms)
+
+
+# Arms that were not what they are called ----------------------------------------------------------
+
+
+def unlike_their_names(experiment: Experiment) -> list[str]:
+    """Sentences on stages that never began, and on arms that cannot be told from another."""
+    found = []
+    for setup in experiment.setups:
+        begun = {line.get("stage") for run in experiment.of(setup) for line in run.metrics}
+        if never := [STAGES.get(stage, stage) for stage in SETUPS[setup].stages
+                     if stage not in begun]:
+            found.append(f"{setup_title(setup)}: no run had a stage of {' or '.join(never)}.")
+    verdicts = {setup: verdicts_of(experiment.of(setup)) for setup in experiment.setups}
+    return found + [f"{setup_title(other)} and {setup_title(one)} were right on the same problems "
+                    "with every seed, sampled answers included: they are one arm here, counted "
+                    "twice." for one, other in combinations(experiment.setups, 2)
+                    if verdicts[one] and verdicts[one] == verdicts[other]]
+
+
+def verdicts_of(runs: Sequence[Run]) -> dict[tuple[int, str], list]:
+    """{(seed, benchmark): each test problem's verdicts, greedy and sampled, at the last weights}"""
+    return {(run.seed, benchmark): np.stack(
+                [a.strict, a.lenient, a.right, a.right_lenient]).tolist()
+            for run in runs for (checkpoint, part, benchmark), a in run.answers.items()
+            if (checkpoint, part) == ("last", "test")}
+
+
+# Learning rates -----------------------------------------------------------------------------------
+
+
+def tuning_notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[str]:
+    """How learning rates were chosen, and where that choice was not clear."""
+    if not tuned:
+        return ["Learning rates are the preset's, times one factor for all: nothing was tuned for "
+                "this comparison."]
+    seeds = " and ".join(map(str, sorted({t.seed for t in tuned})))
+    problems = sorted({count for run in experiment.runs if (count := validation_problems(run))})
+    return ["Learning rates: all of a setup times one factor, the same factors for every arm; the "
+            f"best mean of exact match on the validation problems with the seeds {seeds}, which "
+            "are no test seeds. That choice is noisy with "
+            + (f"{problems[0]} validation problems" if problems else "few validation problems")
+            + ", and it is for greedy exact match: another rate may be better for Pass@k.",
+            *ties(arms, tuned), *grid_ends(arms, tuned)]
+
+
+def ties(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
+    """A sentence on the arms for which two factors were equally good."""
+    found = []
+    for arm in arms:
+        sums: dict[float, float] = {}
+        for one in tuned:
+            if one.setup == arm.setup:
+                sums[one.factor] = sums.get(one.factor, 0.0) + one.validation
+        best = [factor for factor, total in sorted(sums.items())
+                if round(total, 9) == round(max(sums.values()), 9)]
+        if len(best) > 1:
+            found.append(f"{setup_title(arm.setup)} (× {' and '.join(f'{one:g}' for one in best)})")
+    return [f"Equally good factors had {', '.join(found)}; the one nearest to 1 was taken."] \
+        if found else []
+
+
+def grid_ends(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
+    """Sentences on arms that took the first or the last factor: a better one may lie beyond."""
+    factors = sorted({t.factor for t in tuned})
+    trained = [arm for arm in arms if SETUPS[arm.setup].stages]
+    return [f"{len(there)} of {len(trained)} arms took the {which} factor, {factor:g}: beyond it "
+            "nothing was tried."
+            for which, factor in (("smallest", factors[0]), ("largest", factors[-1]))
+            if (there := [arm for arm in trained if arm.rate_factor == factor])]
+
+
+def validation_problems(run: Run) -> int:
+    """How many validation problems a run had."""
+    data = run.manifest.get("data") or {}
+    return sum(((entry or {}).get("problems") or {}).get("validation", 0)
+               for entry in data.values())
