@@ -26,6 +26,7 @@ from hybridrl_lib.notebook import (
     live,
     plot_against,
     plot_run,
+    say,
     scores,
     show_answers,
     show_claims,
@@ -200,7 +201,18 @@ def test_views_of_a_finished_run(experiment, shown, capsys):
     assert len(pictures) == 3 and max(map(len, pictures)) < LARGEST_PICTURE
     table = shown[2]
     assert table.count("base model |") == 2 and "SFT + RL − base model" in table
+    differences = [line for line in table.splitlines() if line.startswith("- ")]
+    assert [line.count("greedy, strict") for line in differences] == [1, 1, 0, 0]
+    assert [line.count("greedy, lenient") for line in differences] == [0, 0, 1, 1]
+    assert "won by the strict rule alone" in table, "or the base model's lost boxes are a gain"
     assert "groups of 8 with signal" in capsys.readouterr().out
+
+
+def test_tables_that_a_command_prints_are_left_to_the_page(capsys):
+    """Wider than a page they would break in the middle of numbers."""
+    for text in ("2 runs of 1 arm", "\narm  score\nRL   81.0\n", "\n9 files in results"):
+        say(text)
+    assert capsys.readouterr().out == "2 runs of 1 arm\n9 files in results\n"
 
 
 def test_views_say_what_is_missing(experiment, shown, capsys):

@@ -13,7 +13,10 @@ from hybridrl_lib.compare import Plan
 from hybridrl_lib.config import describe, load_settings, preset_names
 from hybridrl_lib.errors import UsageError, UserError
 from hybridrl_lib.methods import make_method
+from hybridrl_lib.report import load_experiment
+from hybridrl_lib.report.scores import score
 from hybridrl_lib.setups import get_setup
+from hybridrl_lib.statistics import holm, paired_difference
 from hybridrl_lib.sweep import SWEEPS, as_settings, place, sweep
 
 
@@ -61,6 +64,37 @@ def test_a_sweep_runs_each_value_and_shows_it(started, results):
     started.clear()
     sweep("beta", ("0", "0.1"), seeds=(0, 1), jobs=2, experiment="sw", say=lines.append)
     assert "4 of 4 runs are finished already" in "\n".join(lines)
+
+
+def test_values_are_paired_with_the_presets_own(started, results):
+    """Two values on the same problems are told apart by their difference, not by their intervals;
+    Holm's family is one metric over values and benchmarks."""
+    sweep("beta", ("0", "0.02", "0.1"), seeds=(0, 1), jobs=2, experiment="sw",
+          settings=("training.epochs=2",), say=lambda line: None)
+    text = (results / "sw" / "sweep.md").read_text()
+    assert "## Difference to 0.02\n" in text and "| 0.02 |" not in text.partition("## Diff")[2]
+    experiments = {value: load_experiment(results / f"sw-{value}") for value in (
+        "0", "0.02", "0.1")}
+    rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
+    for metric in ("exact_match", "pass@1"):
+        mine = [r for r in rows if r["metric"] == metric and r["value"] != "0.02"]
+        wanted = [paired_difference(*(score(experiments[value], "sft_then_rl", r["benchmark"],
+                                            metric).values for value in (r["value"], "0.02")))
+                  for r in mine]
+        assert [float(r["difference"]) for r in mine] == pytest.approx(
+            [100 * d.mean for d in wanted], abs=0.01)
+        assert [float(r["p_holm"]) for r in mine] == pytest.approx(
+            holm(d.p_value for d in wanted), abs=1e-6)
+    assert all(r["difference"] == "" for r in rows if r["value"] == "0.02")
+
+
+def test_other_problems_are_not_paired(started, results):
+    """Another split tests other problems."""
+    sweep("split", ("0", "1"), jobs=2, experiment="sw", say=lambda line: None)
+    eval_file = results / "sw-1" / "sft_then_rl" / "seed-0" / "eval.jsonl"
+    eval_file.write_text(eval_file.read_text().replace('"id": "', '"id": "other-'))
+    sweep("split", ("0", "1"), jobs=2, experiment="sw", say=lambda line: None)
+    assert "## Difference" not in (results / "sw" / "sweep.md").read_text()
 
 
 def test_values_that_multiply_are_of_the_presets_own():

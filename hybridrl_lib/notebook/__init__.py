@@ -14,6 +14,7 @@ from .place import begin, experiment_path, is_headless, list_files
 from .questions import check
 from .scores import show_reasons, show_scores, show_signal
 from .tables import (
+    say,
     show_file,
     show_picture,
     show_published,
@@ -25,7 +26,7 @@ from .wellness import show_health
 
 __all__ = [
     "LiveRun", "begin", "check", "experiment_path", "is_headless", "list_files", "live",
-    "new_panels", "plot_against", "plot_diagnostics", "plot_run", "show", "show_answers",
+    "new_panels", "plot_against", "plot_diagnostics", "plot_run", "say", "show", "show_answers",
     "show_claims", "show_completions", "show_file", "show_findings", "show_health",
     "show_picture", "show_published", "show_reasons", "show_rows", "show_scores", "show_signal",
     "show_source", "show_table", "show_tokens", "write_report",

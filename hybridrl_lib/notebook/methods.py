@@ -8,7 +8,7 @@ from IPython.display import Markdown, display
 
 from ..records import RunFolder
 from ..report.arm_figures import is_own, limit_of
-from ..report.style import figure_text, style
+from ..report.style import figure_text, show_size_of_constant, style
 from ..setups import SETUPS
 from .curves import column, finish, mark_stages, new_panels, show
 
@@ -58,6 +58,7 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
         if limit is not None:
             panel.axhline(limit, color="#777777", linewidth=0.9, linestyle="--")
         finish(panel, figure_text(key))
+        show_size_of_constant(panel)
     for panel in flat[len(columns):]:
         panel.set_visible(False)
     mark_stages(flat[:len(columns)], metrics)

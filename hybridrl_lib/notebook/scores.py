@@ -39,11 +39,16 @@ def show_scores(record: RunFolder) -> None:
     text += ("\nPercent of the test problems [95 % interval over them" + (
         "].\n\n" if record.path.parent.name == "base" else
         "; one seed, so another seed's luck is not in it].\n\n"))
-    comparisons = [c for c in make_comparisons(experiment) if c.metric == EXACT_MATCH]
+    comparisons = [c for c in make_comparisons(experiment)
+                   if c.metric in (EXACT_MATCH, EXACT_MATCH_LENIENT)]
     text += "".join(
         f"- {benchmark_title(c.benchmark).title}: {setup_title(c.first)} − {setup_title(c.second)} "
-        f"= {signed(c.difference.mean, c.difference.low, c.difference.high)} points, greedy, "
-        f"{p_said(c.difference.p_value)}\n" for c in comparisons)
+        f"= {signed(c.difference.mean, c.difference.low, c.difference.high)} points, "
+        f"{metrics[c.metric]}, {p_said(c.difference.p_value)}\n"
+        for c in sorted(comparisons, key=lambda c: list(metrics).index(c.metric)))
+    if comparisons:
+        text += ("\nStrict: the answer is right and in its box; lenient: right wherever it stands. "
+                 "What is won by the strict rule alone is the form of the answer.\n")
     if record.path.parent.name != "base" and "base" not in experiment.setups:
         text += "- The base model was not scored in this experiment; `00_start_here` does it.\n"
     display(Markdown(text))

@@ -109,6 +109,13 @@ def show_picture(folder: Path, name: str) -> None:
         show(figure, alt=f"The report's picture {name}")
 
 
+def say(text: str) -> None:
+    """Prints what a command says but its tables, which are too wide for a page; `show_file` shows
+    those that it wrote."""
+    if "\n" not in text.strip():
+        print(text.strip())
+
+
 def show_file(path: Path) -> None:
     """Shows a file that a command wrote: a Markdown table, or a picture as PNG.
 

@@ -14,7 +14,7 @@ from ..statistics import SIGNIFICANT
 from .arms import Arm
 from .loading import Experiment, benchmark_title, series, setup_title
 from .scores import EXACT_MATCH, score
-from .style import legend_below, line_style, new_figure
+from .style import legend_below, line_style, new_figure, show_size_of_constant
 
 GREY = "#777777"
 PANELS = 3  # in a row
@@ -23,7 +23,7 @@ SFT_WEIGHT = "lambda/sft"
 TITLES = {SFT_WEIGHT: "λ, weight of the SFT loss", "kl/anchor": "KL to the loss's anchor"}
 
 
-def draw_forest(experiment: Experiment, arms: Sequence[Arm],
+def draw_forest(experiment: Experiment, arms: Sequence[Arm], baseline: str,
                 titles: Mapping[str, str]) -> Figure | None:
     """Each arm's difference to the baseline in exact match, with its interval."""
     shown = [arm for arm in arms
@@ -46,7 +46,7 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm],
                        markerfacecolor=look["color"] if p < SIGNIFICANT else "white")
         panel.axvline(0.0, color=GREY, linewidth=0.9)
         panel.set_title(benchmark_title(benchmark).title, loc="left")
-        panel.set(xlabel="difference (percentage points)", ylim=(len(shown) - 0.4, -0.6))
+        panel.set(xlabel=f"points more than {setup_title(baseline)}", ylim=(len(shown) - 0.4, -0.6))
         panel.set_yticks(range(len(shown)), [titles[arm.setup] for arm in shown])
         panel.tick_params(axis="y", length=0)
         panel.grid(True, axis="x")
@@ -162,10 +162,7 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
                     panel.axhline(limit, color=GREY, linewidth=0.9, linestyle="--", zorder=0.5)
         panel.set_title(title_of(key), loc="left")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        low, high = panel.get_ylim()
-        size = max(abs(low), abs(high))
-        if high - low < 1e-4 * size:  # a constant but for rounding, which is not to fill the panel
-            panel.set_ylim(low - size / 2, high + size / 2)
+        show_size_of_constant(panel)
     _hide_empty(panels, len(keys), "epoch")
     legend_below(figure, [Line2D([], [], label=setup_title(name), **looks[name])
                           for name in setups], min(4, len(setups)))

@@ -8,6 +8,7 @@ from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
 from .arm_notes import notes, verdict_notes
 from .arms import BUDGET, Arm, beyond_budget, metrics_of, score_metrics, used_by, verdict
+from .comparisons import difference_text
 from .hyperparameters import own_settings_of
 from .loading import Experiment, benchmark_title, setup_title
 from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, score
@@ -20,10 +21,8 @@ from .text import (
     csv_text,
     markdown_table,
     number,
-    p_text,
     percent,
     plain_table,
-    signed,
     tex,
     write,
 )
@@ -49,7 +48,7 @@ def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], basel
     texts = arms_texts(experiment, arms, baseline, tuned, alone)
     files = [write(folder / name, text) for name, text in texts.items()]
     with style():
-        figures = {"forest": draw_forest(experiment, arms, marked_titles(arms, baseline)),
+        figures = {"forest": draw_forest(experiment, arms, baseline, marked_titles(arms, baseline)),
                    "pass_at_k": draw_pass_at_k(experiment, baseline),
                    **{f"diagnostics_{method}": draw_diagnostics(experiment, method)
                       for method in dict.fromkeys(SETUPS[arm.setup].method for arm in arms)}}
@@ -132,16 +131,9 @@ def score_rows(experiment: Experiment, arms: Sequence[Arm],
 def difference_rows(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> list[list[str]]:
     """One row an arm that has a difference: `+mean [low, high] (Holm's p)`, and by exact match the
     verdict."""
-    def cell(arm: Arm, key: tuple[str, str]) -> str:
-        if key not in arm.differences:
-            return NOTHING
-        difference, p = arm.differences[key]
-        text = signed(difference.mean, difference.low, difference.high)
-        return f"{f'**{text}**' if p < SIGNIFICANT else text} (p {p_text(p)})"
-
     titles, metrics = marked_titles(arms, baseline), metrics_of(experiment)
     return [[titles[arm.setup], *(
-        cell(arm, (benchmark, metric))
+        difference_text(arm.differences.get((benchmark, metric)))
         for benchmark in experiment.benchmarks for metric in metrics),
         arm.verdict(EXACT_MATCH) or NOTHING] for arm in arms if arm.differences]
 

@@ -54,6 +54,15 @@ class Gap:
     problems: tuple[int, int]
 
 
+def difference_text(both: tuple[Difference, float] | None) -> str:
+    """`+mean [low, high] (p Holm's)` in percentage points, bold where it is beyond chance."""
+    if both is None:
+        return NOTHING
+    difference, p = both
+    text = signed(difference.mean, difference.low, difference.high)
+    return f"{f'**{text}**' if p < SIGNIFICANT else text} (p {p_text(p)})"
+
+
 def pairs(experiment: Experiment) -> list[tuple[str, str]]:
     """The comparisons that the paper's claims need, among setups that ran.
 

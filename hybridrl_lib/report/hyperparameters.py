@@ -132,25 +132,39 @@ def changes_of(runs: Iterable[Run]) -> list[str]:
     """`training.epochs=4 (preset tiny: 10)` of every setting that all runs have otherwise than
     their preset says, but for those whose setup sets it itself or whose method lacks it; nothing
     where a record is of another version."""
-    from ..config import describe, load_settings, parse_overrides, settings_from_dict
+    from ..config import parse_overrides
 
     found: dict[str, set[str]] = {}
     for run in runs:
-        config, setup = run.config, SETUPS.get(run.setup)
-        try:
-            mine = settings_from_dict(config.get("settings") or {})
-            usual = load_settings(str(config.get("preset")), smoke=False, setup=setup)
-        except UserError:
+        setup, both = SETUPS.get(run.setup), _beside_preset(run)
+        if both is None:
             return []
-        before = {key: value for key, value, _ in describe(usual)}
         fixed = parse_overrides(setup.settings) if setup else {}
-        for key, value, _ in describe(mine):
-            if key in before and key not in fixed:
-                changed = value != before[key]
-                found.setdefault(key, set()).add(
-                    f"{code_span(f'{key}={value}')} (preset {config['preset']}: "
-                    f"{code_span(before[key])})" if changed else "")
+        for key, (value, usual) in both.items():
+            if key not in fixed:
+                found.setdefault(key, set()).add("" if value == usual else (
+                    f"{code_span(f'{key}={value}')} (preset {run.config['preset']}: "
+                    f"{code_span(usual)})"))
     return [text for texts in found.values() if len(texts) == 1 for text in texts if text]
+
+
+def changed(run: Run) -> int:
+    """How many settings a run has otherwise than its preset and setup; 0 if that is not known."""
+    return sum(value != usual for value, usual in (_beside_preset(run) or {}).values())
+
+
+def _beside_preset(run: Run) -> dict[str, tuple[str, str]] | None:
+    """{key: (value of the run, that of its preset and setup)}; None for another version's."""
+    from ..config import describe, load_settings, settings_from_dict
+
+    try:
+        mine = settings_from_dict(run.config.get("settings") or {})
+        usual = load_settings(str(run.config.get("preset")), smoke=False,
+                              setup=SETUPS.get(run.setup))
+    except UserError:
+        return None
+    before = {key: value for key, value, _ in describe(usual)}
+    return {key: (value, before[key]) for key, value, _ in describe(mine) if key in before}
 
 
 def own_settings_of(experiment: Experiment, setup: str, baseline: str) -> list[str] | None:

@@ -14,7 +14,9 @@ from typing import Any
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -92,6 +94,17 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any
     """A figure of text width, `height` in inches, with its axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
+
+
+def show_size_of_constant(panel: Axes) -> None:
+    """Where all that is drawn is one value but for rounding, the panel goes from 0 to twice it, so
+    that rounding does not fill it; from -1 to 1 for 0."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in panel.lines] or [[]])
+    values = values[np.isfinite(values)]
+    if values.size and np.ptp(values) <= 1e-4 * np.abs(values).max():
+        size = float(np.abs(values).max())
+        ends = (0.0, 2 * float(np.copysign(size, values[0]))) if size else (-1.0, 1.0)
+        panel.set_ylim(min(ends), max(ends))
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], columns: int) -> None:

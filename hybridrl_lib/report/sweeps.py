@@ -6,17 +6,29 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..statistics import Interval, mean_interval
+from ..statistics import SIGNIFICANT, Difference, Interval, holm, mean_interval, paired_difference
 from .arms import used
-from .hyperparameters import changes_of
+from .comparisons import difference_text
+from .hyperparameters import changed, changes_of
 from .loading import Experiment, benchmark_title, setup_title
 from .scores import EXACT_MATCH, score
 from .style import as_bytes, legend_below, new_figure, style
-from .text import NOTHING, bracket, bullets, csv_text, markdown_table, percent, plain_table, write
+from .text import (
+    NOTHING,
+    bracket,
+    bullets,
+    csv_text,
+    markdown_table,
+    number,
+    percent,
+    plain_table,
+    write,
+)
 
 METRICS = {EXACT_MATCH: "exact match", "pass@1": "Pass@1"}
 COLUMNS = ("parameter", "setup", "value", "benchmark", "metric", "mean", "ci_low", "ci_high",
-           "seeds", "problems")
+           "seeds", "problems", "difference", "diff_low", "diff_high", "p_holm")
+Key = tuple[str, str, str]  # value, benchmark, metric
 
 
 def report_sweep(folder: Path, parameter: str, title: str, setup: str,
@@ -46,27 +58,80 @@ def sweep_texts(parameter: str, title: str, setup: str,
     """{file name: text} of the tables; arguments as for `report_sweep`."""
     cells = _cells(setup, experiments)
     head, rows = _table(setup, experiments, cells)
+    usual, apart = usual_value(setup, experiments), differences(setup, experiments)
     seeds = sorted({cell.seeds for cell in cells.values()})
     changes = changes_of(run for found in experiments.values() for run in found.of(setup))
     text = "\n".join([
         f"# {title}, {setup_title(setup)}\n",
         "Test problems, last checkpoint, strict; percent, mean [95 % interval].\n",
-        markdown_table(head, rows, range(1, len(head))), bullets((
+        markdown_table(head, rows, range(1, len(head))),
+        *_differences_part(usual, experiments, apart), bullets((
             *((f"Every run has {', '.join(changes)}.",) if changes else ()),
             "No other setting was changed or tuned anew for a value. What a run uses may change "
             "with it: answers sampled to learn from, optimiser updates, demonstrations.",
             "One seed only: the intervals are over the test problems alone." if seeds == [1] else
-            "Intervals cross seeds and problems; they are of each value by itself, and values that "
-            "share problems differ by less than two intervals suggest.",
+            "Intervals cross seeds and problems.",
+            "An interval of a score is of one value by itself. Values that share problems are told "
+            "apart by their difference: intervals may overlap where it is beyond chance.",
             "Choose a value on validation problems, not by this table."))])
     return {"sweep.md": text, "sweep.csv": csv_text(COLUMNS, [
         (parameter, setup, *key, percent(i.mean), percent(i.low), percent(i.high), i.seeds,
-         i.problems)
+         i.problems, *_difference_cells(apart.get(key)))
         for key, i in cells.items()])}
 
 
+def usual_value(setup: str, experiments: Mapping[str, Experiment]) -> str:
+    """The preset's own value, or the first where it is not among them: the one whose runs have the
+    fewest settings otherwise than the preset."""
+    return min(experiments, key=lambda value: changed(experiments[value].of(setup)[0]))
+
+
+def differences(setup: str, experiments: Mapping[str, Experiment]
+                ) -> dict[Key, tuple[Difference, float]]:
+    """{(value, benchmark, metric): (paired difference to the usual value, Holm's p)}; a metric is a
+    family. Nothing for a value that was tested on other problems."""
+    usual, found = usual_value(setup, experiments), {}
+    for metric in METRICS:
+        family: dict[Key, Difference] = {}
+        for value, experiment in experiments.items():
+            for benchmark in experiment.benchmarks:
+                mine, theirs = (score(one, setup, benchmark, metric)
+                                for one in (experiment, experiments[usual]))
+                if value != usual and mine and theirs and set(mine.ids) == set(theirs.ids):
+                    family[value, benchmark, metric] = paired_difference(
+                        mine.at(theirs.ids), theirs.values)
+        corrected = holm(difference.p_value for difference in family.values())
+        found |= {key: both for key, both in zip(
+            family, zip(family.values(), corrected, strict=True), strict=True)}
+    return found
+
+
+def _differences_part(usual: str, experiments: Mapping[str, Experiment],
+                      apart: Mapping[Key, tuple[Difference, float]]) -> list[str]:
+    """The differences as pieces of Markdown: a row a value."""
+    columns = list(dict.fromkeys(key[1:] for key in apart))
+    if not columns:
+        return []
+    head = ["value", *(f"{benchmark_title(benchmark).title}: {METRICS[metric]}"
+                       for benchmark, metric in columns)]
+    rows = [[value, *(difference_text(apart.get((value, *column))) for column in columns)]
+            for value in experiments if value != usual]
+    return [f"## Difference to {usual}\n",
+            "Percentage points, paired over problems [95 % interval] (p after Holm's correction "
+            f"over all values and benchmarks of one metric); bold below {SIGNIFICANT}.\n",
+            markdown_table(head, rows, range(1, len(head)))]
+
+
+def _difference_cells(both: tuple[Difference, float] | None) -> tuple[str, ...]:
+    if both is None:
+        return ("",) * 4
+    difference, p = both
+    return (percent(difference.mean), percent(difference.low), percent(difference.high),
+            number(p, 6))
+
+
 def _cells(setup: str, experiments: Mapping[str, Experiment]
-           ) -> dict[tuple[str, str, str], Interval]:
+           ) -> dict[Key, Interval]:
     """{(value, benchmark, metric): score}."""
     return {(value, benchmark, metric): mean_interval(found.values)
             for value, experiment in experiments.items() for benchmark in experiment.benchmarks
@@ -75,7 +140,7 @@ def _cells(setup: str, experiments: Mapping[str, Experiment]
 
 
 def _table(setup: str, experiments: Mapping[str, Experiment],
-           cells: Mapping[tuple[str, str, str], Interval]) -> tuple[list[str], list[list[str]]]:
+           cells: Mapping[Key, Interval]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a row a value, with what its runs used."""
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
     columns = [(benchmark, metric) for benchmark in benchmarks for metric in METRICS]
@@ -93,7 +158,7 @@ def _table(setup: str, experiments: Mapping[str, Experiment],
 
 
 def draw_sweep(title: str, experiments: Mapping[str, Experiment],
-               cells: Mapping[tuple[str, str, str], Interval]) -> Figure:
+               cells: Mapping[Key, Interval]) -> Figure:
     """Scores by value, a panel a benchmark; values stand at equal distances."""
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
     values = list(experiments)
