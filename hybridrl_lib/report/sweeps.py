@@ -109,7 +109,9 @@ def differences(setup: str, experiments: Mapping[str, Experiment]
 def _differences_part(usual: str, experiments: Mapping[str, Experiment],
                       apart: Mapping[Key, tuple[Difference, float]]) -> list[str]:
     """The differences as pieces of Markdown: a row a value."""
-    columns = list(dict.fromkeys(key[1:] for key in apart))
+    benchmarks = dict.fromkeys(benchmark for _, benchmark, _ in apart)
+    columns = [(benchmark, metric) for benchmark in benchmarks for metric in METRICS
+               if any(key[1:] == (benchmark, metric) for key in apart)]
     if not columns:
         return []
     head = ["value", *(f"{benchmark_title(benchmark).title}: {METRICS[metric]}"
