@@ -359,7 +359,11 @@ def test_a_setting_that_some_arm_has_by_itself_is_said_of_the_others(settings, s
             "tiny", [*own, *([] if name != "rl" else ["rl.learning_rate=1"])], smoke=False,
             setup=SETUPS[name]))}
         runs.append(Run(name, 0, config, {}, [], [], {}))
-    assert changes_of(runs) == said
+    assert changes_of(runs, tuned=True) == said
+    for run in runs:
+        run.config["settings"]["rl"]["learning_rate"] = 0.5
+    assert changes_of(runs, tuned=True) == said, "the rates of a comparison have a table"
+    assert len(changes_of(runs)) == len(said) + 1
 
 
 # What the page says of its arms -------------------------------------------------------------------
@@ -419,7 +423,7 @@ def test_ties_of_learning_rates_are_said(experiment, tmp_path):
         ("rl", 0.7, 0.7), ("relift", 0.6, 0.8), (BASELINE, 0.75, 0.75)) for factor, score in (
         (0.25, low), (1.0, high)) for seed in (1000, 1001)]
     text = page_of(experiment, tmp_path / "out", tuned)
-    assert ("- Equally good factors had RL (× 0.25 and 1), SFT + RL (× 0.25 and 1); the one "
+    assert ("- Equally good factors had RL (× 0.25 and 1); SFT + RL (× 0.25 and 1): the one "
             "nearest to 1 was taken.\n") in text
     assert "it is for greedy exact match" in text
 
@@ -432,7 +436,7 @@ def test_arms_may_differ_in_more_than_the_method(experiment, tmp_path):
             ["rl.clip=false", "rl.beta=0", "relift.batch_size=7"] if run.setup == "relift" else [],
             smoke=False, setup=SETUPS[run.setup]))
     part = page_of(experiment, tmp_path / "out").partition("## What else differs")[2]
-    assert "| RL | – |" in part and "| ReLIFT | `rl.beta=0`, `rl.clip=false` |" in part
+    assert "| ReLIFT | `rl.beta=0`, `rl.clip=false` |" in part and "| RL |" not in part
 
 
 def test_transfer_has_a_zero_point_and_its_seeds(experiment, tmp_path):

@@ -40,7 +40,7 @@ def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[
     """
     found = [*interval_notes(experiment),
              "Differences count the seeds of the two arms as independent."]
-    if changes := changes_of(experiment.runs):
+    if changes := changes_of(experiment.runs, tuned=True):
         found.insert(0, f"Every run has {', '.join(changes)}.")
     found += unlike_their_names(experiment)
     found += tuning_notes(experiment, arms, tuned)
@@ -58,7 +58,7 @@ def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[
 
 def titles(arms) -> str:
     """The titles of some arms in a row."""
-    return ", ".join(setup_title(arm.setup) for arm in arms)
+    return "; ".join(setup_title(arm.setup) for arm in arms)
 
 
 # Arms that were not what they are called ----------------------------------------------------------
@@ -117,7 +117,7 @@ def ties(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
                 if round(total, 9) == round(max(sums.values()), 9)]
         if len(best) > 1:
             found.append(f"{setup_title(arm.setup)} (× {' and '.join(f'{one:g}' for one in best)})")
-    return [f"Equally good factors had {', '.join(found)}; the one nearest to 1 was taken."] \
+    return [f"Equally good factors had {'; '.join(found)}: the one nearest to 1 was taken."] \
         if found else []
 
 

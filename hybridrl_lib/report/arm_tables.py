@@ -17,7 +17,6 @@ from .text import (
     NOTHING,
     bracket,
     bullets,
-    code_span,
     csv_text,
     markdown_table,
     number,
@@ -151,7 +150,7 @@ def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str
         for arm in arms:
             names.setdefault(arm.verdict(metric), []).append(titles[arm.setup])
         parts.append(f"By {name_of(metric)}:\n\n" + bullets(
-            f"{text}: {', '.join(names.get(key, ['none']))}." for key, text in words.items()))
+            f"{text}: {'; '.join(names.get(key, ['none']))}." for key, text in words.items()))
     return "\n".join([*parts, *(f"{note}\n" for note in verdict_notes(arms, baseline))])
 
 
@@ -238,14 +237,15 @@ def settings_part(experiment: Experiment, baseline: str) -> list[str]:
 
     Two arms may differ in more than how they combine SFT and RL: some papers change GRPO, too.
     """
-    rows = [[setup_title(setup), ", ".join(map(code_span, own)) or NOTHING]
+    rows = [[setup_title(setup), ", ".join(own)]
             for setup in experiment.setups if setup != baseline and SETUPS[setup].stages
-            if (own := own_settings_of(experiment, setup, baseline)) is not None]
+            if (own := own_settings_of(experiment, setup, baseline))]
     if not rows:
         return []
     return ["## What else differs\n", f"Settings that an arm has otherwise than "
             f"{setup_title(baseline)}, beside its method's own and the learning rates: a paper's "
-            "other changes to GRPO count in its arm's favour or against it, too.\n",
+            "other changes to GRPO count in its arm's favour or against it, too. The arms that are "
+            "not here have none.\n",
             markdown_table(("arm", "settings"), rows)]
 
 

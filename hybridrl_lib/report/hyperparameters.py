@@ -128,10 +128,14 @@ def _symbol_table(values: dict[str, str]) -> str:
     return markdown_table(["paper", "meaning", "here"], rows)
 
 
-def changes_of(runs: Iterable[Run]) -> list[str]:
+def changes_of(runs: Iterable[Run], tuned: bool = False) -> list[str]:
     """`training.epochs=4 (preset tiny: 10)` of every setting that all runs have otherwise than
     their preset says, but for those whose setup sets it itself or whose method lacks it; nothing
-    where a record is of another version."""
+    where a record is of another version.
+
+    Args:
+        tuned: leaves out learning rates, which are then shown elsewhere.
+    """
     from ..config import parse_overrides
 
     found: dict[str, set[str]] = {}
@@ -141,7 +145,7 @@ def changes_of(runs: Iterable[Run]) -> list[str]:
             return []
         fixed = parse_overrides(setup.settings) if setup else {}
         for key, (value, usual) in both.items():
-            if key not in fixed:
+            if key not in fixed and not (tuned and key.endswith("learning_rate")):
                 found.setdefault(key, set()).add("" if value == usual else (
                     f"{code_span(f'{key}={value}')} (preset {run.config['preset']}: "
                     f"{code_span(usual)})"))
@@ -168,14 +172,14 @@ def _beside_preset(run: Run) -> dict[str, tuple[str, str]] | None:
 
 
 def own_settings_of(experiment: Experiment, setup: str, baseline: str) -> list[str] | None:
-    """`rl.clip=false` of every setting that a setup has otherwise than the baseline, but learning
-    rates and its method's own; None where either has no run."""
+    """Pieces of Markdown: `rl.clip=false` of every setting that a setup has otherwise than the
+    baseline, but learning rates and its method's own; None where either has no run."""
     pair = [experiment.of(name) for name in (setup, baseline)]
     if not all(pair):
         return None
     mine, theirs = (_flatten(runs[0].config.get("settings") or {}) for runs in pair)
     entropy = [SETUPS[name].entropy for name in (setup, baseline)]
-    return [*(f"{key}={_show(value)}" for key, value in mine.items()
+    return [*(code_span(f"{key}={_show(value)}") for key, value in mine.items()
               if key in theirs and value != theirs[key] and not key.endswith("learning_rate")),
             *(("the term −γH",) if entropy == [True, False] else ())]
 
