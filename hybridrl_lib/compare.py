@@ -52,12 +52,18 @@ ALL = 1_000_000_000  # problems: no benchmark has more
 
 @dataclass(frozen=True)
 class Tuned:
-    """What one tuning run of an arm scored, as a share of the validation problems."""
+    """What one tuning run of an arm scored with its last weights on validation problems.
+
+    Attributes:
+        validation: greedy exact match, which chooses the factor.
+        sampled: share of right samples in the last probe; None where there was none.
+    """
 
     setup: str
     factor: float
     seed: int
     validation: float
+    sampled: float | None = None
 
 
 @dataclass(frozen=True)
@@ -272,7 +278,7 @@ def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list
         f"{', '.join(f'{factor:g}' for factor in plan.grid)}, seeds "
         f"{' and '.join(map(str, DEVELOPMENT_SEEDS))}, judged on validation problems")
     work(plan, list(jobs.values()), say)
-    tuned = [Tuned(*key, last_validation(job.record)) for key, job in jobs.items()]
+    tuned = [tuned_by(job.record, *key) for key, job in jobs.items()]
     return {arm.name: choose(tuned, arm.name) if arm.stages else 1.0 for arm in plan.arms}, tuned
 
 
@@ -285,6 +291,17 @@ def greedy_alone(arm: Setup) -> tuple[str, ...]:
     """The settings that leave out what is sampled beside training, and the method does not need."""
     reads_probes = method_class(arm.method).after_probe is not Method.after_probe
     return GREEDY if reads_probes else (*GREEDY, UNPROBED)
+
+
+def tuned_by(record: RunFolder, setup: str, factor: float, seed: int) -> Tuned:
+    """What the record of a tuning run says.
+
+    Raises:
+        UserError: there are no validation problems.
+    """
+    probe = record.lines("probe.jsonl")
+    return Tuned(setup, factor, seed, last_validation(record),
+                 float(probe[-1]["reward"]) if probe else None)
 
 
 def last_validation(record: RunFolder) -> float:

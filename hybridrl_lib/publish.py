@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from .compare import BASELINE, Tuned, last_validation
+from .compare import BASELINE, tuned_by
 from .errors import UserError
 from .locks import only_writer
 from .records import (
@@ -154,9 +154,9 @@ def tables_of(folder: Path, name: str) -> dict[str, str]:
     if with_comparison:
         factors = {row["setup"]: float(row["rate_factor"])
                    for row in rows_of(folder / "comparison.csv")}
-        tuned = [Tuned(row["setup"], float(row["rate_factor"]), int(row["seed"]), last_validation(
-                     RunFolder(folder / f"tuning-{row['rate_factor']}" / row["setup"]
-                               / f"seed-{row['seed']}")))
+        tuned = [tuned_by(RunFolder(folder / f"tuning-{row['rate_factor']}" / row["setup"]
+                                    / f"seed-{row['seed']}"),
+                          row["setup"], float(row["rate_factor"]), int(row["seed"]))
                  for row in rows_of(folder / "tuning.csv")]
         alone = {benchmark: load_experiment(folder / f"only-{benchmark}")
                  for benchmark in experiment.benchmarks

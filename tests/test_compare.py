@@ -428,6 +428,25 @@ def test_ties_of_learning_rates_are_said(experiment, tmp_path):
     assert "it is for greedy exact match" in text
 
 
+def test_what_samples_would_have_chosen_is_said(experiment, tmp_path):
+    """Greedy answers and sampled ones want other rates: a verdict by Pass@k is of both."""
+    tuned = [Tuned(setup, factor, seed, greedy, sampled) for setup, found in (
+        ("rl", ((0.8, 0.2), (0.7, 0.5))), ("relift", ((0.6, 0.1), (0.9, 0.4))),
+        (BASELINE, ((0.9, 0.3), (0.8, 0.2)))) for factor, (greedy, sampled) in zip(
+            (0.25, 1.0), found, strict=True) for seed in (1000, 1001)]
+    text = page_of(experiment, tmp_path / "out", tuned, factors={"rl": 0.25, BASELINE: 0.25})
+    assert "| RL | **80.0 / 20.0** | 70.0 / 50.0 |" in text
+    assert "1 of 3 arms would have another factor (× 0.25: 1, × 1: 2)." in text
+    verdicts = text.partition("## What each arm used")[0]
+    assert "Pass@k asks for other rates" in verdicts
+    assert "Pass@k asks for other rates" not in page_of(experiment, tmp_path / "one")
+    rows = list(csv.DictReader((tmp_path / "out" / "tuning.csv").open()))
+    assert {(r["setup"], r["sampled"]) for r in rows if r["chosen"] == "1"} == {
+        ("rl", "20.00"), ("relift", "40.00"), (BASELINE, "30.00")}
+    unprobed = page_of(experiment, tmp_path / "none", [replace(t, sampled=None) for t in tuned])
+    assert "| RL | 80.0 | **70.0** |" in unprobed and "would have another factor" not in unprobed
+
+
 def test_arms_may_differ_in_more_than_the_method(experiment, tmp_path):
     """A paper that drops the clip and the KL term changes GRPO, too: the page has a row for it."""
     for run in experiment.runs:

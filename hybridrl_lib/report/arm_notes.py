@@ -25,6 +25,10 @@ def verdict_notes(arms: Sequence[Arm], baseline: str) -> list[str]:
         found.append(f"Fewer rollouts or optimiser updates than {title} (also in the next table) "
                      f"had {titles(arm for arm in arms if arm.setup in below)}: what they lose may "
                      "be lost by that.")
+    if len({arm.rate_factor for arm in arms if SETUPS[arm.setup].stages}) > 1:
+        found.append("Arms have different factors of the learning rates, chosen by exact match. "
+                     "Pass@k asks for other rates, so that a verdict by it is of the rates as much "
+                     "as of the methods.")
     if any(interval.seeds == 1 for arm in arms if arm.differences
            for interval in arm.scores.values()):
         found.append("Where an arm has one seed, its verdict is of that run alone, over test "
@@ -102,23 +106,48 @@ def tuning_notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -
             "are no test seeds. That choice is noisy with "
             + (f"{problems[0]} validation problems" if problems else "few validation problems")
             + ", and it is for greedy exact match: another rate may be better for Pass@k.",
-            *ties(arms, tuned), *grid_ends(arms, tuned)]
+            *ties(arms, tuned), *grid_ends(arms, tuned), *by_samples(arms, tuned)]
 
 
 def ties(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
     """A sentence on the arms for which two factors were equally good."""
     found = []
     for arm in arms:
-        sums: dict[float, float] = {}
-        for one in tuned:
-            if one.setup == arm.setup:
-                sums[one.factor] = sums.get(one.factor, 0.0) + one.validation
-        best = [factor for factor, total in sorted(sums.items())
-                if round(total, 9) == round(max(sums.values()), 9)]
+        scores = {factor: round(means[0], 9) for factor in sorted({t.factor for t in tuned})
+                  if (means := means_of(tuned, arm.setup, factor))}
+        best = [factor for factor, score in scores.items() if score == max(scores.values())]
         if len(best) > 1:
             found.append(f"{setup_title(arm.setup)} (× {' and '.join(f'{one:g}' for one in best)})")
     return [f"Equally good factors had {'; '.join(found)}: the one nearest to 1 was taken."] \
         if found else []
+
+
+def by_samples(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
+    """A sentence on the arms that would have another factor, had right samples chosen it."""
+    factors, counts = sorted({t.factor for t in tuned}), dict.fromkeys(("all", "other"), 0)
+    wanted: dict[float, int] = {}
+    for arm in arms:
+        scores = {factor: means[1] for factor in factors
+                  if len(means := means_of(tuned, arm.setup, factor)) == 2}
+        if scores:
+            best = max(scores, key=scores.__getitem__)
+            wanted[best] = wanted.get(best, 0) + 1
+            counts["all"] += 1
+            counts["other"] += best != arm.rate_factor
+    if not counts["other"]:
+        return []
+    return ["By the share of right samples in the last probe "
+            f"{counts['other']} of {counts['all']} arms would have another factor ("
+            + ", ".join(f"× {factor:g}: {count}" for factor, count in sorted(wanted.items()))
+            + ")."]
+
+
+def means_of(tuned: Sequence, setup: str, factor: float) -> list[float]:
+    """Means over the tuning runs of an arm at a factor: exact match and, where all were probed,
+    right samples; empty where there is no such run."""
+    mine = [t for t in tuned if (t.setup, t.factor) == (setup, factor)]
+    columns = [[t.validation for t in mine], [t.sampled for t in mine]]
+    return [sum(column) / len(column) for column in columns if column and None not in column]
 
 
 def grid_ends(arms: Sequence[Arm], tuned: Sequence) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..setups import SETUPS
 from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
-from .arm_notes import notes, verdict_notes
+from .arm_notes import means_of, notes, verdict_notes
 from .arms import BUDGET, Arm, beyond_budget, metrics_of, score_metrics, used_by, verdict
 from .comparisons import difference_text
 from .hyperparameters import own_settings_of
@@ -69,8 +69,8 @@ def arms_texts(experiment: Experiment, arms: Sequence[Arm], baseline: str, tuned
              "comparison.md": arms_markdown(experiment, arms, baseline, tuned, rows)}
     if tuned:
         texts["tuning.csv"] = csv_text(
-            ("setup", "rate_factor", "seed", "validation", "chosen"),
-            [(t.setup, f"{t.factor:g}", t.seed, percent(t.validation),
+            ("setup", "rate_factor", "seed", "validation", "sampled", "chosen"),
+            [(t.setup, f"{t.factor:g}", t.seed, percent(t.validation), percent(t.sampled),
               int(t.factor == chosen(arms, t.setup))) for t in tuned])
     if rows:
         texts["transfer.csv"] = csv_text(
@@ -202,7 +202,10 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
              markdown_table(USED, used_rows(arms, baseline), range(1, len(USED))),
              *settings_part(experiment, baseline)]
     if tuned:
-        parts += ["## Learning rates\n", tuning_table(arms, tuned)]
+        parts += ["## Learning rates\n",
+                  "On validation problems, mean over seeds: greedy exact match, which chose the "
+                  "bold factor / share of right samples in the last probe, which did not.\n",
+                  tuning_table(arms, tuned)]
     if transfer:
         seeds = sorted({interval.seeds for interval in transfer.values()})
         parts += ["## Transfer\n", "Greedy exact match of arms that were trained on one benchmark "
@@ -217,14 +220,15 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
 
 
 def tuning_table(arms: Sequence[Arm], tuned: Sequence) -> str:
-    """Exact match on validation problems by arm and factor, the chosen one bold."""
+    """Exact match on validation problems and the share of right samples in the last probe, by arm
+    and factor; the chosen one bold."""
     factors = sorted({t.factor for t in tuned})
     rows = []
     for arm in arms:
-        scores = {factor: [t.validation for t in tuned
-                           if (t.setup, t.factor) == (arm.setup, factor)] for factor in factors}
+        scores = {factor: means_of(tuned, arm.setup, factor) for factor in factors}
         if any(scores.values()):
-            texts = {f: percent(sum(s) / len(s), 1) if s else NOTHING for f, s in scores.items()}
+            texts = {factor: " / ".join(percent(share, 1) or NOTHING for share in found) or NOTHING
+                     for factor, found in scores.items()}
             rows.append([setup_title(arm.setup), *(
                 f"**{text}**" if factor == arm.rate_factor else text
                 for factor, text in texts.items())])
