@@ -257,11 +257,26 @@ def _not_negative(terms: list[_Term]) -> list[_Term]:
 
 
 def _combine(terms: Sequence[_Term]) -> tuple[float, float]:
-    """Sum of the terms and Satterthwaite's degrees of freedom (1 where the sum is zero)."""
+    """Sum of the terms and Satterthwaite's degrees of freedom (1 where the sum is zero).
+
+    A sum of mean squares has at least the fewest degrees of freedom among them. Fewer come out
+    where what is subtracted nearly cancels what is added, as for two setups that hardly differ: the
+    rule does not hold there, and Student's quantile grows without end. Then nothing is subtracted,
+    which counts the rest twice and makes the interval too wide, not too narrow.
+    """
     variance = math.fsum(term.variance for term in terms)
     if variance <= 0.0:
         return 0.0, 1.0
-    return variance, variance**2 / math.fsum(term.variance**2 / term.freedom for term in terms)
+    freedom = _satterthwaite(terms)
+    added = [term for term in terms if term.variance > 0.0]
+    if freedom >= min(term.freedom for term in added):
+        return variance, freedom
+    return math.fsum(term.variance for term in added), _satterthwaite(added)
+
+
+def _satterthwaite(terms: Sequence[_Term]) -> float:
+    return math.fsum(term.variance for term in terms) ** 2 / math.fsum(
+        term.variance**2 / term.freedom for term in terms)
 
 
 def _quantile(freedom: float, level: float) -> float:

@@ -438,8 +438,9 @@ def test_what_samples_would_have_chosen_is_said(experiment, tmp_path):
     assert "| RL | **80.0 / 20.0** | 70.0 / 50.0 |" in text
     assert "1 of 3 arms would have another factor (× 0.25: 1, × 1: 2)." in text
     verdicts = text.partition("## What each arm used")[0]
-    assert "Pass@k asks for other rates" in verdicts
-    assert "Pass@k asks for other rates" not in page_of(experiment, tmp_path / "one")
+    assert "There is no verdict by Pass@k" in verdicts and "By Pass@" not in verdicts
+    alike = page_of(experiment, tmp_path / "one")
+    assert "There is no verdict by Pass@k" not in alike and "By Pass@8:" in alike
     rows = list(csv.DictReader((tmp_path / "out" / "tuning.csv").open()))
     assert {(r["setup"], r["sampled"]) for r in rows if r["chosen"] == "1"} == {
         ("rl", "20.00"), ("relift", "40.00"), (BASELINE, "30.00")}

@@ -205,6 +205,18 @@ def test_paired_difference_covers_and_rejects_at_its_level(one, other):
     assert rejected / repeats <= 0.08
 
 
+def test_setups_that_hardly_differ_have_a_narrow_difference():
+    """Protects twins, which also share their sampling noise: what the seeds add nearly cancels, and
+    Student's quantile at a fraction of a degree of freedom gave 0.0 [-100, +100]."""
+    random = np.random.default_rng(5)
+    for _ in range(300):
+        hardness = random.uniform(0.05, 0.95, (1, 128))
+        first = random.binomial(16, np.repeat(hardness, 5, axis=0)) / 16
+        moved = first + random.choice([-1, 0, 1], first.shape, p=[0.02, 0.96, 0.02]) / 16
+        found = paired_difference(first, np.clip(moved, 0.0, 1.0))
+        assert -0.06 < found.low < found.high < 0.06
+
+
 def test_pairing_narrows_and_swapping_flips():
     """Protects the pairing of problems: shared hardness cancels; the order only turns the sign."""
     random = np.random.default_rng(8)

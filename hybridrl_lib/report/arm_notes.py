@@ -25,15 +25,21 @@ def verdict_notes(arms: Sequence[Arm], baseline: str) -> list[str]:
         found.append(f"Fewer rollouts or optimiser updates than {title} (also in the next table) "
                      f"had {titles(arm for arm in arms if arm.setup in below)}: what they lose may "
                      "be lost by that.")
-    if len({arm.rate_factor for arm in arms if SETUPS[arm.setup].stages}) > 1:
-        found.append("Arms have different factors of the learning rates, chosen by exact match. "
-                     "Pass@k asks for other rates, so that a verdict by it is of the rates as much "
-                     "as of the methods.")
+    if unlike_rates(arms):
+        found.append("There is no verdict by Pass@k: arms have different factors of the learning "
+                     "rates, chosen by exact match, and Pass@k asks for others. Its differences "
+                     "above are of the rates as much as of the methods; `--grid 1` compares all "
+                     "arms at the preset's.")
     if any(interval.seeds == 1 for arm in arms if arm.differences
            for interval in arm.scores.values()):
         found.append("Where an arm has one seed, its verdict is of that run alone, over test "
                      "problems: another seed may turn it round.")
     return found
+
+
+def unlike_rates(arms: Sequence[Arm]) -> bool:
+    """Whether arms were trained with different factors of their learning rates."""
+    return len({arm.rate_factor for arm in arms if SETUPS[arm.setup].stages}) > 1
 
 
 def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[str]:

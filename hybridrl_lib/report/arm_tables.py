@@ -6,7 +6,7 @@ from pathlib import Path
 from ..setups import SETUPS
 from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
-from .arm_notes import means_of, notes, verdict_notes
+from .arm_notes import means_of, notes, unlike_rates, verdict_notes
 from .arms import BUDGET, Arm, beyond_budget, metrics_of, score_metrics, used_by, verdict
 from .comparisons import difference_text
 from .hyperparameters import own_settings_of
@@ -138,7 +138,8 @@ def difference_rows(experiment: Experiment, arms: Sequence[Arm], baseline: str) 
 
 
 def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str:
-    """A list for each metric of the arms that beat the baseline, and of those that do not."""
+    """A list for each metric of the arms that beat the baseline, and of those that do not; where
+    rates were chosen arm by arm, for the metric that chose them alone."""
     title, titles = setup_title(baseline), marked_titles(arms, baseline)
     words = {"better": f"Better than {title} on a benchmark and on none worse",
              "better and worse": f"Better than {title} on one and worse on another",
@@ -146,11 +147,14 @@ def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str
              "not told apart": f"Not shown to beat {title}, nor to lose to it"}
     parts = []
     for metric in metrics_of(experiment):
+        if metric != EXACT_MATCH and unlike_rates(arms):
+            continue
         names: dict[str, list[str]] = {}
         for arm in arms:
             names.setdefault(arm.verdict(metric), []).append(titles[arm.setup])
         parts.append(f"By {name_of(metric)}:\n\n" + bullets(
-            f"{text}: {'; '.join(names.get(key, ['none']))}." for key, text in words.items()))
+            f"{text}: {'; '.join(names.get(key, ['none'])).removesuffix('.')}."
+            for key, text in words.items()))
     return "\n".join([*parts, *(f"{note}\n" for note in verdict_notes(arms, baseline))])
 
 
