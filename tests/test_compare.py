@@ -396,13 +396,17 @@ def test_what_was_not_sampled_has_no_verdict(experiment, tmp_path):
         for run in experiment.runs))
     text = page_of(greedy, tmp_path / "out")
     assert "By exact match:" in text and "Pass@" not in text.partition("## What each")[0]
+    other = page_of(greedy, tmp_path / "other", factors={"rl": 0.25})
+    assert "Pass@" not in other.partition("## What each")[0]
 
 
 def test_one_seed_is_said_beside_the_verdicts(experiment, tmp_path):
-    assert "its verdict is of that run alone" not in page_of(experiment, tmp_path / "three")
-    one = replace(experiment, runs=tuple(run for run in experiment.runs if run.seed == 0))
-    verdicts = page_of(one, tmp_path / "one").partition("## What each arm used")[0]
-    assert "Where an arm has one seed, its verdict is of that run alone" in verdicts
+    assert "of that run alone" not in page_of(experiment, tmp_path / "three")
+    for setups in (("rl", "relift", BASELINE), (BASELINE,)):
+        one = replace(experiment, runs=tuple(run for run in experiment.runs
+                                             if run.seed == 0 or run.setup not in setups))
+        verdicts = page_of(one, tmp_path / setups[0]).partition("## What each arm used")[0]
+        assert "Where an arm or the baseline has one seed, the verdict is of that run" in verdicts
 
 
 def test_an_arm_that_is_another_is_said(experiment, tmp_path):
@@ -414,7 +418,11 @@ def test_an_arm_that_is_another_is_said(experiment, tmp_path):
     text = page_of(replace(experiment, runs=experiment.runs + twin), tmp_path / "out")
     title = SETUPS["switching"].title
     assert f"- {title}: no run had a stage of RL.\n" in text
-    assert f"- {title} and RL were right on the same problems with every seed" in text
+    assert f"- RL and {title} were right on the same problems with every seed" in text
+    wrong = replace(experiment, runs=tuple(replace(run, answers={
+        key: replace(a, strict=a.strict & False, right=a.right * 0) for key, a in
+        run.answers.items()}) for run in experiment.runs))
+    assert "were right on the same" not in page_of(wrong, tmp_path / "wrong"), "none was right"
 
 
 def test_ties_of_learning_rates_are_said(experiment, tmp_path):
@@ -439,11 +447,15 @@ def test_what_samples_would_have_chosen_is_said(experiment, tmp_path):
     assert "1 of 3 arms would have another factor (× 0.25: 1, × 1: 2)." in text
     verdicts = text.partition("## What each arm used")[0]
     assert "There is no verdict by Pass@k" in verdicts and "By Pass@" not in verdicts
+    lines = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    assert {r["metric"] for r in lines if r["verdict"]} == {"exact_match"}
     alike = page_of(experiment, tmp_path / "one")
     assert "There is no verdict by Pass@k" not in alike and "By Pass@8:" in alike
     rows = list(csv.DictReader((tmp_path / "out" / "tuning.csv").open()))
     assert {(r["setup"], r["sampled"]) for r in rows if r["chosen"] == "1"} == {
         ("rl", "20.00"), ("relift", "40.00"), (BASELINE, "30.00")}
+    alike = [replace(t, sampled=0.0) for t in tuned]
+    assert "would have another factor" not in page_of(experiment, tmp_path / "alike", alike)
     unprobed = page_of(experiment, tmp_path / "none", [replace(t, sampled=None) for t in tuned])
     assert "| RL | 80.0 | **70.0** |" in unprobed and "would have another factor" not in unprobed
 
@@ -457,6 +469,21 @@ def test_arms_may_differ_in_more_than_the_method(experiment, tmp_path):
             smoke=False, setup=SETUPS[run.setup]))
     part = page_of(experiment, tmp_path / "out").partition("## What else differs")[2]
     assert "| ReLIFT | `rl.beta=0`, `rl.clip=false` |" in part and "| RL |" not in part
+
+
+def test_older_records_are_not_said_to_count_what_they_lack(experiment, tmp_path):
+    """Before, PEAR's behaviour model and BRIDGE's copies were in no record."""
+    arms = {name: tuple(replace(run, setup=name) for run in experiment.of("relift"))
+            for name in ("pear", "bridge")}
+    both = replace(experiment, runs=experiment.runs + arms["pear"] + arms["bridge"])
+    text = page_of(both, tmp_path / "old")
+    assert "PEAR: what the model that wrote their demonstrations took is not in these" in text
+    assert "BRIDGE: the updates of the adapter, and of the copy" in text and "not in these" in text
+    new = replace(both, runs=tuple(replace(run, metrics=[
+        line | {"updates/beside": 1} for line in run.metrics]) for run in both.runs))
+    text = page_of(new, tmp_path / "new")
+    assert "took in the run is counted" in text and "BRIDGE: updates after the + are" in text
+    assert "not in these records" not in text
 
 
 def test_transfer_has_a_zero_point_and_its_seeds(experiment, tmp_path):
@@ -487,8 +514,9 @@ def test_what_an_arm_used_is_counted_from_its_records(experiment):
                      manifest=run.manifest | {"tokens": run.manifest["tokens"] | {
                          "behaviour": 20, "behaviour_demonstrations": 300}}) for run in runs]
     more = used(aside)
-    assert (more.updates, more.demonstration_tokens, more.generated_tokens) == (
-        found.updates + 70, found.demonstration_tokens + 300, found.generated_tokens + 20)
+    assert (more.updates, more.updates_beside) == (found.updates, 70) and not found.updates_beside
+    assert (more.demonstration_tokens, more.generated_tokens) == (
+        found.demonstration_tokens + 300, found.generated_tokens + 20)
     assert found.minutes == pytest.approx(np.mean([run.manifest["seconds/wall"] / 60
                                                    for run in runs]))
 
@@ -543,8 +571,10 @@ def test_who_used_more_than_the_budget_is_marked(experiment, tmp_path):
     assert "ReLIFT." in text and "ReLIFT †" not in text
     assert r"RL \textdagger{} &" in (tmp_path / "out" / "comparison.tex").read_text()
     assert "RL †" in svg_text(tmp_path / "out" / "figures" / "forest.svg")
-    less = [replace(arm, used=replace(base, updates=base.updates / 2)) if arm.setup == "relift"
+    less = [replace(arm, used=replace(base, updates=base.updates / 2,
+                                      updates_beside=base.updates)) if arm.setup == "relift"
             else arm for arm in arms]
+    assert "relift" in beyond_budget(less, BASELINE), "what is trained beside the policy counts"
     report_arms(tmp_path / "less", experiment, less, BASELINE, [], {})
     assert "had ReLIFT: what they lose may be lost by that" in (
         tmp_path / "less" / "comparison.md").read_text()
@@ -609,7 +639,7 @@ def test_the_files_hold_every_arm(experiment, tmp_path):
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert all(SETUPS[arm.setup].title in text and SETUPS[arm.setup].title in table
                for arm in arms)
-    assert "nothing was tuned" in text
+    assert "Nothing was tuned" in text
     latex = (tmp_path / "out" / "comparison.tex").read_text()
     widths = [latex.count(rf"\begin{{tabular}}{{l{'r' * columns}}}") for columns in (4, 3)]
     assert widths == [2, 2], "narrow enough for a page: one a benchmark"

@@ -190,6 +190,7 @@ def test_a_gain_shows_once_they_part(bridge):
     rows = trainer.folder.lines("metrics.jsonl")
     assert all(0 < row["bridge/distance"] for row in rows)
     assert rows[0]["bridge/distance"] < rows[-1]["bridge/distance"]
+    assert all(row["updates/beside"] == 2 * row["updates"] for row in rows)
     assert any(row["bridge/gain"] != 0 for row in rows)
     assert "bridge/gain" not in record_of(bridge("bridge_joint"))[0]
 

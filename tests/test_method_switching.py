@@ -189,6 +189,8 @@ def test_a_loss_that_is_seldom_measured_is_no_sign(make_trainer, every, said):
     (("switching.switches=2", *OFF[1:]), "switching.switches cannot be '2': RL could never end"),
     (("training.epochs=4", "training.validate_every=2", *OFF[1:]),
      "training.validate_every cannot be '2': SFT could never end"),
+    (("training.epochs=8", "training.validate_every=3", "switching.least_epochs=7", *OFF[1:]),
+     "training.validate_every cannot be '3': SFT could never end"),
     (("training.epochs=4", "switching.least_epochs=4"), "no stage could end before"),
     (("switching.first=both",), "one of sft, rl"),
     (("switching.kl_change=0",), "above 0"), (("switching.switches=0",), "at least 1")])

@@ -64,7 +64,7 @@ def test_a_published_comparison_is_fair(folder):
             for key, rate in rates.items() if arm.stages else ():
                 section, _, name = key.partition(".")
                 assert config["settings"][section][name] == pytest.approx(
-                    rate * chosen.get(arm.name, 1.0)), run.path
+                    rate * (chosen[arm.name] if chosen else 1.0)), run.path
             assert manifest["complete"] and manifest["git_dirty"] is False
             assert manifest["numerics_version"] == NUMERICS_VERSION
 

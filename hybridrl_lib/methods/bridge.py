@@ -92,6 +92,7 @@ class Bridge(Method):
                                   "loss scale of fp16 does not allow; choose bf16 or fp32")
         self.stages = (mixing_stage(settings),)
         self.hat: dict[str, Tensor] = {}
+        self.beside = 0  # updates of the adapter and of hat in this step
 
     def begin(self, trainer) -> None:
         before = set(trainer.policy.trained_weights())
@@ -123,7 +124,7 @@ class Bridge(Method):
             for peak in (own.base_learning_rate, own.adapter_learning_rate))
         norms: list[float] = []
         gains: list[float] = []
-        beside = 0
+        self.beside = 0
         for taught, sampled in zip(updates[::2], updates[1::2], strict=True):
             mixed, for_adapter = self._mixed(step, taught, sampled, totals, rate, gains)
             norm = self._move(learner, mixed, True, rate, "main")
@@ -133,8 +134,7 @@ class Bridge(Method):
                 norm = self._move(learner, for_adapter, False, adapter_rate, "adapter")
                 if norm is not None:
                     step.row["bridge/adapter_grad_norm"] = norm
-                    beside += 1
-        step.row["updates/beside"] = beside + len(gains)  # of the adapter and of hat
+        step.row["updates/beside"] = self.beside
         if gains:
             step.row["bridge/gain"] = sum(gains) / len(gains)
             step.row["bridge/distance"] = self._distance()
@@ -223,7 +223,9 @@ class Bridge(Method):
             return None
         for name, weight in self.trained.items():
             weight.grad = mine.get(name)
-        return learner.step(rate, optimizer)
+        norm = learner.step(rate, optimizer)
+        self.beside += optimizer != "main" and math.isfinite(norm)
+        return norm
 
     # The checkpoint -------------------------------------------------------------------------------
 

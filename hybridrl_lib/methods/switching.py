@@ -86,8 +86,9 @@ class Switching(Method):
         if not self.own.ends_rl and not self.sees_loss_fall():
             settings.training.refuse("validate_every", "SFT could never end: its loss is seen to "
                                      f"fall by {self.own.loss_patience + 1} validations before the "
-                                     f"last of training.epochs = {settings.training.epochs}; "
-                                     "validate more often")
+                                     f"end of training.epochs = {settings.training.epochs}, the "
+                                     "last of them after switching.least_epochs; validate more "
+                                     "often")
         self.stages = (Stage(self.own.first, settings.training.epochs),)
         self.switched: list[dict] = []  # step, to, reason and value of each switch
         self.before: dict[str, float] = {}  # loss and KL when last measured in this stage
@@ -95,9 +96,10 @@ class Switching(Method):
         self.signs: dict[str, float] = {}  # measured since the last line of metrics.jsonl
 
     def sees_loss_fall(self) -> bool:
-        """Whether there are enough validations before the run's end to see the loss fall."""
-        training = self.settings.training
-        return training.validate_every * (self.own.loss_patience + 1) < training.epochs
+        """Whether enough validations come before the run's end, the last of them late enough."""
+        every, epochs = self.settings.training.validate_every, self.settings.training.epochs
+        count = math.ceil(epochs / every) - 1
+        return count > self.own.loss_patience and count * every >= self.own.least_epochs
 
     def begin(self, trainer) -> None:
         self.steps_per_epoch = trainer.steps_per_epoch

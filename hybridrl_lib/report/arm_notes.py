@@ -1,9 +1,7 @@
 """What to know before reading a comparison: sentences on its arms, budgets and learning rates."""
 
+import math
 from collections.abc import Sequence
-from itertools import combinations
-
-import numpy as np
 
 from ..setups import SETUPS
 from .arms import SAME, Arm, below_budget, beyond_budget
@@ -14,8 +12,12 @@ from .table2 import interval_notes
 STAGES = {"sft": "SFT", "rl": "RL"}
 
 
-def verdict_notes(arms: Sequence[Arm], baseline: str) -> list[str]:
-    """What may lie behind a verdict but the method."""
+def verdict_notes(arms: Sequence[Arm], baseline: str, sampled: bool) -> list[str]:
+    """What may lie behind a verdict but the method.
+
+    Args:
+        sampled: whether there are differences in Pass@k.
+    """
     title, found = setup_title(baseline), []
     if beyond_budget(arms, baseline):
         found.append(f"† used more than {title} of some part of the budget (more than "
@@ -25,15 +27,15 @@ def verdict_notes(arms: Sequence[Arm], baseline: str) -> list[str]:
         found.append(f"Fewer rollouts or optimiser updates than {title} (also in the next table) "
                      f"had {titles(arm for arm in arms if arm.setup in below)}: what they lose may "
                      "be lost by that.")
-    if unlike_rates(arms):
+    if sampled and unlike_rates(arms):
         found.append("There is no verdict by Pass@k: arms have different factors of the learning "
-                     "rates, chosen by exact match, and Pass@k asks for others. Its differences "
+                     "rates, chosen by exact match, and Pass@k may ask for others. Its differences "
                      "above are of the rates as much as of the methods; `--grid 1` compares all "
                      "arms at the preset's.")
-    if any(interval.seeds == 1 for arm in arms if arm.differences
+    if any(interval.seeds == 1 for arm in arms if SETUPS[arm.setup].stages
            for interval in arm.scores.values()):
-        found.append("Where an arm has one seed, its verdict is of that run alone, over test "
-                     "problems: another seed may turn it round.")
+        found.append("Where an arm or the baseline has one seed, the verdict is of that run alone, "
+                     "over test problems: another seed may turn it round.")
     return found
 
 
@@ -50,16 +52,11 @@ def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[
     """
     found = [*interval_notes(experiment),
              "Differences count the seeds of the two arms as independent."]
-    if changes := changes_of(experiment.runs, tuned=True):
+    if changes := changes_of(experiment.runs, tuned=bool(tuned)):
         found.insert(0, f"Every run has {', '.join(changes)}.")
     found += unlike_their_names(experiment)
     found += tuning_notes(experiment, arms, tuned)
-    if taught := [arm for arm in arms if SETUPS[arm.setup].method == "pear"]:
-        found.append(f"{titles(taught)}: their counts hold what the model that wrote their "
-                     "demonstrations took in this run: its own SFT, and the answers it sampled.")
-    if moved := [arm for arm in arms if SETUPS[arm.setup].method == "bridge"]:
-        found.append(f"{titles(moved)}: the updates are those of the base weights, of the adapter, "
-                     "and of the copy that the gain compares with.")
+    found += beside_notes(experiment, arms)
     found += [note for note in experiment.notes if note.startswith("Left out")]
     if any(run.manifest.get("resumed_from") for run in experiment.runs):
         found.append("Some runs were cut off and went on: their minutes leave out what was lost.")
@@ -69,6 +66,26 @@ def notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[
 def titles(arms) -> str:
     """The titles of some arms in a row."""
     return "; ".join(setup_title(arm.setup) for arm in arms)
+
+
+def beside_notes(experiment: Experiment, arms: Sequence[Arm]) -> list[str]:
+    """What is counted beside the policy, or is not, as in records of older versions."""
+    found = []
+    for method, counted, missing in (
+            ("pear", "what the model that wrote their demonstrations took in the run is counted: "
+             "its SFT, if it had one, and the answers it sampled",
+             "what the model that wrote their demonstrations took is not in these records, but for "
+             "its tokens"),
+            ("bridge", "updates after the + are those of the adapter, and of the copy that the "
+             "gain compares with",
+             "the updates of the adapter, and of the copy that the gain compares with, are not in "
+             "these records")):
+        mine = [arm for arm in arms if SETUPS[arm.setup].method == method]
+        whole = all(any("updates/beside" in line for line in run.metrics)
+                    for arm in mine for run in experiment.of(arm.setup))
+        if mine:
+            found.append(f"{titles(mine)}: {counted if whole else missing}.")
+    return found
 
 
 # Arms that were not what they are called ----------------------------------------------------------
@@ -82,19 +99,22 @@ def unlike_their_names(experiment: Experiment) -> list[str]:
         if never := [STAGES.get(stage, stage) for stage in SETUPS[setup].stages
                      if stage not in begun]:
             found.append(f"{setup_title(setup)}: no run had a stage of {' or '.join(never)}.")
-    verdicts = {setup: verdicts_of(experiment.of(setup)) for setup in experiment.setups}
-    return found + [f"{setup_title(other)} and {setup_title(one)} were right on the same problems "
-                    "with every seed, sampled answers included: they are one arm here, counted "
-                    "twice." for one, other in combinations(experiment.setups, 2)
-                    if verdicts[one] and verdicts[one] == verdicts[other]]
+    alike: dict[tuple, list[str]] = {}
+    for setup in experiment.setups:
+        if verdicts := verdicts_of(experiment.of(setup)):
+            alike.setdefault(verdicts, []).append(setup_title(setup))
+    return found + [f"{' and '.join(names)} were right on the same problems with every seed: they "
+                    "cannot be told apart here, and count as several arms all the same."
+                    for names in alike.values() if len(names) > 1]
 
 
-def verdicts_of(runs: Sequence[Run]) -> dict[tuple[int, str], list]:
-    """{(seed, benchmark): each test problem's verdicts, greedy and sampled, at the last weights}"""
-    return {(run.seed, benchmark): np.stack(
-                [a.strict, a.lenient, a.right, a.right_lenient]).tolist()
-            for run in runs for (checkpoint, part, benchmark), a in run.answers.items()
-            if (checkpoint, part) == ("last", "test")}
+def verdicts_of(runs: Sequence[Run]) -> tuple:
+    """(seed, benchmark, right or not, right samples) of all last weights on test problems; empty
+    where that says nothing, since all answers are right or none is."""
+    found = tuple(sorted((run.seed, benchmark, tuple(a.strict.tolist()), tuple(a.right.tolist()))
+                         for run in runs for (checkpoint, part, benchmark), a in run.answers.items()
+                         if (checkpoint, part) == ("last", "test")))
+    return found if len({right for _, _, strict, _ in found for right in strict}) > 1 else ()
 
 
 # Learning rates -----------------------------------------------------------------------------------
@@ -103,8 +123,8 @@ def verdicts_of(runs: Sequence[Run]) -> dict[tuple[int, str], list]:
 def tuning_notes(experiment: Experiment, arms: Sequence[Arm], tuned: Sequence) -> list[str]:
     """How learning rates were chosen, and where that choice was not clear."""
     if not tuned:
-        return ["Learning rates are the preset's, times one factor for all: nothing was tuned for "
-                "this comparison."]
+        return ["Nothing was tuned for this comparison: learning rates are those of the settings, "
+                "times one factor for all arms."]
     seeds = " and ".join(map(str, sorted({t.seed for t in tuned})))
     problems = sorted({count for run in experiment.runs if (count := validation_problems(run))})
     return ["Learning rates: all of a setup times one factor, the same factors for every arm; the "
@@ -133,10 +153,11 @@ def by_samples(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
     factors, counts = sorted({t.factor for t in tuned}), dict.fromkeys(("all", "other"), 0)
     wanted: dict[float, int] = {}
     for arm in arms:
-        scores = {factor: means[1] for factor in factors
+        scores = {factor: round(means[1], 9) for factor in factors
                   if len(means := means_of(tuned, arm.setup, factor)) == 2}
         if scores:
-            best = max(scores, key=scores.__getitem__)
+            best = max(scores, key=lambda factor: (
+                scores[factor], factor == arm.rate_factor, -abs(math.log(factor))))
             wanted[best] = wanted.get(best, 0) + 1
             counts["all"] += 1
             counts["other"] += best != arm.rate_factor

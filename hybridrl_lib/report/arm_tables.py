@@ -7,7 +7,7 @@ from ..setups import SETUPS
 from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
 from .arm_notes import means_of, notes, unlike_rates, verdict_notes
-from .arms import BUDGET, Arm, beyond_budget, metrics_of, score_metrics, used_by, verdict
+from .arms import BUDGET, Arm, beyond_budget, metrics_of, score_metrics, spent, used_by, verdict
 from .comparisons import difference_text
 from .hyperparameters import own_settings_of
 from .loading import Experiment, benchmark_title, setup_title
@@ -28,7 +28,7 @@ from .text import (
 
 COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "difference", "diff_low",
            "diff_high", "p_value", "p_holm", "verdict", "seeds", "problems", "rate_factor", *BUDGET,
-           "generated_tokens", "minutes")
+           "updates_beside", "generated_tokens", "minutes")
 USED = ("arm", "learning rates ×", "rollouts", "optimiser updates", "demonstration tokens",
         "generated tokens", "minutes")
 
@@ -86,13 +86,14 @@ def chosen(arms: Sequence[Arm], setup: str) -> float | None:
 
 def arms_csv(arms: Sequence[Arm]) -> str:
     """Long form: a line an arm, benchmark and metric; percent and percentage points."""
-    rows = []
+    rows, judged = [], (EXACT_MATCH,) if unlike_rates(arms) else None
     for arm in arms:
         for key, interval in arm.scores.items():
             difference, p = arm.differences.get(key, (None, None))
             apart = ("",) * 6 if difference is None else (
                 percent(difference.mean), percent(difference.low), percent(difference.high),
-                number(difference.p_value, 6), number(p, 6), verdict([(difference, p)]))
+                number(difference.p_value, 6), number(p, 6),
+                verdict([(difference, p)]) if judged is None or key[1] in judged else "")
             rows.append((arm.setup, *key, percent(interval.mean), percent(interval.low),
                          percent(interval.high), *apart, interval.seeds, interval.problems,
                          f"{arm.rate_factor:g}", *(number(getattr(arm.used, name), 1)
@@ -155,7 +156,8 @@ def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str
         parts.append(f"By {name_of(metric)}:\n\n" + bullets(
             f"{text}: {'; '.join(names.get(key, ['none'])).removesuffix('.')}."
             for key, text in words.items()))
-    return "\n".join([*parts, *(f"{note}\n" for note in verdict_notes(arms, baseline))])
+    return "\n".join([*parts, *(f"{note}\n" for note in verdict_notes(
+        arms, baseline, sampled=metrics_of(experiment) != (EXACT_MATCH,)))])
 
 
 def used_rows(arms: Sequence[Arm], baseline: str) -> list[list[str]]:
@@ -163,8 +165,10 @@ def used_rows(arms: Sequence[Arm], baseline: str) -> list[list[str]]:
     first = used_by(arms, baseline)
 
     def cell(arm: Arm, name: str) -> str:
-        value, whole = getattr(arm.used, name), getattr(first, name) if first else 0.0
-        return f"{value:,.0f}" + (f" ({value / whole:.2f})" if whole else "")
+        beside, whole = arm.used.updates_beside, spent(first, name) if first else 0.0
+        return (f"{getattr(arm.used, name):,.0f}"
+                + (f" + {beside:,.0f}" if name == "updates" and beside else "")
+                + (f" ({spent(arm.used, name) / whole:.2f})" if whole else ""))
 
     return [[setup_title(arm.setup), f"{arm.rate_factor:g}", *(cell(arm, name) for name in BUDGET),
              f"{arm.used.generated_tokens:,.0f}", number(arm.used.minutes, 1)]
@@ -202,7 +206,8 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
              who_beats(experiment, arms, baseline),
              "## What each arm used\n",
              f"A run, mean over seeds; in brackets as a multiple of {title}'s. An arm that has "
-             "other numbers than 1.00 does not have its budget.\n",
+             "other numbers than 1.00 does not have its budget. Updates after a + are of what is "
+             "trained beside the policy.\n",
              markdown_table(USED, used_rows(arms, baseline), range(1, len(USED))),
              *settings_part(experiment, baseline)]
     if tuned:
@@ -213,8 +218,8 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
     if transfer:
         seeds = sorted({interval.seeds for interval in transfer.values()})
         parts += ["## Transfer\n", "Greedy exact match of arms that were trained on one benchmark "
-                  "alone, with the learning rates chosen on both"
-                  + ("; one seed, so that the intervals are over test problems alone.\n"
+                  "alone" + (", with the learning rates chosen on both" if tuned else "") + (
+                      "; one seed, so that the intervals are over test problems alone.\n"
                      if seeds == [1] else f"; {' to '.join(map(str, seeds))} seeds.\n"),
                   transfer_table(transfer, arms)]
     elif len(experiment.benchmarks) > 1:

@@ -25,8 +25,9 @@ class Used:
     Attributes:
         rollouts: answers sampled to learn from, those beside the groups among them, by the policy
             or by a model that wrote demonstrations.
-        updates: optimiser updates of the policy, and of what is trained beside it: an adapter, a
-            copy, the model that wrote the demonstrations.
+        updates: optimiser updates of the policy.
+        updates_beside: those of what is trained beside it: an adapter, a copy, the model that wrote
+            the demonstrations.
         demonstration_tokens: tokens of demonstrations in updates, epochs counted.
         generated_tokens: sampled while training, by the policy or a model that wrote
             demonstrations; those of probes and evaluation are not in it.
@@ -35,6 +36,7 @@ class Used:
 
     rollouts: float
     updates: float
+    updates_beside: float
     demonstration_tokens: float
     generated_tokens: float
     minutes: float
@@ -113,8 +115,8 @@ def used(runs: Sequence[Run]) -> Used:
         tokens = run.manifest.get("tokens") or {}
         beside = sum(line.get("groups/beside", 0) for line in run.metrics)
         return (sum(sum(groups) * (len(groups) - 1) for groups in counts) + beside,
-                sum(line.get("updates", 0) + line.get("updates/beside", 0)
-                    for line in run.metrics),
+                sum(line.get("updates", 0) for line in run.metrics),
+                sum(line.get("updates/beside", 0) for line in run.metrics),
                 tokens.get("demonstrations", 0) + tokens.get("behaviour_demonstrations", 0),
                 tokens.get("rollouts", 0) + tokens.get("behaviour", 0),
                 (run.manifest.get("seconds/wall") or 0.0) / 60)
@@ -127,11 +129,17 @@ def beyond_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
     whole = used_by(arms, baseline)
     return set() if whole is None else {
         arm.setup for arm in arms
-        if any(getattr(arm.used, name) > SAME * getattr(whole, name) for name in BUDGET)}
+        if any(spent(arm.used, name) > SAME * spent(whole, name) for name in BUDGET)}
+
+
+def spent(used: Used, part: str) -> float:
+    """A part of the budget; the updates with those beside the policy."""
+    return getattr(used, part) + (used.updates_beside if part == "updates" else 0.0)
 
 
 def below_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
-    """The arms that used less than the baseline of the answers that it samples or its updates."""
+    """The arms that used less than the baseline of the answers that it samples, or whose policy had
+    fewer updates."""
     whole = used_by(arms, baseline)
     return set() if whole is None else {
         arm.setup for arm in arms if arm.differences

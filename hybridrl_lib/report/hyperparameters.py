@@ -1,5 +1,6 @@
 """The table of everything needed to repeat the runs, out of their config.json."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -152,9 +153,10 @@ def changes_of(runs: Iterable[Run], tuned: bool = False) -> list[str]:
     return [text for texts in found.values() if len(texts) == 1 for text in texts if text]
 
 
-def changed(run: Run) -> int:
-    """How many settings a run has otherwise than its preset and setup; 0 if that is not known."""
-    return sum(value != usual for value, usual in (_beside_preset(run) or {}).values())
+def changed(run: Run) -> float:
+    """How many settings a run has otherwise than its preset and setup; inf if that is not known."""
+    both = _beside_preset(run)
+    return math.inf if both is None else sum(value != usual for value, usual in both.values())
 
 
 def _beside_preset(run: Run) -> dict[str, tuple[str, str]] | None:

@@ -69,7 +69,8 @@ def sweep_texts(parameter: str, title: str, setup: str,
             *((f"Every run has {', '.join(changes)}.",) if changes else ()),
             "No other setting was changed or tuned anew for a value. What a run uses may change "
             "with it: answers sampled to learn from, optimiser updates, demonstrations.",
-            "One seed only: the intervals are over the test problems alone." if seeds == [1] else
+            "One seed only: intervals and p-values are over the test problems alone. Another "
+            "training seed may turn a bold difference round." if seeds == [1] else
             "Intervals cross seeds and problems.",
             "An interval of a score is of one value by itself. Values that share problems are told "
             "apart by their difference: intervals may overlap where it is beyond chance.",
