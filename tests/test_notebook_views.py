@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -45,6 +46,7 @@ from hybridrl_lib.notebook import (
 )
 from hybridrl_lib.progress import Lines
 from hybridrl_lib.records import RunFolder
+from hybridrl_lib.report.style import line_style
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=\"alert('2')\">&amp;"
 LARGEST_PICTURE = 60_000
@@ -206,6 +208,21 @@ def test_views_of_a_finished_run(experiment, shown, capsys):
     assert [line.count("greedy, lenient") for line in differences] == [0, 0, 1, 1]
     assert "won by the strict rule alone" in table, "or the base model's lost boxes are a gain"
     assert "groups of 8 with signal" in capsys.readouterr().out
+
+
+def test_a_picture_made_smaller_keeps_its_colours():
+    """Setups are told apart by them; thin lines are a small part of a picture that is mostly white.
+    The published Pass@k picture had SFT's blue and SFT + RL's green as one teal."""
+    published = Path(__file__).parent.parent / "results" / "published"
+    whole = (published / "tiny-compare" / "figures" / "pass_at_k.png").read_bytes()
+    small = tables.smaller(whole)
+    assert len(small) < len(whole) / 2
+    with Image.open(io.BytesIO(small)) as picture:
+        found = np.array(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    for setup in ("sft", "rl", "sft_then_rl"):
+        wanted = np.array([int(line_style(setup)["color"][i:i + 2], 16) for i in (1, 3, 5)])
+        near = (np.abs(found - wanted).max(axis=1) < 25).sum()
+        assert near > 200, f"{setup}: its colour is gone"
 
 
 def test_tables_that_a_command_prints_are_left_to_the_page(capsys):

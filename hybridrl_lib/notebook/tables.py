@@ -17,7 +17,7 @@ from ..report.figures import FIGURES
 from ..report.style import style
 
 LONGEST_TEXT = 900  # characters of one text in a cell; the record on disk has all of it
-WIDEST_PICTURE, COLOURS = 1000, 48  # pixels
+WIDEST_PICTURE, COLOURS = 1000, 64  # pixels
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 # No typesetting inside: an answer's dollar signs are part of it.
 PLAIN = 'class="tex2jax_ignore mathjax_ignore"'
@@ -144,7 +144,9 @@ def smaller(png: bytes) -> bytes:
         height = round(picture.height * WIDEST_PICTURE / picture.width)
         shown = picture.convert("RGB").resize((WIDEST_PICTURE, height), Picture.Resampling.LANCZOS)
     found = io.BytesIO()
-    shown.quantize(COLOURS).save(found, "PNG", optimize=True)
+    # median cut, the default, would make one colour of thin blue and green lines on much white
+    shown.quantize(COLOURS, method=Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE).save(
+        found, "PNG", optimize=True)
     return found.getvalue()
 
 
