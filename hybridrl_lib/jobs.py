@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ SECONDS_BETWEEN_LOOKS = 0.1
 TRAINING_SHARE = 0.85  # of a run's time; the rest is loading and evaluation
 STEP = re.compile(rb"step (\d+)/(\d+)")
 SENTENCE_LENGTH = 400
+NO_KERNEL = b"Kernel died before replying to kernel_info"
+MOST_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Queue:
         self.failures: dict[Job, str] = {}
         self.slots, self.environment, self.say, self.gpus = slots, environment, say, gpus
         self.total, self.ended, self.last_line = len(jobs), 0, time.monotonic()
+        self.starts: Counter[Job] = Counter()
         self.clock = Clock(jobs, slots)
 
     def run(self) -> dict[Job, str]:
@@ -167,11 +171,16 @@ class Queue:
             slot = min(set(range(self.slots)) - {one.slot for one in self.running})
             job = self.waiting.pop(0)
             self.running.append(start(job, slot, self.environment, self.gpus, self.cluster))
+            self.starts[job] += 1
             self.say(f"started {job.name}")
 
     def _collect_ended(self) -> None:
         for one in [one for one in self.running if one.process.poll() is not None]:
             self.running.remove(one)
+            if had_no_kernel(one) and self.starts[one.job] < MOST_STARTS:
+                self._line(f"{one.job.name}: its kernel did not come up, so it is started again")
+                self.waiting.insert(0, one.job)
+                continue
             self.clock.finished(one)
             self.ended += 1
             anonymise(one.job)
@@ -251,6 +260,15 @@ def tail(path: Path, size: int = 8192) -> bytes:
 
 
 # Failures ---------------------------------------------------------------------------------------
+
+
+def had_no_kernel(ended: Running) -> bool:
+    """Whether a notebook's kernel ended before its first cell.
+
+    Jupyter looks for free ports, lets go of them, and gives them to the kernel. What takes one in
+    between, another notebook's kernel or a cluster, leaves it without; nothing has run then.
+    """
+    return ended.process.returncode != 0 and NO_KERNEL in tail(ended.job.log)
 
 
 def why_failed(ended: Running) -> str:

@@ -292,6 +292,25 @@ def test_reason_is_the_notebooks_sentence_or_the_logs_last_line(tmp_path):
         "Killed: 9"]
 
 
+@pytest.mark.parametrize(("bad_starts", "lost"), [(1, False), (2, False), (9, True)])
+def test_a_kernel_that_did_not_come_up_is_started_again(tmp_path, bad_starts, lost):
+    """Two kernels that start at once may be given one port: zmq says `Address already in use`, and
+    nothing has run. One that never comes up ends all the same."""
+    program = ("import pathlib, sys; tries = pathlib.Path('tries'); "
+               "tries.write_text((tries.read_text() if tries.exists() else '') + 'x'); "
+               f"len(tries.read_text()) > {bad_starts} or "
+               "sys.exit('RuntimeError: Kernel died before replying to kernel_info')")
+    lines = []
+    failures = Queue([job("one", folder=tmp_path, command=(sys.executable, "-c", program))], 1,
+                     dict(os.environ), lines.append).run()
+    assert list(failures.values()) == (
+        ["RuntimeError: Kernel died before replying to kernel_info"] if lost else [])
+    tries = min(bad_starts + 1, jobs.MOST_STARTS)
+    assert len((tmp_path / "tries").read_text()) == tries
+    assert sum("its kernel did not come up" in line for line in lines) == tries - 1
+    assert "(1 of 1)" in lines[-1]
+
+
 def test_each_slot_has_its_own_gpu(tmp_path):
     """Two jobs at a time on two GPUs never share one."""
     program = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
