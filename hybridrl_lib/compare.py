@@ -124,10 +124,10 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
     with only_writer(folder, f"The experiment {plan.experiment}"):
         factors, tuned = tune(plan, say)
         runs = [run_job(plan, arm, seed, plan.experiment,
-                        (*given(plan, arm), *rates(plan, arm, factors[arm.name])))
+                        (*given(arm, plan.settings), *rates(plan, arm, factors[arm.name])))
                 for arm in plan.arms for seed in seeds_of(plan, arm)]
         alone = [run_job(plan, arm, seed, only(plan, benchmark),
-                         (*given(plan, arm), *rates(plan, arm, factors[arm.name]),
+                         (*given(arm, plan.settings), *rates(plan, arm, factors[arm.name]),
                           *trained_on(plan, benchmark), *greedy_alone(arm)))
                  for benchmark in (plan.benchmarks if transfer and len(plan.benchmarks) > 1 else ())
                  for arm in plan.arms if arm.stages for seed in plan.seeds[:transfer]]
@@ -174,8 +174,7 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
             raise UsageError(f"No arm has the settings {section}.*, which are those of the method "
                              f"{section}; leave them out, or add {section} to --methods.")
     for arm in arms:  # refuses impossible settings here, once, rather than in every run
-        make_method(arm, load_settings(preset, unless_its_own(arm, own_settings(arm, settings)),
-                                       setup=arm))
+        make_method(arm, load_settings(preset, given(arm, settings), setup=arm))
     seeds, grid = tuple(dict.fromkeys(seeds)), tuple(sorted(set(grid)))
     if not grid or not all(math.isfinite(factor) and factor > 0 for factor in grid):
         raise UsageError("The grid of learning rates is one or more factors above 0, such as "
@@ -216,16 +215,12 @@ def own_settings(arm: Setup, settings: Sequence[str]) -> tuple[str, ...]:
                  if text.partition(".")[0].strip() not in set(METHODS) - {arm.method})
 
 
-def given(plan: Plan, arm: Setup) -> tuple[str, ...]:
+def given(arm: Setup, settings: Sequence[str]) -> tuple[str, ...]:
     """The settings of the comparison that an arm takes: not those of other methods, nor those that
     make it what it is called, or a control would become the arm that it controls for."""
-    return unless_its_own(arm, own_settings(arm, plan.settings))
-
-
-def unless_its_own(arm: Setup, settings: Sequence[str]) -> tuple[str, ...]:
-    """The settings without those that the arm sets itself."""
     fixed = parse_overrides(arm.settings)
-    return tuple(text for text in settings if text.partition("=")[0].strip() not in fixed)
+    return tuple(text for text in own_settings(arm, settings)
+                 if text.partition("=")[0].strip() not in fixed)
 
 
 def kept(plan: Plan) -> list[str]:
@@ -253,7 +248,7 @@ def rates(plan: Plan, arm: Setup, factor: float) -> tuple[str, ...]:
     """The settings that multiply an arm's learning rates."""
     if factor == 1 or not arm.stages:
         return ()
-    chosen = load_settings(plan.preset, given(plan, arm), setup=arm)
+    chosen = load_settings(plan.preset, given(arm, plan.settings), setup=arm)
     return tuple(f"{key}={show(rate * factor)}" for key, rate in learning_rates(chosen).items())
 
 
@@ -272,7 +267,7 @@ def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list
     trained = [arm for arm in plan.arms if arm.stages]
     jobs = {(arm.name, factor, seed): run_job(
                 plan, arm, seed, f"{plan.experiment}-tuning-{factor:g}",
-                (*given(plan, arm), *rates(plan, arm, factor), *tuning_settings(arm)))
+                (*given(arm, plan.settings), *rates(plan, arm, factor), *tuning_settings(arm)))
             for arm in trained for factor in plan.grid for seed in DEVELOPMENT_SEEDS}
     say(f"{len(jobs)} tuning runs: {len(trained)} arms, learning rates times "
         f"{', '.join(f'{factor:g}' for factor in plan.grid)}, seeds "

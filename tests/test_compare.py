@@ -276,9 +276,10 @@ def test_an_arm_with_a_rate_of_its_own_is_tuned_too(monkeypatch):
     own = replace(SETUPS["rl"], name="rl_fast", settings=("rl.learning_rate=0.001",))
     monkeypatch.setitem(SETUPS, "rl_fast", own)
     plan = plan_of(methods=["rl_fast"], settings=("rl.learning_rate=0.5", "rl.beta=0.1"))
-    assert module.given(plan, own) == ("rl.beta=0.1",)
+    assert module.given(own, plan.settings) == ("rl.beta=0.1",)
     assert rates(plan, own, 2.0)[-1] == "rl.learning_rate=0.002"
-    record = module.run_job(plan, own, 0, "x", (*module.given(plan, own), *rates(plan, own, 2.0)))
+    record = module.run_job(plan, own, 0, "x", (*module.given(own, plan.settings),
+                                                *rates(plan, own, 2.0)))
     assert "rl.learning_rate=0.002" in record.command
 
 

@@ -1,6 +1,7 @@
 """What to know before reading a comparison: sentences on its arms, budgets and learning rates."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from ..setups import SETUPS
@@ -150,22 +151,20 @@ def ties(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
 
 def by_samples(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
     """A sentence on the arms that would have another factor, had right samples chosen it."""
-    factors, counts = sorted({t.factor for t in tuned}), dict.fromkeys(("all", "other"), 0)
-    wanted: dict[float, int] = {}
+    factors, best = sorted({t.factor for t in tuned}), {}  # by setup
     for arm in arms:
         scores = {factor: round(means[1], 9) for factor in factors
                   if len(means := means_of(tuned, arm.setup, factor)) == 2}
         if scores:
-            best = max(scores, key=lambda factor: (
-                scores[factor], factor == arm.rate_factor, -abs(math.log(factor))))
-            wanted[best] = wanted.get(best, 0) + 1
-            counts["all"] += 1
-            counts["other"] += best != arm.rate_factor
-    if not counts["other"]:
+            best[arm.setup] = max(scores, key=lambda factor, own=arm.rate_factor, scores=scores: (
+                scores[factor], factor == own, -abs(math.log(factor))))
+    other = sum(best.get(arm.setup, arm.rate_factor) != arm.rate_factor for arm in arms)
+    if not other:
         return []
     return ["By the share of right samples in the last probe "
-            f"{counts['other']} of {counts['all']} arms would have another factor ("
-            + ", ".join(f"× {factor:g}: {count}" for factor, count in sorted(wanted.items()))
+            f"{other} of {len(best)} arms would have another factor ("
+            + ", ".join(f"× {factor:g}: {count}"
+                        for factor, count in sorted(Counter(best.values()).items()))
             + ")."]
 
 

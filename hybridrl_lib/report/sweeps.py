@@ -102,8 +102,7 @@ def differences(setup: str, experiments: Mapping[str, Experiment]
                     family[value, benchmark, metric] = paired_difference(
                         mine.at(theirs.ids), theirs.values)
         corrected = holm(difference.p_value for difference in family.values())
-        found |= {key: both for key, both in zip(
-            family, zip(family.values(), corrected, strict=True), strict=True)}
+        found |= dict(zip(family, zip(family.values(), corrected, strict=True), strict=True))
     return found
 
 
