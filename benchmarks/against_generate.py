@@ -23,9 +23,11 @@ from common import (
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hybridrl_lib.decoding import Decoder
-from hybridrl_lib.policy import DTYPES, Policy
-from hybridrl_lib.rollouts import Group, sample
+from hybridrl_lib.policy.completions import Group
+from hybridrl_lib.policy.decoding import Decoder
+from hybridrl_lib.policy.device import DTYPES
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.policy.sampling import sample
 
 
 class Generate:

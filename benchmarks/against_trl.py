@@ -30,7 +30,7 @@ from common import (
 from grpo_step import GRPOStep, fastest, sizes_to_try
 from trl_step import LOSS_TYPES, TRLStep
 
-from hybridrl_lib.rollouts import Group
+from hybridrl_lib.policy.completions import Group
 
 # Largest distance of the clipped gradients over their norm, and of the losses. Both sides of fp32
 # differ by rounding; in bf16 the order of rounding differs, since one packs and one pads.
@@ -87,11 +87,11 @@ def settings_of(ours: GRPOStep, trl: TRLStep) -> dict[str, dict[str, Any]]:
     """What decides speed or result, in each side's own words."""
     rl, training, theirs = ours.settings.rl, ours.settings.training, trl.trainer.args
     return {
-        "ours": {"rl.loss_normalisation": rl.loss_normalisation, "rl.beta": rl.beta,
+        "ours": {"rl.loss_normalization": rl.loss_normalization, "rl.beta": rl.beta,
                  "rl.advantage_scale": rl.advantage_scale, "rl.group_size": rl.group_size,
                  "rl.updates_per_rollout": 1, "rl.temperature": rl.temperature,
                  "rl.epsilon": [rl.epsilon_low, rl.epsilon_high],
-                 "optimiser": type(ours.optimizer).__name__, "training.betas": training.betas,
+                 "optimizer": type(ours.optimizer).__name__, "training.betas": training.betas,
                  "training.weight_decay": training.weight_decay,
                  "training.gradient_clip": training.gradient_clip,
                  "training.micro_batch_tokens": training.micro_batch_tokens,
@@ -100,7 +100,7 @@ def settings_of(ours: GRPOStep, trl: TRLStep) -> dict[str, dict[str, Any]]:
                 "scale_rewards": theirs.scale_rewards, "num_generations": theirs.num_generations,
                 "num_iterations": theirs.num_iterations, "temperature": theirs.temperature,
                 "epsilon": [theirs.epsilon, theirs.epsilon_high],
-                "optimiser": f"{type(trl.optimizer).__name__} ({theirs.optim.value})",
+                "optimizer": f"{type(trl.optimizer).__name__} ({theirs.optim.value})",
                 "betas": [theirs.adam_beta1, theirs.adam_beta2],
                 "weight_decay": theirs.weight_decay, "max_grad_norm": theirs.max_grad_norm,
                 "per_device_train_batch_size": theirs.per_device_train_batch_size,
@@ -114,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
     add_lengths(parser)
     parser.add_argument("--groups", choices=("all", "signal"), default="all",
                         help="groups with unequal rewards: all, or every other one (signal)")
-    parser.add_argument("--loss-normalisation", choices=tuple(LOSS_TYPES), default="sequence_mean",
-                        help="as rl.loss_normalisation; sequence_mean unless given")
+    parser.add_argument("--loss-normalization", choices=tuple(LOSS_TYPES), default="sequence_mean",
+                        help="as rl.loss_normalization; sequence_mean unless given")
     parser.add_argument("--micro-batch-tokens", type=positive_number,
                         help="of our micro-batches; the fastest of some unless given")
     parser.add_argument("--trl-rows", type=positive_number,
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     policy, questions = load_questions(arguments)
     ours = GRPOStep(policy, questions, samples=arguments.samples, which=arguments.groups,
                     max_new_tokens=arguments.max_new_tokens,
-                    loss_normalisation=arguments.loss_normalisation)
+                    loss_normalization=arguments.loss_normalization)
     trl = TRLStep(policy, questions, ours.settings, arguments.groups,
                   arguments.trl_rows or arguments.samples)
     groups = ours.sample(seed=0)

@@ -26,10 +26,11 @@ from common import (
 from grpo_step import GRPOStep
 from torch import Tensor
 
-from hybridrl_lib.packing import PromptCompletion, pack
-from hybridrl_lib.policy import DTYPES, Policy
-from hybridrl_lib.products import linear
-from hybridrl_lib.rollouts import Group
+from hybridrl_lib.policy.completions import Group
+from hybridrl_lib.policy.device import DTYPES
+from hybridrl_lib.policy.packing import PromptCompletion, pack
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.policy.products import linear
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the large product
 # What cannot be spared, told by parts of the names that torch's profiler has: on a CPU those of

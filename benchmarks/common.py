@@ -12,12 +12,13 @@ import psutil
 import torch
 import transformers
 
-from hybridrl_lib.config import DataSettings, ModelSettings
-from hybridrl_lib.errors import UserError
-from hybridrl_lib.policy import Policy, load_policy
-from hybridrl_lib.problems import load_parts
-from hybridrl_lib.records import to_json, write_whole
-from hybridrl_lib.run import device_name, provenance
+from hybridrl_lib.config.sections import DataSettings, ModelSettings
+from hybridrl_lib.experiments.provenance import device_name, provenance
+from hybridrl_lib.policy.loading import load_policy
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.problems.splits import load_parts
+from hybridrl_lib.records.files import to_json, write_whole
+from hybridrl_lib.system.errors import UserError
 
 
 def positive_number(text: str) -> int:

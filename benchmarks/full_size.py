@@ -18,10 +18,11 @@ import torch
 from common import add_threads_and_json, finish, machine, print_table, run
 from networks import make_network, tiny_tokenizer
 
-from hybridrl_lib.errors import UserError
-from hybridrl_lib.model_shapes import KNOWN_SHAPES
-from hybridrl_lib.records import RunFolder
-from hybridrl_lib.setups import get_setup, paper_setups
+from hybridrl_lib.config.presets import get_setup
+from hybridrl_lib.machine.shapes import KNOWN_SHAPES
+from hybridrl_lib.records.run_folder import RunFolder
+from hybridrl_lib.setups import paper_setups
+from hybridrl_lib.system.errors import UserError
 
 SMALL = ("data.train_limits=1,1", "data.validation_limits=1,1", "data.test_limits=1,1",
          "sft.batch_size=2", "rl.prompts_per_step=2", "rl.group_size=2", "rl.max_new_tokens=16",

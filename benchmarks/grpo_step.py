@@ -13,12 +13,14 @@ import torch
 from common import timed
 from torch import Tensor
 
-from hybridrl_lib.config import load_settings
+from hybridrl_lib.config.presets import load_settings
+from hybridrl_lib.learning.learner import Learner
+from hybridrl_lib.learning.update import Totals, Update
 from hybridrl_lib.objectives import group_advantages, token_weights
-from hybridrl_lib.packing import PromptCompletion
-from hybridrl_lib.policy import Policy
-from hybridrl_lib.rollouts import Group, sample
-from hybridrl_lib.updates import Learner, Totals, Update
+from hybridrl_lib.policy.completions import Group
+from hybridrl_lib.policy.packing import PromptCompletion
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.policy.sampling import sample
 
 PATTERN = (1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)  # rewards of a group
 TOKENS = (1024, 2048, 4096, 16384)  # of a micro-batch, tried in turn
@@ -73,22 +75,22 @@ class GRPOStep:
         samples: G.
         max_new_tokens: cap on a completion's tokens.
         which: groups with a signal, as `rewards` takes it.
-        loss_normalisation, micro_batch_tokens: as in the settings.
+        loss_normalization, micro_batch_tokens: as in the settings.
     """
 
     def __init__(self, policy: Policy, questions: Sequence[str], *, samples: int,
                  max_new_tokens: int, which: str = "all",
-                 loss_normalisation: str = "sequence_mean", micro_batch_tokens: int = 1024):
+                 loss_normalization: str = "sequence_mean", micro_batch_tokens: int = 1024):
         self.policy, self.questions, self.which = policy, questions, which
         self.settings = load_settings("tiny", (
             "rl.beta=0", f"rl.group_size={samples}", f"rl.max_new_tokens={max_new_tokens}",
-            f"rl.loss_normalisation={loss_normalisation}",
+            f"rl.loss_normalization={loss_normalization}",
             f"training.micro_batch_tokens={micro_batch_tokens}"), smoke=False)
         self.learner = Learner(policy, self.settings)
         self.learner.new_optimizer()
 
     def use_micro_batches_of(self, tokens: int) -> None:
-        """Sets training.micro_batch_tokens; weights and optimiser stay as they are."""
+        """Sets training.micro_batch_tokens; weights and optimizer stay as they are."""
         self.settings = self.learner.settings = replace(
             self.settings, training=replace(self.settings.training, micro_batch_tokens=tokens))
 
@@ -125,7 +127,7 @@ class GRPOStep:
                                       rl.advantage_scale)
         totals = Totals()
         norm = self.learner.apply(Update(
-            sequences, sft=none, rl=token_weights(lengths, rl.loss_normalisation,
+            sequences, sft=none, rl=token_weights(lengths, rl.loss_normalization,
                                                   rl.max_new_tokens),
             entropy=none, advantages=advantages.flatten(), temperature=torch.ones(len(sequences))),
             LEARNING_RATE, totals)

@@ -1,7 +1,7 @@
 """The memory model against what is measured: every phase of a run, at its caps.
 
 Models are built from a shape with random weights. Each one is a process of its own; its phases are
-those of `hybridrl_lib.memory_estimate`, and the peak is measured afresh in each. What is estimated
+those of `hybridrl_lib.machine.memory_estimate`, and the peak is measured afresh in each. What is estimated
 and measured alike is what the run adds to a process that has imported everything and has already
 trained a model of a few weights. See README.md beside this file.
 """
@@ -19,13 +19,15 @@ import torch
 from common import add_threads_and_json, current_memory, finish, machine, print_table, run
 from networks import make_policy
 
-from hybridrl_lib.config import Settings, load_settings
-from hybridrl_lib.memory_estimate import estimate
-from hybridrl_lib.model_shapes import KNOWN_SHAPES, Shape
-from hybridrl_lib.packing import PromptCompletion
-from hybridrl_lib.policy import choose_device
-from hybridrl_lib.rollouts import sample
-from hybridrl_lib.updates import Learner, Totals, Update
+from hybridrl_lib.config.presets import load_settings
+from hybridrl_lib.config.settings import Settings
+from hybridrl_lib.learning.learner import Learner
+from hybridrl_lib.learning.update import Totals, Update
+from hybridrl_lib.machine.memory_estimate import estimate
+from hybridrl_lib.machine.shapes import KNOWN_SHAPES, Shape
+from hybridrl_lib.policy.device import choose_device
+from hybridrl_lib.policy.packing import PromptCompletion
+from hybridrl_lib.policy.sampling import sample
 
 SMALL = Shape(vocabulary=100, width=32, layers=1, heads=2, key_value_heads=1, head_size=16,
               feed_forward=64, tied=True, biases=True)
@@ -80,7 +82,7 @@ class Run:
         return torch.randint(5, 90, (count,), generator=self.draw).tolist()
 
     def update(self, prompts: int, samples: int, length: int) -> None:
-        """One optimiser update of the policy gradient, or of SFT for one sample a prompt."""
+        """One optimizer update of the policy gradient, or of SFT for one sample a prompt."""
         asked = [self.tokens(self.settings.data.max_prompt_tokens) for _ in range(prompts)]
         sequences = [PromptCompletion(prompt, self.tokens(length))
                      for prompt in asked for _ in range(samples)]

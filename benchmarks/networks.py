@@ -10,12 +10,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hybridrl_lib import attention
-from hybridrl_lib import policy as policies
-from hybridrl_lib.config import ModelSettings
-from hybridrl_lib.model_shapes import Shape
-from hybridrl_lib.policy import Policy, choose_device, tiny_model_folder
-from hybridrl_lib.products import use_fast_products
+from hybridrl_lib.config.sections import ModelSettings
+from hybridrl_lib.machine.shapes import Shape
+from hybridrl_lib.policy import attention
+from hybridrl_lib.policy import device as device_module
+from hybridrl_lib.policy import loading as policies
+from hybridrl_lib.policy.device import choose_device
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.policy.products import use_fast_products
+from hybridrl_lib.system.paths import tiny_model_folder
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -48,5 +51,5 @@ def make_policy(shape: Shape, model: ModelSettings) -> Policy:
         network.train()
     device = choose_device(model.device)
     return Policy(network.to(device), tokenizer, "random", "",
-                  policies.choose_precision(model.precision, device),
+                  device_module.choose_precision(model.precision, device),
                   stop_ids=(shape.vocabulary,), pad_id=0, adapter=model.adapter)

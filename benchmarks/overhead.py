@@ -2,7 +2,7 @@
 
 Steps of every method and of SFT, then RL are taken on the same problems, in processor time. Time in
 passes through the model (sampling, scores, gradients) and in the verifier is left out: what remains
-is the loop's and the method's own code, its optimisers and what it puts into the losses included.
+is the loop's and the method's own code, its optimizers and what it puts into the losses included.
 The overhead is how much more of it a method's median step has than the plain loop's median step of
 the same stage, over that whole step. See README.md beside this file.
 """
@@ -20,18 +20,20 @@ from pathlib import Path
 import torch
 from common import add_threads_and_json, finish, machine, positive_number, print_table, run
 
-from hybridrl_lib import rollouts
-from hybridrl_lib.compare import choose_arms
-from hybridrl_lib.config import load_settings
-from hybridrl_lib.methods import make_method
-from hybridrl_lib.policy import Policy, load_policy
-from hybridrl_lib.problems import load_parts
-from hybridrl_lib.progress import Observer
-from hybridrl_lib.records import RunFolder
-from hybridrl_lib.rewards import Verifier
-from hybridrl_lib.setups import SETUPS, Setup, get_setup
-from hybridrl_lib.training import Trainer
-from hybridrl_lib.updates import Learner, Totals, Update
+from hybridrl_lib.config.presets import get_setup, load_settings
+from hybridrl_lib.experiments.compare import choose_arms
+from hybridrl_lib.learning.learner import Learner
+from hybridrl_lib.learning.update import Totals, Update
+from hybridrl_lib.methods.registry import make_method
+from hybridrl_lib.policy import sampling as rollouts
+from hybridrl_lib.policy.loading import load_policy
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.problems.splits import load_parts
+from hybridrl_lib.records.run_folder import RunFolder
+from hybridrl_lib.rewards.verifier import Verifier
+from hybridrl_lib.setups import SETUPS, Setup
+from hybridrl_lib.training.observer import Observer
+from hybridrl_lib.training.trainer import Trainer
 
 PLAIN = "sft_then_rl"
 # Nothing between the steps: no probe, validation or checkpoint but those at the ends.

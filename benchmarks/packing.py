@@ -22,11 +22,11 @@ from common import (
 )
 from torch import Tensor
 
-from hybridrl_lib.config import RLSettings
-from hybridrl_lib.objectives import group_advantages, policy_token_losses, token_weights
-from hybridrl_lib.packing import Packed, PromptCompletion, pack
-from hybridrl_lib.policy import Policy
-from hybridrl_lib.rollouts import sample
+from hybridrl_lib.config.sections import RLSettings
+from hybridrl_lib.objectives import group_advantages, grpo_loss, token_weights
+from hybridrl_lib.policy.packing import Packed, PromptCompletion, pack
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.policy.sampling import sample
 
 
 def one_row_each(sequences: Sequence[PromptCompletion], budget_tokens: int,
@@ -89,9 +89,9 @@ class Batch:
             scores, _ = self.policy.score(mine)
             weights, advantages = (values[micro_batch.sequence].to(self.policy.device)
                                    for values in (self.weights, self.advantages))
-            losses = policy_token_losses(scores, scores.detach(), advantages,
-                                         self.settings.epsilon_low, self.settings.epsilon_high)
-            (weights * losses).sum().backward()
+            grpo_loss(scores, scores.detach(), advantages, weights,
+                      epsilon_low=self.settings.epsilon_low,
+                      epsilon_high=self.settings.epsilon_high).backward()
 
     def gradient(self, packing) -> Tensor:
         """The gradient as one vector, fp32."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hybridrl_lib.records import write_whole
+from hybridrl_lib.records.files import write_whole
 from hybridrl_lib.report.style import MARKERS, as_bytes, legend_below, new_figure, palette, style
 from hybridrl_lib.report.text import markdown_table
 
@@ -170,7 +170,7 @@ def bounds_text(ceilings: Sequence[dict[str, Any]], steps: Sequence[dict[str, An
         lines.append(line + ".")
     return "" if not lines else (
         "What bounds the update (the rest are norms, rotary embedding, copies, the loss, the "
-        "optimiser and the calls themselves; the profiler that tells them apart makes the rest "
+        "optimizer and the calls themselves; the profiler that tells them apart makes the rest "
         "look larger than it is). Measured with answers as long as the cap, in the fastest "
         "micro-batches; the steps above have answers and micro-batches of their own, so that their "
         "numbers are near, not exact:\n\n" + "\n".join(lines))
@@ -244,7 +244,7 @@ def draw_vocabulary(points: list[dict]) -> Figure:
     figure, panel = new_figure(2.6)
     lengths = [p["length"] for p in points]
     for number, (key, label) in enumerate((("peak_mib", "peak"),
-                                           ("resting_mib", "model and optimiser alone"))):
+                                           ("resting_mib", "model and optimizer alone"))):
         panel.plot(lengths, [p[key] for p in points], label=label, color=palette()[number],
                    marker=MARKERS[number])
     panel.set(xlabel="completion length (tokens)", ylabel="memory (MiB)", ylim=(0, None),

@@ -20,10 +20,11 @@ from common import add_threads_and_json, current_memory, finish, machine, print_
 from grpo_step import GRPOStep
 from networks import make_policy, tiny_tokenizer
 
-from hybridrl_lib.config import ModelSettings
-from hybridrl_lib.model_shapes import Shape
-from hybridrl_lib.policy import DTYPES, Policy, choose_device
-from hybridrl_lib.rollouts import Completion, Group
+from hybridrl_lib.config.sections import ModelSettings
+from hybridrl_lib.machine.shapes import Shape
+from hybridrl_lib.policy.completions import Completion, Group
+from hybridrl_lib.policy.device import DTYPES, choose_device
+from hybridrl_lib.policy.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ import torch
 from common import machine, positive_number, run
 from page import write_page
 
-from hybridrl_lib.errors import UsageError, UserError
-from hybridrl_lib.policy import choose_device
-from hybridrl_lib.records import project_folder, to_json, write_whole
+from hybridrl_lib.policy.device import choose_device
+from hybridrl_lib.records.files import to_json, write_whole
+from hybridrl_lib.records.folders import project_folder
+from hybridrl_lib.system.errors import UsageError, UserError
 
 HERE = Path(__file__).parent
 LARGE_MODEL = ["--prompt-tokens", "100", "--lengths", "fixed"]

@@ -1,8 +1,8 @@
 """One GRPO step of TRL's GRPOTrainer, as its train() takes it.
 
-A step is what `Trainer._run_epoch` does from one call of the optimiser to the next: `training_step`
+A step is what `Trainer._run_epoch` does from one call of the optimizer to the next: `training_step`
 of every micro-batch (the first one samples, by `generate` of transformers, and scores), clipping,
-the optimiser, zero_grad. Data loader, schedule, logging, callbacks and disk are left out.
+the optimizer, zero_grad. Data loader, schedule, logging, callbacks and disk are left out.
 """
 
 import copy
@@ -16,11 +16,11 @@ from grpo_step import LEARNING_RATE, Outcome, rewards
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from hybridrl_lib.config import Settings
-from hybridrl_lib.errors import UserError
-from hybridrl_lib.policy import Policy
-from hybridrl_lib.problems.prompts import prompt_text
-from hybridrl_lib.rollouts import Group
+from hybridrl_lib.config.settings import Settings
+from hybridrl_lib.policy.completions import Group
+from hybridrl_lib.policy.policy import Policy
+from hybridrl_lib.policy.prompts import prompt_text
+from hybridrl_lib.system.errors import UserError
 
 LOSS_TYPES = {"sequence_mean": "grpo", "token_mean": "dapo", "constant": "dr_grpo"}
 
@@ -62,7 +62,7 @@ class TRLStep:
             generation_kwargs={"eos_token_id": list(policy.stop_ids)},
             beta=settings.rl.beta, epsilon=settings.rl.epsilon_low,
             epsilon_high=settings.rl.epsilon_high, num_iterations=1,
-            loss_type=LOSS_TYPES[settings.rl.loss_normalisation],
+            loss_type=LOSS_TYPES[settings.rl.loss_normalization],
             scale_rewards={"group_std": "group"}.get(settings.rl.advantage_scale, "none"),
             learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
             adam_beta1=training.betas[0], adam_beta2=training.betas[1],

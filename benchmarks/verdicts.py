@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from common import finish, median, positive_number, rounded, run
 
-from hybridrl_lib.rewards import Verifier
+from hybridrl_lib.rewards.verifier import Verifier
 
 PROSE = "First 24 + 17 = 41. Then 41 - 8 = 33, which is the number that was asked for. "
 Pairs = list[tuple[str, str]]

@@ -1,24 +1,25 @@
 """hybridrl_lib: combining supervised fine-tuning and GRPO on small language models.
 
-Names are imported when first used, so that commands which need no torch start at once.
+Names are imported when first used, so commands that do not need torch start at once.
 """
 
-from importlib import import_module
+from .system.faces import lazy
 
 __version__ = "0.1.0"
-
 _HOMES = {
-    "load_settings": "config", "Settings": "config",
-    "Problem": "problems", "load_parts": "problems",
-    "load_policy": "policy", "Policy": "policy",
-    "sample": "rollouts", "evaluate": "evaluation",
-    "Verifier": "rewards", "make_report": "report", "SETUPS": "setups",
-    "UserError": "errors",
+    "Settings": "config", "load_settings": "config", "get_setup": "config",
+    "Problem": "problems", "get_benchmark": "problems", "load_parts": "problems",
+    "Policy": "policy", "PromptCompletion": "policy", "load_policy": "policy", "pack": "policy",
+    "prompt_text": "policy", "sample": "policy",
+    "Verifier": "rewards", "check_gold": "rewards", "extract_boxes": "rewards",
+    "extract_lenient": "rewards", "steps_hold": "rewards",
+    "SETUPS": "setups", "setups_with_notebook": "setups",
+    "evaluate": "training",
+    "verdicts_of": "learning",
+    "make_report": "report",
+    "run": "experiments.run", "reproduce": "experiments.reproduce",
+    "compare": "experiments.compare", "choose_arms": "experiments.compare",
+    "choose": "experiments.tuning", "SWEEPS": "experiments.sweep", "sweep": "experiments.sweep",
+    "UserError": "system.errors",
 }
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __all__ = lazy(__name__, _HOMES)

@@ -6,7 +6,6 @@ torch and the like are imported inside the commands that need them; the others s
 
 import argparse
 import errno
-import json
 import os
 import re
 import sys
@@ -15,8 +14,21 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from .distributed import end, is_first, may_complain
-from .errors import UsageError, UserError, out_of_memory, printable, unknown
+from .experiments.commands import (
+    compare_command,
+    doctor_command,
+    list_command,
+    merge_command,
+    pretrain_command,
+    publish_command,
+    report_command,
+    reproduce_command,
+    rerun_command,
+    run_command,
+    sweep_command,
+)
+from .system.errors import UsageError, UserError, out_of_memory, printable, unknown
+from .system.processes import may_complain
 
 INTERRUPTED = 130
 EPILOG = "HYBRIDRL_DEBUG=1 shows the full traceback of an error."
@@ -176,36 +188,6 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
 
 
-def run_command(arguments: argparse.Namespace) -> None:
-    from .config import load_settings
-    from .setups import get_setup
-
-    get_setup(arguments.setup)  # wrong words are refused before torch is imported
-    load_settings(arguments.preset, arguments.settings)
-    prepare_torch(arguments.preset)
-    from .run import run
-
-    folder = run(arguments.setup, arguments.preset, arguments.seed, arguments.experiment,
-                 arguments.settings)
-    if is_first():
-        print(f"the record is in {folder.path}")
-    end()
-
-
-def prepare_torch(preset: str = "") -> None:
-    """Before torch is imported: threads as `hybridrl reproduce` has them, and no progress bars.
-
-    At `tiny` a run takes one thread, so that the same command leaves the same record on machines
-    with more cores, and beside other runs.
-    """
-    if preset == "tiny":
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not sys.stderr.isatty():
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-
-
 # reproduce --------------------------------------------------------------------------------------
 
 
@@ -218,14 +200,6 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
                         help="only these; all of them unless given")
     add_place(parser)
     add_settings(parser)
-
-
-def reproduce_command(arguments: argparse.Namespace) -> None:
-    from .reproduce import reproduce
-
-    setups = [name for text in arguments.setups for name in text.split(",") if name]
-    reproduce(arguments.preset, arguments.seeds, setups, arguments.jobs, arguments.experiment,
-              arguments.settings, executor=arguments.executor)
 
 
 # compare ----------------------------------------------------------------------------------------
@@ -241,7 +215,7 @@ def factor_list(text: str) -> tuple[float, ...]:
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    from .compare import GRID, TRANSFER
+    from .experiments.compare import GRID, TRANSFER
 
     add_preset(parser)
     add_seeds(parser)
@@ -262,20 +236,11 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
 
 
-def compare_command(arguments: argparse.Namespace) -> None:
-    from .compare import compare
-
-    names = [name for text in arguments.methods for name in text.split(",") if name]
-    compare(arguments.preset, arguments.seeds, names, arguments.grid, arguments.transfer,
-            arguments.jobs, arguments.experiment, arguments.settings,
-            executor=arguments.executor)
-
-
 # sweep ------------------------------------------------------------------------------------------
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
-    from .sweep import SWEEPS
+    from .experiments.sweep import SWEEPS
 
     parser.add_argument("--parameter", required=True, metavar="NAME",
                         help="one of " + ", ".join(SWEEPS))
@@ -293,14 +258,6 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
 
 
-def sweep_command(arguments: argparse.Namespace) -> None:
-    from .sweep import sweep
-
-    sweep(arguments.parameter, arguments.values, arguments.preset, arguments.seeds,
-          arguments.setup, arguments.jobs, arguments.experiment, arguments.settings,
-          executor=arguments.executor)
-
-
 # report -----------------------------------------------------------------------------------------
 
 
@@ -310,46 +267,6 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="where to write; the experiment's folder unless given, and "
                              "results/runs/NAME for a published one given by its name")
-
-
-def report_command(arguments: argparse.Namespace) -> None:
-    from .catalogue import published_folder
-    from .records import results_folder
-
-    folder, out, published = find_experiment(
-        arguments.experiment, results_folder(), published_folder())
-    from .report import make_report
-
-    make_report(folder, out_folder=arguments.out or out, published=published)
-
-
-def find_experiment(name: str, runs: Path, published: Path
-                    ) -> tuple[Path, Path | None, Path | None]:
-    """(folder of the records, where to write, published table to show beside) for a name or path.
-
-    Published records are read-only: a report of them goes to the folder of new runs, unless the
-    folder itself was named.
-
-    Raises:
-        UserError: there is no finished run by that name.
-    """
-    if os.sep in name or name in (".", ".."):
-        return Path(name), None, None
-    mine, theirs = runs / name, published / name
-    if has_records(mine):
-        return mine, None, theirs if (theirs / "table2.csv").is_file() else None
-    if has_records(theirs):
-        return theirs, mine, None
-    known = sorted({path.name for root in (runs, published) if root.is_dir()
-                    for path in root.iterdir() if has_records(path)})
-    if known:
-        raise unknown("experiment with a finished run", name, known)
-    raise UserError(f"There is no finished run of experiment {name!r}; train a setup first, for "
-                    "example with 'hybridrl run sft'.")
-
-
-def has_records(folder: Path) -> bool:
-    return any(folder.glob("*/seed-*/manifest.json"))
 
 
 # rerun ------------------------------------------------------------------------------------------
@@ -366,13 +283,6 @@ def add_rerun(parser: argparse.ArgumentParser) -> None:
                         help="where it must differ from the record, such as model.path=FILE.gguf")
 
 
-def rerun_command(arguments: argparse.Namespace) -> int:
-    prepare_torch()
-    from .rerun import rerun
-
-    return rerun(arguments.manifest, arguments.experiment, arguments.settings)
-
-
 # merge ------------------------------------------------------------------------------------------
 
 
@@ -381,14 +291,6 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
                         help="the folder of a finished run with model.adapter=lora, or of an "
                              "adapter")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the whole model")
-
-
-def merge_command(arguments: argparse.Namespace) -> None:
-    prepare_torch()
-    from .adapters import merge
-
-    merge(arguments.run_folder, arguments.out)
-    print(f"the whole model is in {arguments.out}; use it with --set model.path={arguments.out}")
 
 
 # publish ----------------------------------------------------------------------------------------
@@ -401,15 +303,6 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
                              "made there, or replaced")
 
 
-def publish_command(arguments: argparse.Namespace) -> None:
-    from .publish import publish
-    from .records import from_here, project_folder
-
-    folder = publish(arguments.experiment,
-                     arguments.to or project_folder() / "results" / "published")
-    print(f"published in {from_here(folder)}")
-
-
 # list, doctor, pretrain-tiny --------------------------------------------------------------------
 
 
@@ -417,44 +310,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
-def list_command(arguments: argparse.Namespace) -> None:
-    from .catalogue import catalogue, render
-
-    listing = catalogue()
-    print(json.dumps(listing, indent=2) if arguments.json else render(listing))
-
-
 def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", help="judge this one alone; exit 1 if it will not work here")
     add_json(parser)
-
-
-def doctor_command(arguments: argparse.Namespace) -> int:
-    from .doctor import render, report
-
-    rows = report(arguments.preset)
-    names = ("topic", "value", "advice")
-    print(json.dumps([dict(zip(names, row, strict=True)) for row in rows], indent=2)
-          if arguments.json else render(rows=rows))
-    verdicts = [value for topic, value, _ in rows if topic.startswith("preset ")]
-    return int(arguments.preset is not None and "no" in verdicts)
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="a new folder; unless given, the package's own, if it is missing")
     parser.add_argument("--seed", type=whole_number, default=0, help="0 unless given")
-
-
-def pretrain_command(arguments: argparse.Namespace) -> None:
-    folder = arguments.out or Path(__file__).parent / "assets" / "tiny"
-    if (folder / "config.json").exists():
-        raise UsageError(f"The folder {folder} already holds a model; choose another --out.")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same bytes on machines with more cores
-    from .pretraining import pretrain
-
-    pretrain(folder, seed=arguments.seed, report=lambda line: print(line, flush=True))
-    print(f"the model is in {folder}; use it with --set model.path={folder}")
 
 
 COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
@@ -484,6 +348,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
     "pretrain-tiny": (pretrain_command, add_pretrain, "make the tiny base model",
                       "hybridrl pretrain-tiny --out my-tiny --seed 0"),
 }
+
 
 if __name__ == "__main__":
     sys.exit(main())

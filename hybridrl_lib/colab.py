@@ -18,8 +18,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from .errors import UserError, reason, show_in_one_sentence
-from .requirements import installed, needed, needed_python, unfit
+from .system.errors import UserError, reason, show_in_one_sentence
+from .system.requirements import installed, needed, needed_python, unfit
 
 PINS = Path(__file__).parent / "assets" / "constraints.txt"
 # Parts of Colab's own image: another version of them is another runtime, not a package to install.

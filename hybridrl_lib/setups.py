@@ -1,31 +1,26 @@
-"""The one table of setups: name -> method, its stages, its row in the paper's Table 2.
-
-The paper's setups and others stand in one table; `in_paper` tells them apart.
-"""
+"""The table of setups: name -> method, stages, settings, and the row of the paper's Table 2."""
 
 import re
 from dataclasses import dataclass, field
 
-from .errors import unknown
-
 
 @dataclass(frozen=True)
 class Setup:
-    """One row of Table 2, or a setup of one's own beside the paper's.
+    """One row of Table 2, or a setup that is not in the paper.
 
     Attributes:
-        name: what `hybridrl run` takes and what the record's folder is called.
+        name: for `hybridrl run`, and the folder of its records.
         title: the row's name in tables and figures.
-        stages: the stages in order; the epochs of the run are shared among them, unless the
-            method says otherwise.
-        shares: of the run's epochs for each stage, where they are not shared equally; they may add
-            up to more than 1.
+        stages: the stages in order; they share the epochs of the run, unless the method says
+            otherwise.
+        shares: fraction of the run's epochs for each stage, if they are not shared equally; the
+            sum may be more than 1.
         entropy: whether the entropy term -gamma * H is in the loss (paper, setup iv).
         paper: exact match in percent as the paper prints it, by benchmark; empty for a setup that
-            is not the paper's.
-        notebook: the notebook that runs it; "" for none, then `hybridrl run` alone does.
-        method: the file in `methods/` that says what each step learns from.
-        settings: what it sets, as after `--set`: what makes it this setup and no other.
+            is not in the paper.
+        notebook: the notebook that runs it; "" if only `hybridrl run` does.
+        method: a key of `config.methods.METHODS`.
+        settings: the settings that define it, as in `--set`.
     """
 
     name: str
@@ -39,11 +34,11 @@ class Setup:
     shares: tuple[float, ...] = ()
 
     def __post_init__(self):
-        # The name becomes a folder and part of pages, the title a cell of Markdown, HTML and LaTeX.
+        # The name becomes a folder and part of pages, the title a cell in Markdown, HTML, and LaTeX.
         if not re.fullmatch(r"\w[\w.+-]*", self.name) or re.search(r"[<>&|`$\[\]\\\x00-\x1f]",
                                                                 self.title):
             raise ValueError(f"The setup {self.name!r} ({self.title!r}) needs a plain name, and a "
-                             "title without < > & | ` $ [ ] and backslashes.")
+                             "title without < > & | ` $ [ ] or backslashes.")
 
     @property
     def in_paper(self) -> bool:
@@ -71,28 +66,28 @@ SETUPS: dict[str, Setup] = {
               settings=("rl.kl_anchor=stage", "rl.kl_estimator=k3", "rl.beta=0.04",
                         "rl.updates_per_rollout=1")),
         Setup("dr_grpo", "Dr. GRPO", ("rl",), method="deepseekmath",
-              settings=("rl.advantage_scale=none", "rl.loss_normalisation=constant", "rl.beta=0",
+              settings=("rl.advantage_scale=none", "rl.loss_normalization=constant", "rl.beta=0",
                         "rl.updates_per_rollout=1")),
         Setup("dapo", "DAPO", ("rl",), method="deepseekmath",
-              settings=("rl.epsilon_high=0.28", "rl.loss_normalisation=token_mean", "rl.beta=0",
+              settings=("rl.epsilon_high=0.28", "rl.loss_normalization=token_mean", "rl.beta=0",
                         "rl.overlong_share=0.2", "rl.dynamic_sampling_rounds=10")),
-        # RL with other ways to keep the entropy up than the paper's constant weight.
+        # Other ways to keep the entropy of RL up than the paper's constant weight.
         Setup("rl_adaptive_entropy", "RL + adaptive entropy", ("rl",),
               settings=("entropy_control.kind=adaptive",)),
         Setup("rl_clip_cov", "RL + Clip-Cov", ("rl",), settings=("entropy_control.kind=clip_cov",)),
         Setup("rl_kl_cov", "RL + KL-Cov", ("rl",), settings=("entropy_control.kind=kl_cov",)),
-        # With RL's whole budget after SFT: what a claim for RL alone has to be held against.
+        # RL's whole budget after SFT: the control for claims about RL alone.
         Setup("sft_then_full_rl", "SFT + all of RL", ("sft", "rl"), shares=(0.5, 1.0)),
-        # Other ways to combine the two, one method a paper.
+        # Other ways to combine SFT and RL, one method per paper.
         Setup("combined", "combined loss", ("rl",), notebook="30_combined_loss", method="combined"),
         Setup("combined_cosine", "combined loss, cosine", ("rl",), method="combined",
               settings=("combined.first=1", "combined.last=0", "combined.schedule=cosine")),
-        Setup("relift", "ReLIFT", ("rl",), notebook="33_relift", method="relift"),
-        Setup("relift_code", "ReLIFT, released code", ("rl",), method="relift",
-              settings=("relift.newest_first=true", "relift.gamma=1e-3", "rl.clip=false",
-                        "rl.advantage_scale=none", "rl.loss_normalisation=constant",
-                        "rl.beta=0", "entropy_control.kind=bonus",
-                        "entropy_control.coefficient=0.001")),
+        Setup("relift", "ReLIFT", ("rl",), True, notebook="33_relift", method="relift",
+              settings=("sft.gamma=1e-4", "rl.gamma=0")),
+        Setup("relift_code", "ReLIFT, released code", ("rl",), True, method="relift",
+              settings=("relift.newest_first=true", "rl.clip=false", "rl.advantage_scale=none",
+                        "rl.loss_normalization=constant", "rl.beta=0", "sft.gamma=1e-3",
+                        "rl.gamma=0.001")),
         Setup("superrl", "SuperRL", ("rl",), notebook="34_superrl", method="superrl"),
         Setup("superrl_advantage", "SuperRL, advantage gate", ("rl",), method="superrl",
               settings=("superrl.gate=advantage",)),
@@ -104,7 +99,7 @@ SETUPS: dict[str, Setup] = {
               settings=("superrl.mixing=log_sigma",)),
         Setup("hpt", "HPT", ("rl",), True, method="hpt",
               settings=("rl.clip=false", "rl.advantage_scale=none", "rl.beta=0", "rl.gamma=0.001",
-                        "rl.loss_normalisation=constant")),
+                        "rl.loss_normalization=constant")),
         Setup("sasr", "SASR", ("sft", "rl"), notebook="35_sasr",
               method="sasr", settings=("rl.kl_anchor=stage",)),
         Setup("chord", "CHORD-mu", ("rl",), method="chord",
@@ -116,10 +111,9 @@ SETUPS: dict[str, Setup] = {
               settings=("chord.schedule=adaptive", "rl.updates_per_rollout=1")),
         Setup("luffy", "LUFFY", ("rl",), notebook="39_other_mixers",
               method="luffy", settings=("rl.beta=0",)),
-        Setup("luffy_code", "LUFFY, released code", ("rl",), method="luffy",
+        Setup("luffy_code", "LUFFY, released code", ("rl",), True, method="luffy",
               settings=("rl.clip=false", "rl.advantage_scale=none", "rl.beta=0",
-                        "rl.loss_normalisation=constant", "entropy_control.kind=bonus",
-                        "entropy_control.coefficient=0.001")),
+                        "rl.loss_normalization=constant", "rl.gamma=0.001")),
         Setup("uft", "UFT", ("rl",), method="uft", settings=("rl.kl_anchor=reference",)),
         Setup("mifo", "MIFO", ("rl",), method="mifo"),
         Setup("mifo_last", "MIFO, alpha = 0", ("rl",), method="mifo",
@@ -128,7 +122,7 @@ SETUPS: dict[str, Setup] = {
               notebook="31_switching", method="switching"),
         Setup("switching_rl_first", "RL + SFT, switched by validation", ("rl", "sft"),
               method="switching", settings=("switching.first=rl", "switching.switches=3")),
-        # RL's half of the epochs: the rollouts of SFT -> RL, and no demonstrations.
+        # RL's half of the epochs: the rollouts of SFT -> RL, without demonstrations.
         Setup("raft", "RAFT", ("rl",), method="raft", settings=("rl.beta=0",), shares=(0.5,)),
         Setup("frpo", "FRPO (PRL v2)", ("rl",), notebook="38_prl",
               method="prl", settings=("rl.beta=0",), shares=(0.5,)),
@@ -137,8 +131,8 @@ SETUPS: dict[str, Setup] = {
         Setup("prl_newline", "PRL, a step a line", ("rl",), method="prl", shares=(0.5,),
               settings=("rl.beta=0", "prl.steps=newline", "prl.suffix=exclusive")),
         Setup("pear", "PEAR", ("sft", "rl"), notebook="37_pear", method="pear"),
-        Setup("pear_centred", "PEAR, centred", ("sft", "rl"), method="pear",
-              settings=("pear.centred=true", "pear.normalisation=weights")),
+        Setup("pear_centered", "PEAR, centered", ("sft", "rl"), method="pear",
+              settings=("pear.centered=true", "pear.normalization=weights")),
         Setup("sft_sampled_then_rl", "SFT on sampled answers + RL", ("sft", "rl"), method="pear",
               settings=("pear.level=none",)),
         *(Setup(name, title, ("rl",), method="bridge",
@@ -161,20 +155,9 @@ def paper_setups() -> tuple[str, ...]:
 
 
 def setups_with_notebook() -> tuple[str, ...]:
-    """What `hybridrl reproduce` runs unless told otherwise: Table 2, and one's own staged setups.
+    """What `hybridrl reproduce` runs by default: Table 2, and other staged setups with a notebook.
 
     Other methods have notebooks too; `hybridrl compare` runs those.
     """
     return tuple(name for name, setup in SETUPS.items()
                  if setup.notebook and setup.method == "staged" and not setup.settings)
-
-
-def get_setup(name: str) -> Setup:
-    """The setup of that name.
-
-    Raises:
-        UsageError: there is none; the sentence names the nearest one.
-    """
-    if not isinstance(name, str) or name not in SETUPS:
-        raise unknown("setup", name, SETUPS)
-    return SETUPS[name]

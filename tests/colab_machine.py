@@ -22,7 +22,7 @@ from notebook_files import ROOT, setup_cell
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hybridrl_lib.requirements import OURS
+from hybridrl_lib.system.requirements import OURS
 
 # Not the metadata of the installed package: a checkout may have moved on since.
 NEEDED = [Requirement(line) for line in tomllib.loads(

@@ -53,8 +53,8 @@ def model_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_policy(model_folders):
     """make_policy(architecture="qwen2", **model settings) -> a fresh `Policy` on the CPU."""
-    from hybridrl_lib.config import ModelSettings
-    from hybridrl_lib.policy import load_policy
+    from hybridrl_lib.config.sections import ModelSettings
+    from hybridrl_lib.policy.loading import load_policy
 
     def make(architecture="qwen2", **settings):
         return load_policy(ModelSettings(path=str(model_folders[architecture]), device="cpu",

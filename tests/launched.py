@@ -4,8 +4,8 @@ import sys
 
 
 def main() -> None:
-    from hybridrl_lib import distributed
-    from hybridrl_lib.errors import UsageError
+    from hybridrl_lib.system import processes as distributed
+    from hybridrl_lib.system.errors import UsageError
 
     try:
         distributed.begin("cpu")

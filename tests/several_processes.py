@@ -62,13 +62,13 @@ def run_case(case: dict) -> None:
     """One case in this process; the gradient of every update goes into the run's folder."""
     import torch
 
-    from hybridrl_lib import distributed
-    from hybridrl_lib.errors import Stopped, UserError
-    from hybridrl_lib.progress import Observer
-    from hybridrl_lib.run import run
-    from hybridrl_lib.sharding import plain
-    from hybridrl_lib.training import Trainer
-    from hybridrl_lib.updates import Learner
+    from hybridrl_lib.experiments.run import run
+    from hybridrl_lib.learning.learner import Learner
+    from hybridrl_lib.policy.sharding import plain
+    from hybridrl_lib.system import processes as distributed
+    from hybridrl_lib.system.errors import Stopped, UserError
+    from hybridrl_lib.training.observer import Observer
+    from hybridrl_lib.training.trainer import Trainer
 
     gradients: list[torch.Tensor] = []
 
@@ -102,16 +102,17 @@ def run_case(case: dict) -> None:
 
 def main() -> int:
     from hybridrl_lib import cli
+    from hybridrl_lib.experiments import commands
 
     def command(arguments):
-        from hybridrl_lib import distributed
+        from hybridrl_lib.system import processes as distributed
 
-        cli.prepare_torch("tiny")
+        commands.prepare_torch("tiny")
         for case in json.loads(sys.argv[1]):
             run_case(case)
         distributed.end()
 
-    cli.run_command = command
+    commands.run_command = command
     cli.COMMANDS["run"] = (command, *cli.COMMANDS["run"][1:])
     return cli.main(["run", "rl"])
 

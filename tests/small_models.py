@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from hybridrl_lib.pretraining import make_tokenizer
+from hybridrl_lib.experiments.pretraining import make_tokenizer
 
 FIRST = 4.0  # first coordinate of every embedding, so that it is much the same in all hidden states
 STOP = {"qwen2": 4.5, "llama": 2.5}  # more weight on it makes one token in eight the end of text

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import torch
 
-from hybridrl_lib.config import Settings, load_settings, settings_to_dict
-from hybridrl_lib.methods import make_method
-from hybridrl_lib.problems import ProblemParts, load_parts
-from hybridrl_lib.progress import Observer
-from hybridrl_lib.records import RunFolder
-from hybridrl_lib.rewards import Verdict
-from hybridrl_lib.setups import get_setup
-from hybridrl_lib.training import Trainer
+from hybridrl_lib.config.presets import get_setup, load_settings, settings_to_dict
+from hybridrl_lib.config.settings import Settings
+from hybridrl_lib.methods.registry import make_method
+from hybridrl_lib.problems.splits import ProblemParts, load_parts
+from hybridrl_lib.records.run_folder import RunFolder
+from hybridrl_lib.rewards.verifier import Verdict
+from hybridrl_lib.training.observer import Observer
+from hybridrl_lib.training.trainer import Trainer
 
 
 def as_overrides(settings: dict) -> tuple[str, ...]:
@@ -126,7 +126,8 @@ def watch(trainer) -> SimpleNamespace:
 
 def watch_rollouts(monkeypatch) -> list:
     """A list that takes up the groups of every step's rollouts (and of every probe)."""
-    from hybridrl_lib import judging, training
+    from hybridrl_lib.training import judge as judging
+    from hybridrl_lib.training import trainer as training
 
     taken, sample = [], judging.sample
 

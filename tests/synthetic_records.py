@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridrl_lib.config import load_settings, settings_to_dict
+from hybridrl_lib.config.presets import load_settings, settings_to_dict
 from hybridrl_lib.setups import SETUPS, paper_setups
 
 GROUP = 8

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hybridrl_lib import records
-from hybridrl_lib.checkpoints import Checkpoints
 from hybridrl_lib.cli import main
-from hybridrl_lib.errors import UserError
-from hybridrl_lib.records import RunFolder
+from hybridrl_lib.records import files
+from hybridrl_lib.records import run_folder as records
+from hybridrl_lib.records.run_folder import RunFolder
+from hybridrl_lib.system.errors import UserError
+from hybridrl_lib.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,7 +162,7 @@ def test_unreachable_hub_is_asked_once():
     """The hub's libraries would try again for most of a minute, with a line each time."""
     from huggingface_hub import constants
 
-    from hybridrl_lib import hub
+    from hybridrl_lib.system import hub
 
     program = (
         "from hybridrl_lib import hub\n"
@@ -193,14 +194,14 @@ def test_run_made_with_other_settings(refused, results, model):
 
 
 def test_a_run_that_never_began_binds_nobody(refused, results, model):
-    """After a misspelt model path the corrected command works."""
+    """After a misspelled model path the corrected command works."""
     refused(["run", "sft", "--set", "model.path=/no/such/model"])
     assert main(["run", "sft", "--set", model]) == 0
 
 
 def test_a_run_that_another_process_writes(refused, results, model):
     """Two processes in one folder would mix their logs."""
-    from hybridrl_lib.locks import only_writer
+    from hybridrl_lib.records.locks import only_writer
 
     with only_writer(results / "tiny-smoke" / "sft" / "seed-0", "The run"):
         assert str(os.getpid()) in refused(["run", "sft", "--set", model])
@@ -234,7 +235,7 @@ def small_files(size):
 @pytest.mark.parametrize("write", [
     lambda folder: save_file({"w": torch.zeros(100_000)}, folder / "w.safetensors"),
     lambda folder: torch.save(torch.zeros(100_000), folder / "w.pt"),
-    lambda folder: records.write_whole(folder / "w.json", "0" * 400_000),
+    lambda folder: files.write_whole(folder / "w.json", "0" * 400_000),
 ], ids=["safetensors", "torch", "text"])
 def test_checkpoint_on_a_full_disk(tmp_path, write):
     """Whichever library hits the end of the disk, the older checkpoint stays and is found."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from synthetic_records import build_experiment
 
-from hybridrl_lib import catalogue, cli
+from hybridrl_lib import cli
 from hybridrl_lib.cli import COMMANDS, main
-from hybridrl_lib.config import (
+from hybridrl_lib.config.presets import (
     describe,
     difference,
     load_settings,
@@ -20,8 +20,10 @@ from hybridrl_lib.config import (
     settings_from_dict,
     settings_to_dict,
 )
-from hybridrl_lib.errors import UsageError, UserError
-from hybridrl_lib.records import RunFolder
+from hybridrl_lib.experiments import commands
+from hybridrl_lib.machine import catalogue
+from hybridrl_lib.records.run_folder import RunFolder
+from hybridrl_lib.system.errors import UsageError, UserError
 
 LIGHT = [["--version"], ["list"], ["list", "--json"], *([name, "--help"] for name in COMMANDS)]
 
@@ -80,7 +82,7 @@ def test_examples_are_understood():
     (["doctor", "--preset", "papre"], "paper"),
 ])
 def test_wrong_use_is_one_sentence_and_exit_2(words, hint, capsys):
-    """A misspelt call names what was probably meant, without a usage page or a traceback."""
+    """A misspelled call names what was probably meant, without a usage page or a traceback."""
     assert main(words) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
@@ -212,16 +214,16 @@ def test_report_finds_runs_before_published_ones(tmp_path):
     """New runs win over published ones of that name, which are never written to."""
     runs, published = tmp_path / "runs", tmp_path / "published"
     build_experiment(published / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
-    assert cli.find_experiment("tiny", runs, published) == (published / "tiny", runs / "tiny", None)
+    assert commands.find_experiment("tiny", runs, published) == (published / "tiny", runs / "tiny", None)
     (published / "tiny" / "table2.csv").touch()
     build_experiment(runs / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
-    assert cli.find_experiment("tiny", runs, published) == (
+    assert commands.find_experiment("tiny", runs, published) == (
         runs / "tiny", None, published / "tiny")
     with pytest.raises(UserError, match="did you mean 'tiny'"):
-        cli.find_experiment("tyni", runs, published)
+        commands.find_experiment("tyni", runs, published)
     with pytest.raises(UserError, match="hybridrl run"):
-        cli.find_experiment("tiny", tmp_path / "a", tmp_path / "b")
-    assert cli.find_experiment("some/folder", runs, published)[0] == Path("some/folder")
+        commands.find_experiment("tiny", tmp_path / "a", tmp_path / "b")
+    assert commands.find_experiment("some/folder", runs, published)[0] == Path("some/folder")
 
 
 # list ------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_list_shows_what_there_is(capsys):
 
 def test_cost_of_tiny_is_exact():
     """The training problems of the default preset are counted, not guessed."""
-    from hybridrl_lib.problems import load_parts
+    from hybridrl_lib.problems.splits import load_parts
 
     settings = load_settings("tiny", smoke=False)
     assert catalogue.training_problems(settings) == len(load_parts(settings.data).train)
@@ -271,7 +273,7 @@ def test_minutes_come_from_published_runs_alone(tmp_path):
 def test_doctor_exits_by_its_verdict(monkeypatch, capsys):
     """With --preset the exit code says whether it will work here; without it, that it looked."""
     rows = [("python", "3", ""), ("preset paper", "no", "it needs a GPU")]
-    monkeypatch.setattr("hybridrl_lib.doctor.report", lambda preset=None: rows)
+    monkeypatch.setattr("hybridrl_lib.machine.doctor.report", lambda preset=None: rows)
     assert main(["doctor"]) == 0 and main(["doctor", "--preset", "paper"]) == 1
     assert "it needs a GPU" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 0
@@ -281,7 +283,7 @@ def test_doctor_exits_by_its_verdict(monkeypatch, capsys):
 def test_pretrain_tiny_never_overwrites_a_model(tmp_path, monkeypatch, capsys):
     """The model that results were made with cannot be lost by a command."""
     made = []
-    monkeypatch.setattr("hybridrl_lib.pretraining.pretrain",
+    monkeypatch.setattr("hybridrl_lib.experiments.pretraining.pretrain",
                         lambda folder, seed, report: made.append((folder, seed)))
     assert main(["pretrain-tiny", "--out", str(tmp_path / "new"), "--seed", "3"]) == 0
     assert made == [(tmp_path / "new", 3)]

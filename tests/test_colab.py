@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hybridrl_lib import colab
-from hybridrl_lib.errors import UserError
+from hybridrl_lib.system.errors import UserError
 
 FLOORS = {one.name: next(iter(one.specifier)).version for one in NEEDED}
 # Colab's own kernel (June 2026), the oldest transformers allowed, and what these two need.
@@ -32,7 +32,7 @@ OLDER = ("ipython==7.34.0", "ipykernel==6.17.1", "traitlets==5.7.1", "backcall==
 def versions(monkeypatch):
     """{package: version} that the library is told is installed; a name that is not in it is not."""
     found = dict(FLOORS)
-    monkeypatch.setattr("hybridrl_lib.requirements.installed", lambda name: found.get(name, ""))
+    monkeypatch.setattr("hybridrl_lib.system.requirements.installed", lambda name: found.get(name, ""))
     monkeypatch.setattr(colab, "installed", lambda name: found.get(name, ""))
     return found
 
@@ -141,7 +141,7 @@ def test_setup_cell_says_what_is_wrong(machine):
         machine.stop_pretending()
         last = refused.stderr.strip().splitlines()[-1]
         assert refused.returncode and f"it has {name} {version} (needed: >=" in last
-        assert last.startswith("hybridrl_lib.errors.UserError: This session does not suit")
+        assert last.startswith("hybridrl_lib.system.errors.UserError: This session does not suit")
     failed = machine.run_setup_cell(PIP_FIND_LINKS=str(machine.content))
     assert "UserError: pip could not install math-verify==" in failed.stderr.splitlines()[-1]
     assert machine.versions() == before | {"hybridrl_lib": "0.1.0"}

@@ -8,17 +8,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridrl_lib.objectives import (
     LARGEST_LOG_RATIO,
-    entropy_terms,
+    clipped_surrogate,
+    entropy_term,
     group_advantages,
+    grpo_loss,
+    hybrid_loss,
+    importance_ratio,
     is_clipped,
     k3,
     kl_to_old,
     kl_to_reference,
-    policy_token_losses,
-    score_tokens,
-    sft_token_losses,
+    sft_loss,
     token_weights,
 )
+from hybridrl_lib.policy.scoring import score_tokens
 
 # A vocabulary of three words: every expectation over a token is a sum of three terms.
 OLD = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64).log_softmax(0)
@@ -97,7 +100,8 @@ def test_policy_gradient_is_the_gradient_of_the_expected_advantage():
     """The surrogate, unclipped, under samples of pi_old: -E_pi[A] with its gradient."""
     advantages = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
     estimate = value_and_gradient(
-        lambda log_p: (OLD.exp() * policy_token_losses(log_p, OLD, advantages, 0.99, 99)).sum())
+        lambda log_p: grpo_loss(log_p, OLD, advantages, OLD.exp(), epsilon_low=0.99,
+                                epsilon_high=99))
     exact = value_and_gradient(lambda log_p: -(log_p.exp() * advantages).sum())
     assert estimate[0] == pytest.approx(exact[0], abs=1e-12)
     torch.testing.assert_close(estimate[1], exact[1])
@@ -124,29 +128,29 @@ def test_entropy_is_over_the_whole_vocabulary():
 def test_vocabulary_entropy_term_is_that_entropy():
     """`entropy: vocabulary` hands the exact entropy on; nothing is divided here."""
     entropies = torch.tensor([0.3, 1.2])
-    assert torch.equal(entropy_terms(torch.tensor([-1.0, -2.0]), entropies, "vocabulary"),
-                       entropies)
+    weights = torch.tensor([0.5, 0.25])
+    assert entropy_term(torch.tensor([-1.0, -2.0]), entropies, weights).item() == pytest.approx(0.45)
     with pytest.raises(ValueError, match="printed"):
-        entropy_terms(entropies, entropies, "printed")
+        entropy_term(entropies, entropies, weights, "printed")
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.3, 0.5, 0.9])
 def test_sampled_entropy_term_pushes_towards_one_over_e(probability):
     """The printed sum, differentiated, moves pi(y_t) towards 1/e: up below it, down above it."""
     log_p = torch.tensor([math.log(probability)], requires_grad=True)
-    term = entropy_terms(log_p, torch.zeros(1), "sampled")
+    term = entropy_term(log_p, torch.zeros(1), torch.ones(1), "sampled")
     assert term.item() == pytest.approx(-probability * math.log(probability))
-    term.sum().backward()
+    term.backward()
     assert (log_p.grad.item() > 0) == (probability < 1 / math.e)
     at_rest = torch.tensor([-1.0], requires_grad=True)
-    entropy_terms(at_rest, torch.zeros(1), "sampled").sum().backward()
+    entropy_term(at_rest, torch.zeros(1), torch.ones(1), "sampled").backward()
     assert abs(at_rest.grad.item()) < 1e-7
 
 
 def test_sampled_entropy_term_is_no_estimator_of_the_entropy():
     """Neither its expectation nor its expected gradient is that of H."""
     def sampled(log_p):
-        return (log_p.detach().exp() * entropy_terms(log_p, log_p, "sampled")).sum()
+        return entropy_term(log_p, log_p, log_p.detach().exp(), "sampled")
 
     estimate = value_and_gradient(sampled)
     exact = value_and_gradient(lambda log_p: -(log_p.exp() * log_p).sum())
@@ -161,8 +165,7 @@ def test_the_ratio_is_per_token():
     """Each token has its own rho; a ratio of whole sequences would give other losses."""
     old = torch.tensor([-1.0, -1.0, -2.0])
     now = torch.tensor([-0.95, -1.1, -2.0])
-    losses = policy_token_losses(now, old, torch.ones(3), 0.2, 0.2)
-    torch.testing.assert_close(losses, -torch.tensor([0.05, -0.1, 0.0]).exp())
+    torch.testing.assert_close(importance_ratio(now, old), torch.tensor([0.05, -0.1, 0.0]).exp())
 
 
 @pytest.mark.parametrize(("ratio", "advantage", "loss", "clipped"), [
@@ -177,7 +180,7 @@ def test_the_clip(ratio, advantage, loss, clipped):
     """min[rho A, clip(rho) A], with no gradient exactly where the clip is active."""
     now = torch.tensor([math.log(ratio) - 2.0], requires_grad=True)
     arguments = (torch.tensor([-2.0]), torch.tensor([advantage]), 0.2, 0.2)
-    value = policy_token_losses(now, *arguments)
+    value = -clipped_surrogate(importance_ratio(now, arguments[0]), *arguments[1:])
     value.sum().backward()
     assert value.item() == pytest.approx(loss)
     assert (now.grad.item() == 0) == clipped
@@ -187,24 +190,69 @@ def test_the_clip(ratio, advantage, loss, clipped):
 def test_the_two_bounds_of_the_clip_are_their_own():
     """epsilon_low bounds from below and epsilon_high from above, not the other way round."""
     old, now = torch.zeros(2), torch.tensor([0.5, 2.0]).log()
-    losses = policy_token_losses(now, old, torch.tensor([-1.0, 1.0]), 0.1, 0.3)
-    torch.testing.assert_close(losses, torch.tensor([0.9, -1.3]))
+    gains = clipped_surrogate(importance_ratio(now, old), torch.tensor([-1.0, 1.0]), 0.1, 0.3)
+    torch.testing.assert_close(gains, torch.tensor([-0.9, 1.3]))
 
 
 def test_a_freak_token_leaves_everything_finite():
     """A log-ratio far out is clamped before exp(), in the loss and in both divergences."""
     old = torch.tensor([-1000.0, -0.1])
     now = torch.tensor([-0.1, -1000.0], requires_grad=True)
-    total = (policy_token_losses(now, old, torch.tensor([-1.0, 1.0]), 0.2, 0.2)
-             + kl_to_old(now, old) + kl_to_reference(now, old, old)).sum()
+    kl = kl_to_old(now, old) + kl_to_reference(now, old, old)
+    total = grpo_loss(now, old, torch.tensor([-1.0, 1.0]), torch.ones(2), epsilon_low=0.2,
+                      epsilon_high=0.2, beta=1.0, kl=kl)
     total.backward()
     assert total.isfinite() and now.grad.isfinite().all()
     assert math.exp(LARGEST_LOG_RATIO) < torch.finfo(torch.float32).max / 1e9
 
 
-def test_sft_loss_is_the_negative_log_probability():
-    """L_SFT per token, with its sign."""
-    assert sft_token_losses(torch.tensor([-0.5])).item() == 0.5
+def test_sft_loss_is_the_weighted_negative_log_probability():
+    """L_SFT with its sign and weights, by hand."""
+    log_p = torch.tensor([-0.5, -2.0], requires_grad=True)
+    loss = sft_loss(log_p, torch.tensor([0.5, 0.25]))
+    loss.backward()
+    assert loss.item() == pytest.approx(0.75)
+    assert log_p.grad.tolist() == [-0.5, -0.25]
+
+
+def test_grpo_loss_is_the_printed_one():
+    """1/G sum 1/T_i sum_t of min, clip, and beta KL, on two answers worked out by hand."""
+    old = torch.tensor([-1.0, -1.0, -2.0])  # one answer of two tokens, one of one
+    now = (old + torch.tensor([1.5, 1.0, 0.5]).log()).requires_grad_()
+    advantages, weights = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0.25, 0.25, 0.5])
+    kl = kl_to_old(now, old)
+    loss = grpo_loss(now, old, advantages, weights, epsilon_low=0.2, epsilon_high=0.2, beta=0.1,
+                     kl=kl)
+    divergence = [r * math.log(r) - r + 1 for r in (1.5, 1.0, 0.5)]
+    gains = [1.2, 1.0, -0.8]
+    expected = -sum(w * (g - 0.1 * d) for w, g, d in zip((0.25, 0.25, 0.5), gains, divergence,
+                                                         strict=True))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()  # clipped tokens only have the gradient of the KL: w beta rho log rho
+    assert now.grad.tolist() == pytest.approx(
+        [0.25 * 0.1 * 1.5 * math.log(1.5), -0.25, 0.5 * 0.1 * 0.5 * math.log(0.5)], abs=1e-6)
+
+
+def test_detached_tokens_keep_their_value_and_lose_their_gradient():
+    """Clip-Cov: the surrogate of a marked token has no gradient; its KL keeps it."""
+    old, now = torch.tensor([-1.0, -1.0]), torch.tensor([-0.9, -0.9], requires_grad=True)
+    arguments = (old, torch.ones(2), torch.full((2,), 0.5))
+    plain = grpo_loss(now, *arguments, epsilon_low=0.2, epsilon_high=0.2)
+    marked = grpo_loss(now, *arguments, epsilon_low=0.2, epsilon_high=0.2,
+                       no_gradient=torch.tensor([True, False]))
+    assert marked.item() == plain.item()
+    marked.backward()
+    assert now.grad[0] == 0 and now.grad[1] < 0
+
+
+def test_hybrid_loss_weights_its_three_terms():
+    """L = lambda_SFT L_SFT + lambda_RL L_RL - gamma H: factors and signs, also of the gradient."""
+    terms = [torch.tensor(value, requires_grad=True) for value in (2.0, 3.0, 5.0)]
+    loss = hybrid_loss(*terms, lambda_sft=0.3, lambda_rl=0.7, gamma=0.1)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.6 + 2.1 - 0.5)
+    assert [term.grad.item() for term in terms] == pytest.approx([0.3, 0.7, -0.1])
+    assert hybrid_loss(2.0, 0.0, 0.0, lambda_sft=1.0, lambda_rl=0.0, gamma=0.0) == 2.0
 
 
 # Advantages ---------------------------------------------------------------------------------------
@@ -231,25 +279,25 @@ def test_advantages_are_taken_within_each_group():
         group_advantages(rewards, "batch")
 
 
-# Normalisation ------------------------------------------------------------------------------------
+# Normalization ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("normalisation", "formula"), [
+@pytest.mark.parametrize(("normalization", "formula"), [
     ("sequence_mean", lambda sums, lengths: (sums / lengths).sum() / 3),
     ("token_mean", lambda sums, lengths: sums.sum() / lengths.sum()),
     ("sequence_sum", lambda sums, lengths: sums.sum() / 3),
     ("constant", lambda sums, lengths: sums.sum() / (3 * 10)),
 ])
-def test_named_normalisations(normalisation, formula):
-    """Each name is one formula over the token losses of the whole optimiser step."""
+def test_named_normalizations(normalization, formula):
+    """Each name is one formula over the token losses of the whole optimizer step."""
     lengths = torch.tensor([2, 5, 9])
     sums = torch.tensor([1.5, -0.5, 4.0])
-    weights = token_weights(lengths, normalisation, longest=10)
+    weights = token_weights(lengths, normalization, longest=10)
     assert (weights * sums).sum() == pytest.approx(formula(sums, lengths).item())
 
 
-def test_normalisation_refuses_what_it_does_not_know():
-    """A misspelt name, or `constant` without its constant, is no silent default."""
+def test_normalization_refuses_what_it_does_not_know():
+    """A misspelled name, or `constant` without its constant, is no silent default."""
     with pytest.raises(ValueError, match="mean_of_means"):
         token_weights(torch.tensor([1]), "mean_of_means")
     with pytest.raises(ValueError, match="longest"):

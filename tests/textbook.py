@@ -14,12 +14,12 @@ def plain_scores(model, prompt, completion, temperature=1.0):
     return chosen, -(log_p.exp() * log_p).sum(-1)
 
 
-def plain_mean(terms, normalisation):
+def plain_mean(terms, normalization):
     """The mean of token terms [(T_i,)] by name."""
     sums = torch.stack([term.sum() for term in terms])
     lengths = torch.tensor([float(len(term)) for term in terms])
     return {"sequence_mean": (sums / lengths).mean(), "token_mean": sums.sum() / lengths.sum(),
-            "constant": sums.sum() / (len(terms) * CAP), "sequence_sum": sums.mean()}[normalisation]
+            "constant": sums.sum() / (len(terms) * CAP), "sequence_sum": sums.mean()}[normalization]
 
 
 def plain_grpo(policy, groups, rewards, old, reference, settings, gamma=0.0, entropy="vocabulary"):
@@ -44,8 +44,8 @@ def plain_grpo(policy, groups, rewards, old, reference, settings, gamma=0.0, ent
             losses.append(loss)
             entropies.append(all_words if entropy == "vocabulary" else -now.exp() * now)
             place += 1
-    return (plain_mean(losses, rl.loss_normalisation)
-            - gamma * plain_mean(entropies, settings.sft.loss_normalisation))
+    return (plain_mean(losses, rl.loss_normalization)
+            - gamma * plain_mean(entropies, settings.sft.loss_normalization))
 
 
 def gradient(trainer, loss):
@@ -77,12 +77,12 @@ def problems_of(trainer, groups):
     return [by_prompt[tuple(group.prompt_ids)] for group in groups]
 
 
-def plain_sft(trainer, problems, normalisation="token_mean"):
+def plain_sft(trainer, problems, normalization="token_mean"):
     """L_SFT on the demonstrations of problems."""
     return plain_mean([-plain_scores(trainer.policy.model,
                                      trainer.policy.encode_prompt(p.question),
                                      trainer.policy.encode_completion(p.solution))[0]
-                       for p in problems], normalisation)
+                       for p in problems], normalization)
 
 
 def plain_rl(trainer, groups, rewards, old=None):

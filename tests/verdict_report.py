@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hybridrl_lib.rewards import Verifier
+from hybridrl_lib.rewards.verifier import Verifier
 
 DATA = Path(__file__).parent / "data"
 CORPUS, PAGE = DATA / "verdicts.jsonl", DATA / "verdicts.md"

@@ -1,120 +1,77 @@
 """BRIDGE (arXiv 2509.06948 v1-v3): an adapter learns what makes SFT help RL.
 
     theta: base weights; w: LoRA adapter; hat: a copy of theta that learns from RL alone
-    in every update, g being gradients of losses, all at the weights before it:
+    in every update, with gradients g of losses, all at the weights before it:
         g_sft, g_rl at (theta, w);  g_hat = that of L_RL at (hat, w), on the same rollouts
-        theta <- theta - alpha [(1 - lambda) g_sft + lambda g_rl]        (its part for theta)
-        hat   <- hat   - alpha g_hat                                     (its part for hat)
-        w     <- w     - beta  [(1 - lambda) g_sft + lambda (g_rl - g_hat)]   (their parts for w)
+        theta <- theta - alpha [(1 - lambda) g_sft + lambda g_rl]        (the part for theta)
+        hat   <- hat   - alpha g_hat                                     (the part for hat)
+        w     <- w     - beta  [(1 - lambda) g_sft + lambda (g_rl - g_hat)]   (the parts for w)
 
-J_RL(theta, w) - J_RL(hat, w) is the cooperative gain: what joint training wins over RL alone.
+J_RL(theta, w) - J_RL(hat, w) is the cooperative gain: what joint training gains over RL alone.
 
-Second-hand: no official code; a note, reviews and abstracts. Ambiguous: the policy gradient, GRPO
-or PPO (here GRPO); LoRA's rank (`model.lora_rank`); beta, w's learning rate (5e-7 is said of all;
+Second-hand: no official code; a note, reviews, and abstracts. Ambiguous: the policy gradient, GRPO
+or PPO (here GRPO); LoRA's rank (`model.lora_rank`); beta, w's learning rate (5e-7 is given for all;
 `bridge.adapter_learning_rate`); whether lambda is annealed (0.5 in the appendix;
 `bridge.last_rl_weight`); and whether hat persists or is one step ahead of theta
-(`bridge.auxiliary`). A wrong answer has reward -1 there and 0 here, which an advantage that is
-divided by the deviation makes the same. hat has not sampled the answers: its ratio, and its clip,
-are to the policy that did. Each of the three has an AdamW of its own and its gradient is
-clipped by itself. The KL anchor is the initial model without an adapter. Where hat persists, its
-gain has no gradient at the first update, since hat is theta. The second pass costs about as much
-again as an RL update; compare at equal compute. In memory there are the model, hat, the reference,
-two sets of moments and two gradients (three where hat is one step ahead): nine times the model in
-fp32.
+(`bridge.auxiliary`). A wrong answer has reward -1 there and 0 here, which makes no difference for
+an advantage that is divided by the deviation. hat has not sampled the answers: its ratio, and its
+clip, are relative to the policy that did. Each of the three has its own AdamW, and its gradient is
+clipped separately. The KL anchor is the initial model without an adapter. If hat persists, its gain
+has no gradient at the first update, since hat is theta. The second pass costs about as much as an
+RL update; compare at equal compute. In memory there are the model, hat, the reference, two sets of
+moments, and two gradients (three if hat is one step ahead): nine times the model in fp32.
 
 `bridge_without_gain` keeps the adapter and drops the gain from what it learns, `bridge_joint` lets
-it learn what theta learns, and `bridge_without_adapter` leaves theta alone: (1 - lambda) SFT +
-lambda RL, which is the method `combined` with the weight 1 - lambda.
+it learn what theta learns, and `bridge_without_adapter` leaves it 0: then theta learns from
+(1 - lambda) SFT + lambda RL, which is the method `combined` with the weight 1 - lambda.
 """
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from ..config import Settings
-from ..fields import Section, setting
+import torch
+from torch import Tensor
+
+from ..config.settings import Settings
+from ..learning.learner import Learner
+from ..learning.progress import Progress, Weights
+from ..learning.step import Step
+from ..learning.update import Totals, Update
 from ..setups import Setup
-from .method import Method, Progress, Weights, mixing_stage
+from .method import Method, Run
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..steps import Step
-    from ..updates import Learner, Totals, Update
-
-Gradient = dict[str, "Tensor"]  # by the weight's name; without those that have none
-
-
-@dataclass(frozen=True)
-class BridgeSettings(Section):
-    """lambda, and what the adapter learns."""
-
-    section: ClassVar[str] = "bridge"
-    rl_weight: float = setting(0.5, "lambda, weight of L_RL and of the gain, at the first step; "
-                               "L_SFT has the rest",
-                               "second-hand: 0.5, flat from 0.3 to 0.7", above=0, below=1)
-    last_rl_weight: float | None = setting(
-        None, "lambda at the last step, which a line leads to; none = it stays as it is",
-        "second-hand: whether it is annealed is ambiguous", above=0, below=1)
-    adapter: str = setting(
-        "gain", "what the adapter learns from: gain = SFT and the cooperative gain; sft = SFT "
-        "alone; both = SFT and RL, as the base weights; nothing = it stays 0",
-        "BRIDGE: gain", choices=("gain", "sft", "both", "nothing"))
-    auxiliary: str = setting(
-        "persistent", "for bridge.adapter=gain, the weights that it compares with: persistent = a "
-        "copy that RL alone has trained since the start; one_step = the base weights after one RL "
-        "update from where they are", "sources disagree", choices=("persistent", "one_step"))
-    base_learning_rate: float | None = setting(
-        None, "alpha, the learning rate of the base weights; none = rl.learning_rate, which a "
-        "preset with LoRA has for the adapter", "second-hand: the same everywhere", above=0)
-    adapter_learning_rate: float | None = setting(
-        None, "beta, the adapter's; none = rl.learning_rate, whose schedule both have",
-        "second-hand: the same everywhere", above=0)
+Gradient = dict[str, Tensor]  # by the name of the weight; without those that have none
 
 
 class Bridge(Method):
-    """SFT and RL on the base weights, and an adapter that is taught to make them cooperate."""
-
-    settings_section = BridgeSettings
-    adapters = ("lora",)
-    sharded = False
-    trains_base = True
-
-    @classmethod
-    def copies(cls, own: BridgeSettings, device: str) -> tuple[float, float]:
-        gain, ahead = own.adapter == "gain", own.auxiliary == "one_step"
-        return (3.0 if gain else 0.0), (2.0 if gain and ahead else 1.0)  # hat, moments; gradients
+    """SFT and RL on the base weights, and an adapter that is trained to make them cooperate."""
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
-        if settings.model.precision == "fp16":
-            settings.model.refuse("precision", "three optimisers share a backward pass, which the "
-                                  "loss scale of fp16 does not allow; choose bf16 or fp32")
-        self.stages = (mixing_stage(settings),)
         self.hat: dict[str, Tensor] = {}
         self.beside = 0  # updates of the adapter and of hat in this step
 
-    def begin(self, trainer) -> None:
-        before = set(trainer.policy.trained_weights())
-        trainer.policy.train_base()
-        self.trained = trainer.policy.trained_weights()  # kept: to look them up takes milliseconds
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        before = set(run.policy.trained_weights())
+        run.policy.train_base()
+        self.trained = run.policy.trained_weights()  # kept: looking them up takes milliseconds
         self.base = {name: None for name in self.trained if name not in before}  # in order
-        self._follow()
+        self._copy_theta_to_hat()
 
     def weights(self, progress: Progress) -> Weights:
         first, last = self.own.rl_weight, self.own.last_rl_weight
-        rl = first if last is None else first + (last - first) * progress.way
+        rl = first if last is None else first + (last - first) * progress.fraction
         return Weights(sft=1 - rl, rl=rl)
 
-    def compose(self, step: "Step") -> "list[Update]":
-        """In turn an SFT update and an RL update, both with the weight 1; `learn` mixes them."""
+    def compose(self, step: Step) -> list[Update]:
+        """Alternating SFT and RL updates, both with the weight 1; `learn` mixes them."""
         updates, count = [], step.mini_batches
         for i in range(count):
             updates += [step.update(step.demonstrations[i::count], sft=1.0),
                         step.update(rollouts=step.rollouts[i::count], rl=1.0)]
         return updates
 
-    def learn(self, step: "Step", updates: "list[Update]", totals: "Totals") -> list[float]:
+    def learn(self, step: Step, updates: list[Update], totals: Totals) -> list[float]:
         learner, own = step.learner, self.own
         for update in updates[1::2]:
             update.old = learner.scores(update.sequences)
@@ -140,7 +97,7 @@ class Bridge(Method):
             step.row["bridge/distance"] = self._distance()
         return norms
 
-    def _mixed(self, step: "Step", taught: "Update", sampled: "Update", totals: "Totals",
+    def _mixed(self, step: Step, taught: Update, sampled: Update, totals: Totals,
                rate: float, gains: list[float]) -> tuple[Gradient, Gradient]:
         """(gradient of the base weights, that of the adapter); hat has taken its step."""
         own, lam, learner = self.own, step.weights.rl, step.learner
@@ -156,25 +113,23 @@ class Bridge(Method):
         if own.adapter != "gain":
             return mixed, mixed if own.adapter == "both" else add((1 - lam, of_sft))
         if own.auxiliary == "persistent":
-            g_rl = {}  # nor is it needed any more
+            g_rl = {}  # no longer needed
         of_hat, loss_hat = self._auxiliary(learner, sampled, g_rl, rate)
         gains.append(loss_hat - loss)
         gain = add((1.0, of_rl), (-1.0, of_hat))
         return mixed, add((1 - lam, of_sft), (lam, gain))
 
-    # The auxiliary copy ---------------------------------------------------------------------------
+    # The auxiliary copy ------------------------------------------------------------------------
 
-    def _auxiliary(self, learner: "Learner", sampled: "Update", g_rl: Gradient,
+    def _auxiliary(self, learner: Learner, sampled: Update, g_rl: Gradient,
                    rate: float) -> tuple[Gradient, float]:
         """The adapter's part of g_hat, and L_RL at (hat, w); hat takes its step.
 
-        Its step clips the gradient that it is given, and is skipped by its own loss alone.
+        The step clips the gradient that it is given, and is skipped only for its own loss.
         """
-        from ..updates import Totals
-
         totals = Totals()
         if self.own.auxiliary == "one_step":
-            self._follow()
+            self._copy_theta_to_hat()
         own = {name: weight.data for name, weight in self.trained.items()}
         with learner.policy.with_weights(own | self.hat):
             if self.own.auxiliary == "one_step":
@@ -188,22 +143,19 @@ class Bridge(Method):
     def _of_adapter(self, whole: Gradient) -> Gradient:
         return {name: g for name, g in whole.items() if name not in self.base}
 
-    def _follow(self) -> None:
-        """Makes hat a copy of theta."""
+    def _copy_theta_to_hat(self) -> None:
         if self.own.adapter == "gain":
             self.hat = {name: self.trained[name].detach().clone() for name in self.base}
 
     def _distance(self) -> float:
         """||theta - hat||."""
-        from torch.nn.utils import get_total_norm
+        return float(torch.nn.utils.get_total_norm(
+            [self.trained[name].detach() - hat for name, hat in self.hat.items()]))
 
-        return float(get_total_norm([self.trained[name].detach() - hat
-                                     for name, hat in self.hat.items()]))
-
-    def _gradient(self, learner: "Learner", update: "Update", totals: "Totals") -> Gradient:
+    def _gradient(self, learner: Learner, update: Update, totals: Totals) -> Gradient:
         """The gradient of an update's loss, taken off the weights.
 
-        It is not a number where the loss is not: whatever is made of it moves nothing.
+        It is NaN if the loss is not finite: then whatever is made of it changes nothing.
         """
         learner.accumulate(update, totals)
         taken = {}
@@ -215,9 +167,9 @@ class Bridge(Method):
             learner.loss_is_finite = True
         return taken
 
-    def _move(self, learner: "Learner", wanted: Gradient, base: bool, rate: float,
+    def _move(self, learner: Learner, wanted: Gradient, base: bool, rate: float,
               optimizer: str) -> float | None:
-        """One step of the base weights, or of the adapter; None where there is no gradient."""
+        """One step of the base weights, or of the adapter; None if there is no gradient."""
         mine = {name: g for name, g in wanted.items() if (name in self.base) == base}
         if not mine:
             return None
@@ -227,12 +179,12 @@ class Bridge(Method):
         self.beside += optimizer != "main" and math.isfinite(norm)
         return norm
 
-    # The checkpoint -------------------------------------------------------------------------------
+    # The checkpoint ----------------------------------------------------------------------------
 
-    def tensors(self) -> "dict[str, Tensor]":
+    def tensors(self) -> dict[str, Tensor]:
         return dict(self.hat) if self.own.auxiliary == "persistent" else {}
 
-    def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
+    def load_state(self, state: dict, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.hat[name].copy_(tensor)
 

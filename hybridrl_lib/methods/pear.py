@@ -5,125 +5,72 @@
     L = sum_t G_t * -log pi_theta(y_t|x, y_<t),  no gradient through G, log G clipped
     sequence   log G_t = delta_1 + ... + delta_T
     token      log G_t = (T - t) log gamma + delta_t+1 + ... + delta_T     (t itself is not in it)
-    block      the same from the end of the block that t is in; blocks of one token are `token`
+    block      the same from the end of the block of t; blocks of one token are `token`
     then the same GRPO as after plain SFT
 
-No official code. The formulas and clip bounds come second-hand, through a re-implementation with a
+No official code. The formulas and clip bounds are second-hand, from a re-implementation with a
 mapping to the paper's sections. Unspecified, not found: what the weighted losses are divided by;
-that is a setting, and `weights` has the step size of SFT. T is the true length and EOS is in the
-product and the loss; the re-implementation took the padded length, and clamps G to [0.1, 10].
-`pear_centred` is a replication's, which found that on long answers published PEAR trains their end
-alone: delta less its mean over the answer, weights of mean 1 (here over an update). Its clip is
-taken after that. The paper's negative examples are left out: their formula is unverified.
+that is a setting, and `weights` has the step size of SFT. T is the true length, and EOS is in the
+product and the loss; the re-implementation takes the padded length, and clamps G to [0.1, 10].
+`pear_centered` is the variant of a replication, which found that on long answers published PEAR
+only trains their end: delta minus its mean over the answer, weights of mean 1 (here over an
+update). Its clip comes after that. The paper's negative examples are not implemented: their formula
+is unverified.
 
-Human solutions have no pi_beta, so the demonstrations are sampled: the first right one of
-`pear.samples` answers of the behaviour model. A problem without one is left out of SFT. That they
-are right answers, not any, is in no log-probability. Unless a model is named, pi_beta is the run's
-base model after some plain SFT. `sft_sampled_then_rl` learns from the same demonstrations without
-weights: that is the arm to compare with.
+Human solutions have no pi_beta, so the demonstrations are sampled: the first correct one of
+`pear.samples` answers of the behavior model. A problem without one is left out of SFT. That they
+are correct answers, not any, is in no log-probability. By default, pi_beta is the run's base model
+after some plain SFT. `sft_sampled_then_rl` learns from the same demonstrations without weights:
+that is the arm to compare with.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import math
+from collections.abc import Sequence
 
-from ..config import Settings
-from ..fields import Section, setting
-from ..home import is_missing, without_home
+from torch import Tensor
+
+from ..config.methods import PEARSettings
+from ..config.settings import Settings
+from ..learning.progress import Progress
+from ..learning.step import Step
+from ..learning.update import Update
 from ..setups import Setup
-from .method import Progress
+from .method import Run
+from .pear_demonstrations import (
+    OF_THIS_RUN,
+    Demonstration,
+    behavior_policy,
+    demonstrations_from,
+    refuse_other_tokenizer,
+    sample_demonstrations,
+    sizes_of,
+    tensors_of,
+)
 from .staged import Staged
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..steps import Step
-
-
-@dataclass(frozen=True)
-class PEARSettings(Section):
-    """The weights, and who wrote the demonstrations."""
-
-    section: ClassVar[str] = "pear"
-    level: str = setting("token", "what shares a weight: a token, a block or the whole sequence; "
-                         "none = all weights are 1", "PEAR has the three",
-                         choices=("token", "block", "sequence", "none"))
-    block_size: int = setting(4, "tokens in a block, for pear.level=block", "second-hand: 4",
-                              at_least=1)
-    gamma: float = setting(0.999, "discount of a token's weight per token after it, at the levels "
-                           "token and block", "second-hand: 0.999", above=0, at_most=1)
-    delta_low: float = setting(-0.08, "lower clip bound of a token's log-ratio",
-                               "second-hand: -0.08", at_most=0)
-    delta_high: float = setting(0.3, "upper clip bound of the same", "second-hand: 0.3",
-                                at_least=0)
-    log_weight_low: float = setting(-10.0, "lower clip bound of a weight's logarithm",
-                                    "second-hand: -10", at_most=0)
-    log_weight_high: float = setting(5.0, "upper clip bound of the same", "second-hand: 5",
-                                     at_least=0)
-    normalisation: str = setting(
-        "tokens", "tokens = the weighted losses are normalised as those of SFT; weights = so that "
-        "the mean weight of an update is 1", "unspecified in the paper",
-        choices=("tokens", "weights"))
-    centred: bool = setting(False, "whether the log-ratios have their mean over the answer "
-                            "subtracted; for pear.level=none, as all settings of weights, nothing",
-                            "a replication's variant")
-    behaviour: str | None = setting(
-        "sft", "the model that writes the demonstrations: a folder, hub name or GGUF file with the "
-        "same tokenizer; sft = the base model after SFT on the reference solutions")
-    behaviour_epochs: int = setting(5, "epochs of that SFT", at_least=1)
-    behaviour_rate: float | None = setting(
-        None, "its learning rate, which `hybridrl compare` does not tune, so that all arms learn "
-        "from the same demonstrations; none = sft.learning_rate", above=0)
-    samples: int = setting(8, "answers sampled a problem, at temperature 1, of which the first "
-                           "right one is the demonstration", at_least=1)
-
-    def check(self) -> None:
-        if self.behaviour is None:
-            self.refuse("behaviour", "human solutions have no log-probabilities under the model "
-                        "that wrote them, which PEAR divides by; name a model, or sft")
-        object.__setattr__(self, "behaviour", without_home(self.behaviour))  # as model.path
+from .weight_changes import copy_of, weight_changes
 
 
 class PEAR(Staged):
-    """SFT weighted by how likely the policy is to go on as the demonstration does, then RL."""
-
-    settings_section = PEARSettings
-    own_loss = True
-    sharded = False
-
-    @classmethod
-    def copies(cls, own: PEARSettings, device: str) -> tuple[float, float]:
-        return (0.0, 0.0) if device == "cuda" else (2.0, 1.0)  # of before; of now, too
+    """SFT weighted by how likely the policy is to continue as the demonstration does, then RL."""
 
     def __init__(self, setup: Setup, settings: Settings):
         super().__init__(setup, settings)
-        if self.own.level == "block" and self.own.block_size >= settings.rl.max_new_tokens:
-            self.own.refuse("block_size", "a demonstration of at most rl.max_new_tokens = "
-                            f"{settings.rl.max_new_tokens} tokens would be a single block, with "
-                            "nothing after it to weigh it by; give fewer tokens")
-        if is_missing(self.own.behaviour):
-            self.own.refuse("behaviour", "there is no such file or folder; give a model folder, a "
-                            "hub name, a GGUF file, or sft")
-        self.demonstrations: dict | None = None  # by problem; sampled at the first step of SFT
+        # By problem; sampled at the first step of SFT.
+        self.demonstrations: dict[str, Demonstration] | None = None
         self.after_sft: dict[str, Tensor] = {}
 
-    def begin(self, trainer) -> None:
-        from ..behaviour import OF_THIS_RUN, refuse_other_tokenizer
-        from ..weight_changes import copy_of
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        self.at_first = copy_of(run.policy.trained_weights())
+        if self.own.behavior != OF_THIS_RUN and not run.has_begun:  # otherwise they are sampled
+            refuse_other_tokenizer(self.own.behavior, run.policy, run.problems, run.settings)
 
-        self.trainer = trainer
-        self.at_first = copy_of(trainer.weights())
-        if self.own.behaviour != OF_THIS_RUN and not trainer.folder.has_begun:  # else it is written
-            refuse_other_tokenizer(self.own.behaviour, trainer.policy, trainer.parts.train,
-                                   trainer.settings)
+    # SFT ---------------------------------------------------------------------------------------
 
-    # SFT ------------------------------------------------------------------------------------------
-
-    def compose(self, step: "Step"):
+    def compose(self, step: Step) -> list[Update]:
         if not step.demonstrations:
             if step.progress.step == 0:
-                from ..weight_changes import copy_of
-
-                self.after_sft = copy_of(self.trainer.weights())
+                self.after_sft = copy_of(self.run.policy.trained_weights())
             return super().compose(step)
         if self.demonstrations is None:
             self._sample(step)
@@ -132,101 +79,93 @@ class PEAR(Staged):
         update = step.update([demonstration.sequence for demonstration in known])
         step.row["pear/demonstrations"] = len(known)
         if known and self.own.level != "none":
-            scores = step.learner.scores(update.sequences, temperature=1.0)
-            deltas = [score - demonstration.behaviour
-                      for score, demonstration in zip(scores, known, strict=True)]
-            weights = [log_weights(delta, self.own).exp() for delta in deltas]
-            self._describe(step.row, deltas, weights)
-            if self.own.normalisation == "weights":
-                shares = list(zip(update.sft.tolist(), weights, strict=True))
-                scale = (sum(share * len(weight) for share, weight in shares)
-                         / sum(share * float(weight.sum()) for share, weight in shares))
-                weights = [scale * weight for weight in weights]
+            weights = self._weights(step, update, known)
             update.demonstration_loss = lambda i, scores, entropies: -weights[i] * scores
         return [update]
 
-    def _sample(self, step: "Step") -> None:
-        """Has the behaviour model write the demonstrations; it is dropped afterwards."""
-        from ..behaviour import behaviour_policy, sample_demonstrations
+    def _weights(self, step: Step, update: Update,
+                 known: Sequence[Demonstration]) -> list[Tensor]:
+        """G (T_i,) of every demonstration of an update."""
+        scores = step.learner.scores(update.sequences, temperature=1.0)
+        deltas = [score - demonstration.behavior
+                  for score, demonstration in zip(scores, known, strict=True)]
+        weights = [log_weights(delta, self.own).exp() for delta in deltas]
+        self._describe(step.row, deltas, weights)
+        if self.own.normalization == "weights":
+            shares = list(zip(update.sft.tolist(), weights, strict=True))
+            scale = (sum(share * len(weight) for share, weight in shares)
+                     / sum(share * float(weight.sum()) for share, weight in shares))
+            weights = [scale * weight for weight in weights]
+        return weights
 
-        trainer, own, problems = self.trainer, self.own, self.trainer.parts.train
-        policy, taught = behaviour_policy(
-            own.behaviour, trainer.policy, problems, trainer.settings, own.behaviour_epochs,
-            own.behaviour_rate or trainer.settings.sft.learning_rate, trainer.seed)
+    def _sample(self, step: Step) -> None:
+        """Has the behavior model write the demonstrations; it is dropped afterwards."""
+        run, own = self.run, self.own
+        policy, taught = behavior_policy(
+            own.behavior, run.policy, run.problems, run.settings, own.behavior_epochs,
+            own.behavior_rate or run.settings.sft.learning_rate, run.seed)
         self.demonstrations, tokens = sample_demonstrations(
-            policy, trainer.policy, problems, trainer.verifier, trainer.settings, own.samples,
-            trainer.seed)
-        without = len(problems) - len(self.demonstrations)
-        trainer.tokens |= {"behaviour": tokens, "behaviour_demonstrations": taught.tokens}
-        step.row |= {"pear/problems_without": without, "pear/behaviour_tokens": tokens,
-                     "groups/beside": len(problems) * own.samples, "updates/beside": taught.updates}
-        trainer.observer.note(f"the behaviour model solved {len(self.demonstrations)} of "
-                              f"{len(problems)} training problems; the others are left out of SFT")
+            policy, run.policy, run.problems, run.verifier, run.settings, own.samples, run.seed)
+        without = len(run.problems) - len(self.demonstrations)
+        step.tokens.update(behavior=tokens, behavior_demonstrations=taught.tokens)
+        step.row |= {"pear/problems_without": without, "pear/behavior_tokens": tokens,
+                     "groups/beside": len(run.problems) * own.samples,
+                     "updates/beside": taught.updates}
+        run.note(f"the behavior model solved {len(self.demonstrations)} of {len(run.problems)} "
+                 "training problems; the others are left out of SFT")
 
-    def _describe(self, row: dict, deltas: "list[Tensor]", weights: "list[Tensor]") -> None:
-        """Mean log-ratio, share of tokens where it is clipped, mean weight, and the share of tokens
-        that, weighted alike, would average as noisily."""
+    def _describe(self, row: dict, deltas: list[Tensor], weights: list[Tensor]) -> None:
+        """Mean log-ratio, fraction of clipped tokens, mean weight, and effective sample size."""
         own, count = self.own, sum(map(len, weights))
         total = sum(float(weight.sum()) for weight in weights)
         squares = sum(float(weight.pow(2).sum()) for weight in weights)
         outside = sum(int(((d < own.delta_low) | (d > own.delta_high)).sum())
-                      for d in (centred(delta, own) for delta in deltas))
+                      for d in (centered(delta, own) for delta in deltas))
         row |= {"pear/delta": sum(float(delta.sum()) for delta in deltas) / count,
                 "pear/clipped": outside / count, "pear/weight": total / count,
                 "pear/effective": total ** 2 / (count * squares)}
 
-    # RL -------------------------------------------------------------------------------------------
+    # RL ----------------------------------------------------------------------------------------
 
     def after_step(self, row: dict, progress: Progress) -> None:
-        """Where the policy is validated, how far RL has moved the weights."""
-        every = self.trainer.steps_per_epoch(progress.stage) * self.settings.training.validate_every
+        """When the policy is validated, how far RL has moved the weights."""
+        every = self.run.steps_per_epoch(progress.stage) * self.settings.training.validate_every
         step = progress.step + 1
         if progress.stage.name == "rl" and (step == progress.steps or step % every == 0):
-            from ..weight_changes import copy_of, weight_changes
-
-            changes = weight_changes(self.at_first, self.after_sft, copy_of(self.trainer.weights()))
+            changes = weight_changes(self.at_first, self.after_sft,
+                                     copy_of(self.run.policy.trained_weights()))
             row |= {f"pear/{name}": value for name, value in changes.items()}
 
-    # The checkpoint -------------------------------------------------------------------------------
+    # The checkpoint ----------------------------------------------------------------------------
 
     def state(self) -> dict:
-        from ..behaviour import sizes_of
-
         known = self.demonstrations
         return {} if known is None else {"demonstrations": sizes_of(known)}
 
-    def tensors(self) -> "dict[str, Tensor]":
-        from ..behaviour import tensors_of
-
+    def tensors(self) -> dict[str, Tensor]:
         kept = {f"after_sft/{name}": weight for name, weight in self.after_sft.items()}
         return kept | tensors_of(self.demonstrations or {})
 
-    def load_state(self, state: dict) -> None:
-        self.sizes = state.get("demonstrations")
-
-    def load_tensors(self, tensors: "dict[str, Tensor]") -> None:
-        from ..behaviour import demonstrations_of
-
+    def load_state(self, state: dict, tensors: dict[str, Tensor]) -> None:
         self.after_sft = {name.removeprefix("after_sft/"): weight
                           for name, weight in tensors.items() if name.startswith("after_sft/")}
-        if self.sizes is not None:
-            self.demonstrations = demonstrations_of(self.sizes, tensors, self.trainer.policy.device)
+        if "demonstrations" in state:
+            self.demonstrations = demonstrations_from(state["demonstrations"], tensors,
+                                                      self.run.policy.device)
 
 
-def centred(delta: "Tensor", own: PEARSettings) -> "Tensor":
-    """The log-ratios (T,) of an answer, less their mean where that is asked for."""
-    return delta - delta.mean() if own.centred else delta
+def centered(delta: Tensor, own: PEARSettings) -> Tensor:
+    """The log-ratios (T,) of an answer, minus their mean with `pear.centered`."""
+    return delta - delta.mean() if own.centered else delta
 
 
-def log_weights(delta: "Tensor", own: PEARSettings) -> "Tensor":
+def log_weights(delta: Tensor, own: PEARSettings) -> Tensor:
     """log G (T,) of every token of an answer.
 
     Args:
         delta: (T,) log pi_theta - log pi_beta, not clipped.
     """
-    import math
-
-    delta = centred(delta, own).clamp(own.delta_low, own.delta_high).double()
+    delta = centered(delta, own).clamp(own.delta_low, own.delta_high).double()
     length, up_to = len(delta), delta.cumsum(0)
     if own.level == "sequence":
         result = up_to[-1].expand(length)

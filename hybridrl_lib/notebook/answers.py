@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from IPython.display import HTML, display
 
-from ..config import settings_from_dict
-from ..errors import UserError
-from ..problems import load_parts
-from ..records import RunFolder
+from ..config.presets import settings_from_dict
+from ..problems.splits import load_parts
+from ..records.run_folder import RunFolder
+from ..system.errors import UserError
 from .tables import PLAIN, code, escaped, html_table
 
 Rows = Sequence[Mapping[str, object]]
@@ -69,7 +69,7 @@ def show_tokens(answers: Sequence[Sequence[str]], values: Sequence[Sequence[floa
         answers: the tokens of every answer, as text.
         values: a number for each of them.
         labels: what stands before every answer.
-        largest: the number with the strongest colour; the largest one unless given.
+        largest: the number with the strongest color; the largest one unless given.
     """
     strongest = largest or max((abs(v) for row in values for v in row), default=0.0) or 1.0
     lines = []
@@ -83,8 +83,8 @@ def show_tokens(answers: Sequence[Sequence[str]], values: Sequence[Sequence[floa
 
 def _token(text: str, value: float, strongest: float, digits: int) -> str:
     strength = min(1.0, abs(value) / strongest)
-    colour = "0,114,178" if value >= 0 else "213,94,0"  # blue and orange: told apart by everyone
+    color = "0,114,178" if value >= 0 else "213,94,0"  # blue and orange: told apart by everyone
     number = f"{round(value, digits) + 0.0:.{digits}f}"  # no minus sign before a zero
     return (f'<span style="display:inline-block;text-align:center;margin:1px;padding:1px 4px;'
-            f'background:rgba({colour},{0.55 * strength:.2f})"><code style="white-space:pre;'
+            f'background:rgba({color},{0.55 * strength:.2f})"><code style="white-space:pre;'
             f'background:none">{escaped(text)}</code><br><small>{number}</small></span> ')

@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image as Picture
 
-from ..errors import printable
-from ..methods import method_class
-from ..records import RunFolder
+from ..config.methods import METHODS
+from ..records.run_folder import RunFolder
 from ..report.loading import setup_title
 from ..report.style import figure_text, line_style, style
 from ..setups import SETUPS
+from ..system.errors import printable
 
 DOTS_PER_INCH = 100
 SMOOTH = 0.9  # of the running mean that is drawn over single steps
@@ -56,7 +56,7 @@ def plot_run(record: RunFolder) -> None:
         print("Nothing was trained, so there are no curves.")
         return
     setup = SETUPS.get(record.path.parent.name)
-    own_loss = setup is not None and method_class(setup.method).own_loss
+    own_loss = setup is not None and METHODS[setup.method].own_loss
     show(draw_run(metrics, probe, record.lines("validation.jsonl"), own_loss),
          alt="Reward, losses, entropy, KL divergence, length and groups without signal over epochs")
 

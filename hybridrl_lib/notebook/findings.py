@@ -6,10 +6,10 @@ from pathlib import Path
 
 from IPython.display import Markdown, display
 
-from ..catalogue import published_folder
+from ..records.folders import published_folder
 from ..report.loading import benchmark_title, setup_title
+from ..report.statistics import SIGNIFICANT
 from ..report.text import NOTHING, code_span, literal, markdown_table, p_text
-from ..statistics import SIGNIFICANT
 
 Line = Mapping[str, str]
 
@@ -19,9 +19,9 @@ CLAIMS = (
     ("RL after SFT is better than RL alone", "sft_then_rl", "rl", +1),
     ("RL without SFT hurts", "rl", "base", -1),
     ("RL after SFT helps", "sft_then_rl", "sft", +1),
-    ("entropy regularisation helps SFT", "sft_entropy", "sft", +1),
-    ("entropy regularisation helps RL", "rl_entropy", "rl", +1),
-    ("entropy regularisation helps SFT + RL", "sft_then_rl_entropy", "sft_then_rl", +1),
+    ("entropy regularization helps SFT", "sft_entropy", "sft", +1),
+    ("entropy regularization helps RL", "rl_entropy", "rl", +1),
+    ("entropy regularization helps SFT + RL", "sft_then_rl_entropy", "sft_then_rl", +1),
 )
 
 

@@ -4,8 +4,8 @@ import time
 
 from IPython.display import display
 
-from ..errors import printable
-from ..progress import Lines, Observer
+from ..system.errors import printable
+from ..training.observer import Lines, Observer
 from .answers import completions_table
 from .curves import draw_live, png
 from .place import is_headless

@@ -6,7 +6,7 @@ from collections import Counter
 
 from IPython.display import Markdown, display
 
-from ..records import RunFolder
+from ..records.run_folder import RunFolder
 from ..report.arm_figures import is_own, limit_of
 from ..report.style import figure_text, show_size_of_constant, style
 from ..setups import SETUPS

@@ -7,16 +7,17 @@ from pathlib import Path
 import matplotlib
 from IPython import get_ipython
 
-from ..config import (
+from ..config.presets import (
     default_experiment,
     difference,
     load_settings,
     resolve_preset,
     smoke_from_environment,
 )
-from ..errors import printable, show_in_one_sentence
-from ..records import RunFolder, experiment_folder, from_here, project_folder
+from ..records.folders import experiment_folder, from_here, project_folder
+from ..records.run_folder import RunFolder
 from ..report.style import RC
+from ..system.errors import printable, show_in_one_sentence
 
 
 def is_headless() -> bool:

@@ -7,17 +7,16 @@ import numpy as np
 from IPython.display import Markdown, display
 from matplotlib.ticker import MaxNLocator
 
-from ..errors import printable
-from ..records import RunFolder
-from ..report import Experiment, load_experiment
+from ..records.run_folder import RunFolder
 from ..report.comparisons import make_comparisons
-from ..report.loading import benchmark_title, setup_title
+from ..report.loading import Experiment, benchmark_title, load_experiment, setup_title
 from ..report.scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks
+from ..report.statistics import group_signal, pass_at_k
 from ..report.style import figure_text, style
 from ..report.table2 import make_table2
 from ..report.text import literal, markdown_table, percent, signed
-from ..rewards import REASONS
-from ..statistics import group_signal, pass_at_k
+from ..rewards.verifier import REASONS
+from ..system.errors import printable
 from .curves import new_panels, show
 from .findings import p_said
 
@@ -97,14 +96,14 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
     figure, panels = new_panels(2.5, columns=len(drawn))
     for panel, (name, right) in zip(np.atleast_1d(panels), drawn.items(), strict=True):
         counts = np.bincount(right, minlength=samples + 1)
-        colours = ["#BBBBBB"] + ["#0072B2"] * (samples - 1) + ["#BBBBBB"]
-        panel.bar(range(samples + 1), counts, color=colours)
+        colors = ["#BBBBBB"] + ["#0072B2"] * (samples - 1) + ["#BBBBBB"]
+        panel.bar(range(samples + 1), counts, color=colors)
         title = figure_text(benchmark_title(name).title)
         panel.set_title(f"{title} ({len(right)} problems)", loc="left")
         panel.set(xlabel=f"right samples out of {samples}", ylabel="problems")
         for axis in (panel.xaxis, panel.yaxis):  # counts
             axis.set_major_locator(MaxNLocator(integer=True))
-    show(figure, alt="Histogram of right samples a problem; grey: all wrong or all right")
+    show(figure, alt="Histogram of right samples a problem; gray: all wrong or all right")
     for name, right in drawn.items():
         c = np.array(right)
         print(f"{printable(benchmark_title(name).title)}: pass@1 {np.mean(c) / samples:.1%}, "

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from IPython.display import HTML, Image, Markdown, display
 
-from ..catalogue import published_folder
-from ..config import smoke_from_environment
-from ..errors import UserError, printable
-from ..report import load_experiment, make_report
+from ..config.presets import smoke_from_environment
+from ..records.folders import published_folder
 from ..report.figures import FIGURES
+from ..report.loading import load_experiment
+from ..report.report import make_report
 from ..report.style import style
+from ..system.errors import UserError, printable
 
 LONGEST_TEXT = 900  # characters of one text in a cell; the record on disk has all of it
 WIDEST_PICTURE, COLOURS = 1000, 64  # pixels
@@ -134,7 +135,7 @@ def show_file(path: Path) -> None:
 
 
 def smaller(png: bytes) -> bytes:
-    """A picture no wider than a page; a wider one becomes narrower and has few colours, since a
+    """A picture no wider than a page; a wider one becomes narrower and has few colors, since a
     committed notebook has to stay small."""
     from PIL import Image as Picture
 
@@ -144,7 +145,7 @@ def smaller(png: bytes) -> bytes:
         height = round(picture.height * WIDEST_PICTURE / picture.width)
         shown = picture.convert("RGB").resize((WIDEST_PICTURE, height), Picture.Resampling.LANCZOS)
     found = io.BytesIO()
-    # median cut, the default, would make one colour of thin blue and green lines on much white
+    # median cut, the default, would make one color of thin blue and green lines on much white
     shown.quantize(COLOURS, method=Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE).save(
         found, "PNG", optimize=True)
     return found.getvalue()

@@ -2,8 +2,8 @@
 
 from IPython.display import Markdown, display
 
-from ..health import DETECTORS, replay
-from ..records import RunFolder
+from ..records.health import DETECTORS, replay
+from ..records.run_folder import RunFolder
 from ..report.text import literal, markdown_table
 
 

@@ -1,10 +1,11 @@
-"""Problems: what is asked, the reference solution, the parts, the prompt."""
+"""What is asked: problems, benchmarks, and their splits."""
 
-from .benchmarks import BENCHMARKS, get_benchmark
-from .problem import Benchmark, BenchmarkData, Problem, answer_sentence, solution_steps
-from .prompts import INSTRUCTION, encode_prompt, pad_token_id, prompt_text, stop_token_ids
-from .splits import ProblemParts, in_turn, load_parts
+from ..system.faces import lazy
 
-__all__ = ["BENCHMARKS", "INSTRUCTION", "Benchmark", "BenchmarkData", "Problem", "ProblemParts",
-           "answer_sentence", "encode_prompt", "get_benchmark", "in_turn", "load_parts",
-           "pad_token_id", "prompt_text", "solution_steps", "stop_token_ids"]
+_HOMES = {
+    "BENCHMARKS": "benchmarks", "get_benchmark": "benchmarks",
+    "Benchmark": "problem", "BenchmarkData": "problem", "Problem": "problem",
+    "answer_sentence": "problem", "solution_steps": "problem",
+    "ProblemParts": "splits", "in_turn": "splits", "load_parts": "splits",
+}
+__getattr__, __all__ = lazy(__name__, _HOMES)

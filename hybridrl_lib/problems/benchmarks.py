@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import astuple
 
-from ..errors import unknown
+from ..system.errors import unknown
 from .gsm8k import load_gsm8k
 from .math500 import load_math500
 from .problem import Benchmark, BenchmarkData, Problem

@@ -1,4 +1,4 @@
-r"""GSM8K: 8,792 word problems of grade school (Cobbe et al. 2021, MIT licence).
+r"""GSM8K: 8,792 word problems of grade school (Cobbe et al. 2021, MIT license).
 
 A row's `answer` holds steps with calculator notes (`48/2 = <<48/2=24>>24`) and ends with a line
 `#### 72`. The notes are removed and the last line becomes `The answer is \boxed{72}.`, so that one
@@ -7,7 +7,7 @@ answer format serves all benchmarks (a choice of this project; the paper does no
 
 import re
 
-from ..errors import UserError
+from ..system.errors import UserError
 from .problem import BenchmarkData, Problem, answer_sentence
 from .source import Row, Source, load_rows
 

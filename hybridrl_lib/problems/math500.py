@@ -4,7 +4,7 @@ Solutions stay as they are: they already box their answer, eight of them more th
 draw a figure in `[asy]`.
 """
 
-from ..errors import UserError
+from ..system.errors import UserError
 from .problem import BenchmarkData, Problem
 from .source import Source, load_rows
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
-from ..hub import cache_only_if_unreachable
+from ..system.errors import UserError
+from ..system.hub import cache_only_if_unreachable
 
 FOLDER_VARIABLE = "HYBRIDRL_DATA_DIR"
 FOLDER_HINT = (f"set {FOLDER_VARIABLE} to a folder with gsm8k/train.jsonl, gsm8k/test.jsonl "

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..system.errors import UserError
 from .benchmarks import get_benchmark
 from .problem import BenchmarkData, Problem, first_repeated, solution_steps
 
 if TYPE_CHECKING:
-    from ..config import DataSettings
+    from ..config.sections import DataSettings
 
 PART_NAMES = ("train", "validation", "test")
 
@@ -44,7 +44,7 @@ class ProblemParts:
     dropped_duplicates: Mapping[str, int] = field(default_factory=dict)
 
 
-def normalised(question: str) -> str:
+def normalized(question: str) -> str:
     """The question without differences of case and spacing: what makes two questions the same."""
     return " ".join(unicodedata.normalize("NFC", question).casefold().split())
 
@@ -53,7 +53,7 @@ def without_duplicates(problems: Iterable[Problem], seen: set[str]) -> list[Prob
     """The problems whose question is not in `seen`, which takes up their questions."""
     kept = []
     for problem in problems:
-        key = normalised(problem.question)
+        key = normalized(problem.question)
         if key not in seen:
             seen.add(key)
             kept.append(problem)
@@ -147,7 +147,7 @@ def load_parts(data: "DataSettings") -> ProblemParts:
 
 
 def _check_golds(problems: Iterable[Problem]) -> None:
-    from ..rewards import check_gold  # a room above this one: only for data from outside
+    from ..rewards.verifier import check_gold
 
     for problem in problems:
         check_gold(problem.answer, problem.id)

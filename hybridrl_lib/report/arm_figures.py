@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from ..methods import METHODS, method_class
+from ..config.methods import METHODS
 from ..setups import SETUPS
-from ..statistics import SIGNIFICANT
 from .arms import Arm
 from .loading import Experiment, benchmark_title, series, setup_title
 from .scores import EXACT_MATCH, score
+from .statistics import SIGNIFICANT
 from .style import legend_below, line_style, new_figure, show_size_of_constant
 
 GREY = "#777777"
@@ -62,7 +62,7 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm], baseline: str,
 
 
 def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
-    """Pass@k against k, a panel an arm, the baseline in grey."""
+    """Pass@k against k, a panel an arm, the baseline in gray."""
     def curve(setup: str, benchmark: str) -> tuple[list[int], list[float]]:
         ks = [2 ** power for power in range(8)]
         found = [(k, score(experiment, setup, benchmark, f"pass@{k}")) for k in ks]
@@ -122,7 +122,7 @@ def title_of(key: str) -> str:
 def limit_of(config: Mapping, method: str, key: str) -> float | None:
     """The setting that a run's column is held against, if it has one and it is a number."""
     name = key.partition("/")[2]
-    if method not in METHODS or name not in method_class(method).limits:
+    if method not in METHODS or name not in METHODS[method].limits:
         return None
     value = ((config.get("settings") or {}).get(method) or {}).get(name)
     return value if isinstance(value, int | float) else None
@@ -132,7 +132,7 @@ def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
     """A panel each of a method's own columns in metrics.jsonl, a line each of its runs.
 
     The weight of the SFT loss is among them where a method mixes the losses, or switches. Dashed:
-    the setting of the same name, where it is the column's limit or target (`Method.limits`).
+    the setting of the same name, if it is a limit or target (`MethodSettings.limits`).
     """
     setups = [name for name in experiment.setups if SETUPS[name].method == method]
     runs = {name: experiment.of(name) for name in setups}

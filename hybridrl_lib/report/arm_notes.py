@@ -25,7 +25,7 @@ def verdict_notes(arms: Sequence[Arm], baseline: str, sampled: bool) -> list[str
                      f"{100 * (SAME - 1):.0f} % more): the next table says of which. What it wins "
                      "may be won by that.")
     if below := below_budget(arms, baseline):
-        found.append(f"Fewer rollouts or optimiser updates than {title} (also in the next table) "
+        found.append(f"Fewer rollouts or optimizer updates than {title} (also in the next table) "
                      f"had {titles(arm for arm in arms if arm.setup in below)}: what they lose may "
                      "be lost by that.")
     if sampled and unlike_rates(arms):

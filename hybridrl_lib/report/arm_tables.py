@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..setups import SETUPS
-from ..statistics import SIGNIFICANT, Interval, mean_interval
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
 from .arm_notes import means_of, notes, unlike_rates, verdict_notes
 from .arms import BUDGET, Arm, beyond_budget, metrics_of, score_metrics, spent, used_by, verdict
@@ -12,6 +11,7 @@ from .comparisons import difference_text
 from .hyperparameters import own_settings_of
 from .loading import Experiment, benchmark_title, setup_title
 from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, score
+from .statistics import SIGNIFICANT, Interval, mean_interval
 from .style import as_bytes, style
 from .text import (
     NOTHING,
@@ -29,7 +29,7 @@ from .text import (
 COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "difference", "diff_low",
            "diff_high", "p_value", "p_holm", "verdict", "seeds", "problems", "rate_factor", *BUDGET,
            "updates_beside", "generated_tokens", "minutes")
-USED = ("arm", "learning rates ×", "rollouts", "optimiser updates", "demonstration tokens",
+USED = ("arm", "learning rates ×", "rollouts", "optimizer updates", "demonstration tokens",
         "generated tokens", "minutes")
 
 
@@ -257,7 +257,7 @@ def settings_part(experiment: Experiment, baseline: str) -> list[str]:
         return []
     return ["## What else differs\n", f"Settings that an arm has otherwise than "
             f"{setup_title(baseline)}, beside its method's own and the learning rates: a paper's "
-            "other changes to GRPO count in its arm's favour or against it, too. The arms that are "
+            "other changes to GRPO count in its arm's favor or against it, too. The arms that are "
             "not here have none.\n",
             markdown_table(("arm", "settings"), rows)]
 

@@ -3,16 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..statistics import (
-    SIGNIFICANT,
-    Difference,
-    Interval,
-    holm,
-    mean_interval,
-    paired_difference,
-)
 from .loading import Experiment, Run
 from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks, score
+from .statistics import SIGNIFICANT, Difference, Interval, holm, mean_interval, paired_difference
 
 BUDGET = ("rollouts", "updates", "demonstration_tokens")  # what an equal budget is equal in
 SAME = 1.05  # times the baseline's: within it a part of the budget counts as equal
@@ -25,7 +18,7 @@ class Used:
     Attributes:
         rollouts: answers sampled to learn from, those beside the groups among them, by the policy
             or by a model that wrote demonstrations.
-        updates: optimiser updates of the policy.
+        updates: optimizer updates of the policy.
         updates_beside: those of what is trained beside it: an adapter, a copy, the model that wrote
             the demonstrations.
         demonstration_tokens: tokens of demonstrations in updates, epochs counted.
@@ -117,8 +110,8 @@ def used(runs: Sequence[Run]) -> Used:
         return (sum(sum(groups) * (len(groups) - 1) for groups in counts) + beside,
                 sum(line.get("updates", 0) for line in run.metrics),
                 sum(line.get("updates/beside", 0) for line in run.metrics),
-                tokens.get("demonstrations", 0) + tokens.get("behaviour_demonstrations", 0),
-                tokens.get("rollouts", 0) + tokens.get("behaviour", 0),
+                tokens.get("demonstrations", 0) + tokens.get("behavior_demonstrations", 0),
+                tokens.get("rollouts", 0) + tokens.get("behavior", 0),
                 (run.manifest.get("seconds/wall") or 0.0) / 60)
 
     return Used(*(sum(column) / len(runs) for column in zip(*map(of, runs), strict=True)))

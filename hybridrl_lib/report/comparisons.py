@@ -3,20 +3,10 @@
 from dataclasses import dataclass
 
 from ..setups import SETUPS, paper_setups
-from ..statistics import SIGNIFICANT, Difference, gap_interval, holm, paired_difference
 from .loading import Experiment, benchmark_title, paper_value, setup_title
 from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, score
-from .text import (
-    NOTHING,
-    bullets,
-    csv_text,
-    markdown_table,
-    number,
-    p_text,
-    percent,
-    plus,
-    signed,
-)
+from .statistics import SIGNIFICANT, Difference, gap_interval, holm, paired_difference
+from .text import NOTHING, bullets, csv_text, markdown_table, number, p_text, percent, plus, signed
 
 # Lenient beside strict: what training adds to the strict score may be the form of the answer alone.
 METRICS = {EXACT_MATCH: "greedy exact match, strict",
@@ -67,7 +57,7 @@ def pairs(experiment: Experiment) -> list[tuple[str, str]]:
     """The comparisons that the paper's claims need, among setups that ran.
 
     Each trained setup against the base model; RL, and RL after SFT, against SFT; RL after SFT
-    against RL; each setup with entropy regularisation against the same without; and any setup that
+    against RL; each setup with entropy regularization against the same without; and any setup that
     is not the paper's against RL after SFT, the baseline it has to beat.
     """
     paper = [name for name in paper_setups() if name != "base"]

@@ -77,12 +77,12 @@ def draw_correctness(experiment: Experiment) -> Figure | None:
     order = sorted(found, key=lambda name: name.endswith("_entropy")) if len(found) > 3 else \
         list(found)
     group = max(shares.shape[1] for _, shares in found.values()) - 1
-    colours = colormaps["viridis"](np.linspace(0.0, 1.0, group + 1))
+    colors = colormaps["viridis"](np.linspace(0.0, 1.0, group + 1))
     figure, panels = new_figure(0.7 + 1.9 * rows, rows, columns, sharex=True, sharey=True,
                                 squeeze=False)
     for panel, setup in zip(panels.flat, order, strict=False):
         epochs, shares = found[setup]
-        panel.stackplot(epochs, 100.0 * shares.T, colors=colours[:shares.shape[1]],
+        panel.stackplot(epochs, 100.0 * shares.T, colors=colors[:shares.shape[1]],
                         linewidth=0.25, edgecolor="white")
         panel.set_title(setup_title(setup), loc="left")
         panel.set(xlim=(0.0, _end(experiment.of(setup)[0])), ylim=(0.0, 100.0))
@@ -100,7 +100,7 @@ def draw_correctness(experiment: Experiment) -> Figure | None:
         panel.set_xlabel("epoch")
     bar = figure.colorbar(
         ScalarMappable(BoundaryNorm(np.arange(-0.5, group + 1.0), group + 1),
-                       ListedColormap(colours)),
+                       ListedColormap(colors)),
         ax=panels, ticks=range(group + 1), pad=0.02, aspect=28)
     bar.set_label(f"right answers in a group of {group}")
     bar.outline.set_visible(False)
@@ -258,7 +258,7 @@ def _finish(figure: Figure, experiment: Experiment, panels: list[Axes]) -> None:
         marks.append(Line2D([], [], label="second stage starts", **look))
     if any(panel.collections for panel in panels):
         marks.append(Patch(facecolor="#BBBBBB", label="± 1 SD over seeds"))
-    # columns are filled from above: a setup over its twin with entropy regularisation
+    # columns are filled from above: a setup over its twin with entropy regularization
     order = [title for setup in sorted(experiment.setups, key=_twins_together(experiment))
              if (title := setup_title(setup)) in entries]
     handles = [*(entries[title] for title in order), *marks]
@@ -266,7 +266,7 @@ def _finish(figure: Figure, experiment: Experiment, panels: list[Axes]) -> None:
 
 
 def _twins_together(experiment: Experiment) -> Callable[[str], tuple[int, bool]]:
-    """Sorts a setup's twin with entropy regularisation right behind it."""
+    """Sorts a setup's twin with entropy regularization right behind it."""
     setups = list(experiment.setups)
 
     def place(setup: str) -> tuple[int, bool]:

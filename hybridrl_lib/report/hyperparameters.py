@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import UserError
 from ..setups import SETUPS
+from ..system.errors import UserError
 from .loading import Experiment, Run, setup_title
 from .text import NOTHING, bullets, code_span, literal, markdown_table
 
@@ -13,15 +13,15 @@ from .text import NOTHING, bullets, code_span, literal, markdown_table
 SYMBOLS = (
     ("ε", "clip range of the ratio", ("rl.epsilon_low", "rl.epsilon_high")),
     ("β", "weight of the KL divergence", ("rl.beta", "rl.kl_anchor")),
-    ("γ in SFT", "weight of the entropy (setups with entropy regularisation; 0 in the others)",
+    ("γ in SFT", "weight of the entropy (setups with entropy regularization; 0 in the others)",
      ("sft.gamma",)),
-    ("γ in RL", "weight of the entropy (setups with entropy regularisation; 0 in the others)",
+    ("γ in RL", "weight of the entropy (setups with entropy regularization; 0 in the others)",
      ("rl.gamma",)),
     ("learning_rate in SFT", "before decay and warm-up, see below", ("sft.learning_rate",)),
     ("learning_rate in RL", "before decay and warm-up, see below", ("rl.learning_rate",)),
-    ("batch_size in SFT", "reference solutions a step, which is one optimiser update",
+    ("batch_size in SFT", "reference solutions a step, which is one optimizer update",
      ("sft.batch_size",)),
-    ("batch_size in RL", "problems a step, and the optimiser updates that consume its rollouts",
+    ("batch_size in RL", "problems a step, and the optimizer updates that consume its rollouts",
      ("rl.prompts_per_step", "rl.updates_per_rollout")),
     ("k, G", "completions a problem", ("rl.group_size",)),
     ("sft_epochs, rl_epochs", "epochs in all; two stages share them", ("training.epochs",)),
@@ -37,7 +37,7 @@ FIXED = (
     ("advantage", f"(reward − mean) / (deviation of the group, G − 1 in its denominator, + "
                   f"{ADVANTAGE_EPSILON:g}); `rl.advantage_scale=none` leaves out the division"),
     ("largest absolute log ratio before exp (ratio and KL)", f"{LARGEST_LOG_RATIO:g}"),
-    ("optimiser", f"AdamW with ε = {ADAM_EPSILON:g}, a fresh one in each stage"),
+    ("optimizer", f"AdamW with ε = {ADAM_EPSILON:g}, a fresh one in each stage"),
     ("learning rate at step s = 0 … S − 1 of a stage",
      "learning_rate · min(1, (s + 1) / w) · (f + (1 − f)(1 − s / S)) with w = "
      "`training.warmup_steps` (1 for 0) and f = `training.final_learning_rate_fraction`; the same "
@@ -92,16 +92,16 @@ def _lambda_table(experiment: Experiment, values: dict[str, str]) -> str:
             rows.append([setup_title(setup), stage, _epochs(lines, run.metrics), str(len(lines)),
                          _updates(experiment.of(setup), stage), _lambda(lines, "lambda/sft"),
                          _lambda(lines, "lambda/rl"), entropy])
-    header = ["setup", "stage", "epochs", "steps", "optimiser updates", "λ_SFT", "λ_RL", "γ"]
+    header = ["setup", "stage", "epochs", "steps", "optimizer updates", "λ_SFT", "λ_RL", "γ"]
     return markdown_table(header, rows, range(2, 8)) + "\n" + bullets((
-        "A step of SFT is one batch and one optimiser update. A step of RL is one batch of "
-        "rollouts, consumed in `rl.updates_per_rollout` optimiser updates.",
+        "A step of SFT is one batch and one optimizer update. A step of RL is one batch of "
+        "rollouts, consumed in `rl.updates_per_rollout` optimizer updates.",
         "Updates are those that were made, lowest to highest over the seeds: a mini-batch without "
         "a gradient, since each of its groups is all right or all wrong, is left out."))
 
 
 def _updates(runs: tuple[Run, ...], stage: str) -> str:
-    """Optimiser updates of a stage, the range over runs where they differ; a dash if not logged."""
+    """Optimizer updates of a stage, the range over runs where they differ; a dash if not logged."""
     sums = [sum(line["updates"] for line in lines) for run in runs
             if (lines := [line for line in run.metrics if line.get("stage") == stage])
             and all("updates" in line for line in lines)]
@@ -137,7 +137,7 @@ def changes_of(runs: Iterable[Run], tuned: bool = False) -> list[str]:
     Args:
         tuned: leaves out learning rates, which are then shown elsewhere.
     """
-    from ..config import parse_overrides
+    from ..config.presets import parse_overrides
 
     found: dict[str, set[str]] = {}
     for run in runs:
@@ -161,7 +161,7 @@ def changed(run: Run) -> float:
 
 def _beside_preset(run: Run) -> dict[str, tuple[str, str]] | None:
     """{key: (value of the run, that of its preset and setup)}; None for another version's."""
-    from ..config import describe, load_settings, settings_from_dict
+    from ..config.presets import describe, load_settings, settings_from_dict
 
     try:
         mine = settings_from_dict(run.config.get("settings") or {})
@@ -190,7 +190,7 @@ def _setting_rows(config: dict[str, Any], values: dict[str, str]) -> list[list[s
     """(key, value, meaning); records of another version may hold keys that have no meaning here."""
     meanings: dict[str, str] = {}
     try:
-        from ..config import describe, settings_from_dict
+        from ..config.presets import describe, settings_from_dict
 
         meanings = {key: meaning
                     for key, _, meaning in describe(settings_from_dict(config["settings"]))}

@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..problems import BENCHMARKS, Benchmark, get_benchmark
-from ..records import DamagedLine, RunFolder, is_plain_name, log_bytes, parse_lines
+from ..problems.benchmarks import BENCHMARKS, get_benchmark
+from ..problems.problem import Benchmark
+from ..records.files import DamagedLine, log_bytes, parse_lines
+from ..records.folders import is_plain_name
+from ..records.run_folder import RunFolder
 from ..setups import SETUPS, paper_setups
+from ..system.errors import UserError
 from .text import literal
 
 PAPER_MODEL = "Qwen2.5-0.5B"

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..health import DETECTORS, replay
+from ..records.health import DETECTORS, replay
+from ..system.errors import UserError
 from .loading import Experiment, agreed, benchmark_title, probe_problems, setup_title
 from .scores import EXACT_MATCH
 from .table2 import Table2
@@ -19,7 +19,7 @@ CAPTIONS = {
     "kl": "KL divergence of the trained model from the base model, on the probe.",
     "entropy": "Entropy of the sampled tokens' distribution, on the probe.",
     "lengths": "Mean length of the probe's completions.",
-    "loss": "The losses that the optimiser saw. An RL loss near 0 is normal: see reward instead.",
+    "loss": "The losses that the optimizer saw. An RL loss near 0 is normal: see reward instead.",
     "correctness": "Right answers in a group of the probe's completions, share of the groups, mean "
                    "over seeds and over twentieths of the run; epoch 0 is the base model.",
 }

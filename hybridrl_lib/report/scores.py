@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..statistics import pass_at_k
 from .loading import Answers, Experiment, Run
+from .statistics import pass_at_k
 
 PASS_AT = (1, 2, 4, 8)
 

@@ -1,4 +1,4 @@
-"""How the pictures look: colours that the colour-blind tell apart, sizes that survive print.
+"""How the pictures look: colors that the color-blind tell apart, sizes that survive print.
 
 The palette and the plain theme are seaborn's. Nothing here touches the global settings, so that a
 notebook's own style stays as it is. Seaborn is imported where something is drawn, since it takes a
@@ -20,12 +20,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..errors import printable
 from ..setups import SETUPS
+from ..system.errors import printable
 
 WIDTH = 6.8  # inches: a page's text width
 # of seaborn's palette `colorblind`: blue, vermilion, green, purple, orange, sky blue, brown; its
-# yellow, pink and grey vanish on white or beside the base model's grey
+# yellow, pink and gray vanish on white or beside the base model's gray
 CHOSEN_COLOURS = (0, 3, 2, 4, 1, 9, 5)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = (4.0, 1.6)
@@ -63,23 +63,23 @@ def style() -> Iterator[None]:
 
 @cache
 def palette() -> tuple[str, ...]:
-    """One colour a marker."""
+    """One color a marker."""
     import seaborn
 
-    colours = seaborn.color_palette("colorblind").as_hex()
-    return tuple(colours[index] for index in CHOSEN_COLOURS)
+    colors = seaborn.color_palette("colorblind").as_hex()
+    return tuple(colors[index] for index in CHOSEN_COLOURS)
 
 
 def line_style(setup: str) -> dict[str, Any]:
-    """Colour, dashes and marker of a setup; with entropy regularisation it is dashed and hollow."""
+    """Color, dashes and marker of a setup; with entropy regularization it is dashed and hollow."""
     plain = [entry.name for entry in sorted(SETUPS.values(), key=lambda entry: not entry.in_paper)
              if entry.stages and not entry.entropy]
     paper = sum(SETUPS[name].in_paper for name in plain)
     name = setup.removesuffix("_entropy")
     if setup == "base":
         return {"color": "#555555", "marker": "X"}
-    # a setup that is not the paper's takes a colour behind theirs, by its place in the table of
-    # setups or else by its name: the same everywhere. Past the last colour they come again.
+    # a setup that is not the paper's takes a color behind theirs, by its place in the table of
+    # setups or else by its name: the same everywhere. Past the last color they come again.
     place = plain.index(name) if name in plain else paper + sum(map(ord, name))
     if place >= paper:
         place = paper + (place - paper) % (len(MARKERS) - paper)
@@ -125,7 +125,7 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
         figure.savefig(out, format=kind, metadata={"Date": None, "Creator": None})
     else:
         figure.savefig(out, format=kind, pil_kwargs={"compress_level": 1})
-        # 255 colours are enough for lines and bands, at a third of the size
+        # 255 colors are enough for lines and bands, at a third of the size
         picture = Image.open(out).convert("RGB").quantize(255, dither=Image.Dither.NONE)
         out = io.BytesIO()
         picture.save(out, format="png", dpi=(RC["savefig.dpi"],) * 2)

@@ -6,12 +6,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..statistics import SIGNIFICANT, Difference, Interval, holm, mean_interval, paired_difference
 from .arms import used
 from .comparisons import difference_text
 from .hyperparameters import changed, changes_of
 from .loading import Experiment, benchmark_title, setup_title
 from .scores import EXACT_MATCH, score
+from .statistics import SIGNIFICANT, Difference, Interval, holm, mean_interval, paired_difference
 from .style import as_bytes, legend_below, new_figure, style
 from .text import (
     NOTHING,
@@ -68,7 +68,7 @@ def sweep_texts(parameter: str, title: str, setup: str,
         *_differences_part(usual, experiments, apart), bullets((
             *((f"Every run has {', '.join(changes)}.",) if changes else ()),
             "No other setting was changed or tuned anew for a value. What a run uses may change "
-            "with it: answers sampled to learn from, optimiser updates, demonstrations.",
+            "with it: answers sampled to learn from, optimizer updates, demonstrations.",
             "One seed only: intervals and p-values are over the test problems alone. Another "
             "training seed may turn a bold difference round." if seeds == [1] else
             "Intervals cross seeds and problems.",
@@ -147,7 +147,7 @@ def _table(setup: str, experiments: Mapping[str, Experiment],
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
     columns = [(benchmark, metric) for benchmark in benchmarks for metric in METRICS]
     head = ["value", *(f"{benchmark_title(benchmark).title}: {METRICS[metric]}"
-                       for benchmark, metric in columns), "rollouts", "optimiser updates",
+                       for benchmark, metric in columns), "rollouts", "optimizer updates",
             "demonstration tokens", "minutes"]
     rows = []
     for value, experiment in experiments.items():

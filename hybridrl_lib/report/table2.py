@@ -4,16 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..setups import paper_setups
-from ..statistics import Interval, mean_interval
-from .loading import (
-    PAPER_MODEL,
-    Experiment,
-    agreed,
-    benchmark_title,
-    paper_value,
-    setup_title,
-)
+from .loading import PAPER_MODEL, Experiment, agreed, benchmark_title, paper_value, setup_title
 from .scores import EXACT_MATCH, EXACT_MATCH_BEST, EXACT_MATCH_LENIENT, metric_names, score
+from .statistics import Interval, mean_interval
 from .text import (
     NOTHING,
     bracket,

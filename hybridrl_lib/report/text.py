@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import printable
-from ..records import sync
+from ..records.files import sync
+from ..system.errors import printable
 
 NOTHING = "–"
 

@@ -1,18 +1,12 @@
-"""Rewards: strict and lenient verdicts on completions (paper.md §2)."""
+"""What the final answer of a text is, and whether it is correct."""
 
-from hybridrl_lib.rewards.answers import extract_boxes, extract_lenient
-from hybridrl_lib.rewards.numeric import numbers_equal
-from hybridrl_lib.rewards.steps import equations, steps_hold
-from hybridrl_lib.rewards.verifier import REASONS, Verdict, Verifier, check_gold
+from ..system.faces import lazy
 
-__all__ = [
-    "REASONS",
-    "Verdict",
-    "Verifier",
-    "check_gold",
-    "equations",
-    "extract_boxes",
-    "extract_lenient",
-    "numbers_equal",
-    "steps_hold",
-]
+_HOMES = {
+    "extract_boxes": "answers", "extract_lenient": "answers",
+    "numbers_equal": "numeric",
+    "equations": "steps", "steps_hold": "steps",
+    "REASONS": "verifier", "Verdict": "verifier", "Verifier": "verifier", "check_gold": "verifier",
+    "SharedVerifier": "shared",
+}
+__getattr__, __all__ = lazy(__name__, _HOMES)

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from hybridrl_lib.rewards.answers import (
-    canonical,
-    has_foreign_signs,
-    is_malformed,
-    is_one_group,
-    is_text,
-    words,
-)
+from .answers import canonical, has_foreign_signs, is_malformed, is_one_group, is_text, words
 
 TOLERANCE = Fraction(1, 10**6)
 """How far an answer written as a decimal may be off: 0.333333 is 1/3, and 0.33 is not."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from hybridrl_lib.rewards.numeric import FUNCTIONS, MULTIPLIERS, measures, parse_number
+from .numeric import FUNCTIONS, MULTIPLIERS, measures, parse_number
 
 MAX_TOKENS = 64  # of one side
 MAX_DEPTH = 8  # brackets

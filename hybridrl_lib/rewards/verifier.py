@@ -11,16 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hybridrl_lib.errors import UserError
-from hybridrl_lib.rewards.answers import (
-    MAX_ANSWER_CHARACTERS,
-    canonical,
-    extract_lenient,
-    is_malformed,
-    scan_boxes,
-)
-from hybridrl_lib.rewards.numeric import decide, is_plain
-from hybridrl_lib.rewards.workers import WorkerPool
+from ..system.errors import UserError
+from .answers import MAX_ANSWER_CHARACTERS, canonical, extract_lenient, is_malformed, scan_boxes
+from .numeric import decide, is_plain
+from .workers import WorkerPool
 
 REASONS = (
     "right", "wrong", "truncated", "no_box", "conflicting_boxes", "unparsable", "time_out",

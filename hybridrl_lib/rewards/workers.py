@@ -13,15 +13,15 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from hybridrl_lib.errors import UserError
+from ..system.errors import UserError
+from ..system.paths import PACKAGE
 
 START_LIMIT_SECONDS = 120.0
 MEMORY_LIMIT_BYTES = 1 << 30
 IDLE_SHARE = 0.1
 """A worker that computed for less than this share of its time limit was held up by others."""
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+_PACKAGE_PARENT = str(PACKAGE.parent)
 
 
 class Worker:
@@ -117,7 +117,7 @@ class Worker:
 
     def _exchange(self, request: dict | None, seconds: float) -> dict | None:
         """Send `request` and wait for the reply; None if the process died or was killed."""
-        from hybridrl_lib.rewards.math_check import read_message, write_message
+        from .math_check import read_message, write_message
 
         with self._lock:
             mine = self._deadline = object()

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hybridrl_lib.checkpoints import Checkpoints
-from hybridrl_lib.records import LOGS
+from hybridrl_lib.records.run_folder import LOGS
+from hybridrl_lib.training.checkpoints import Checkpoints
 
 from .moments import Moments
 from .power import Recorder, rebuild
@@ -287,7 +287,7 @@ def papermill_killed(trial: Trial) -> None:
     time.sleep(0.7 * trial.some_seconds() if begun else 0)
     victims = [process.pid]
     if trial.chance.random() < 0.5:
-        from hybridrl_lib.jobs import kernels_of
+        from hybridrl_lib.experiments.process import kernels_of
 
         victims = kernels_of(process) or victims
     for pid in victims:

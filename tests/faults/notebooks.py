@@ -15,7 +15,7 @@ PATIENCE = 300
 
 def environment(trial: Trial) -> dict[str, str]:
     """As `hybridrl reproduce` sets it: this interpreter and this package, whatever is installed."""
-    from hybridrl_lib.reproduce import write_kernel
+    from hybridrl_lib.experiments.reproduce import write_kernel
 
     jupyter = trial.folder / "jupyter"
     if not jupyter.exists():

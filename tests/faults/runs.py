@@ -12,9 +12,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from hybridrl_lib.checkpoints import Checkpoints
-from hybridrl_lib.records import LOGS, RunFolder
-from hybridrl_lib.training import Trainer
+from hybridrl_lib.records.run_folder import LOGS, RunFolder
+from hybridrl_lib.training.checkpoints import Checkpoints
+from hybridrl_lib.training.trainer import Trainer
 
 EXPERIMENT = "tiny-smoke"
 SETTINGS = ("training.checkpoint_every=2", "verifier.time_limit=4")

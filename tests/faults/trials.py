@@ -5,8 +5,8 @@ import random
 import time
 from pathlib import Path
 
-import hybridrl_lib.run  # noqa: F401  imported here once, for all processes that are forked
-from hybridrl_lib.progress import duration
+import hybridrl_lib.experiments.run  # noqa: F401  imported here once, for all processes that are forked
+from hybridrl_lib.training.observer import duration
 
 from .kinds import KINDS, NOTEBOOKS, cleaned_up
 from .runs import COMMANDS, Command, Trial, make_reference

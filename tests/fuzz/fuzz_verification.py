@@ -9,8 +9,9 @@ import time
 import atheris
 
 with atheris.instrument_imports(include=["hybridrl_lib.rewards"]):
-    from hybridrl_lib.rewards import REASONS, Verifier, numeric, verifier
     from hybridrl_lib.rewards import answers as answers_module
+    from hybridrl_lib.rewards import numeric, verifier
+    from hybridrl_lib.rewards.verifier import REASONS, Verifier
 
 GOLDS = (
     "7919", "-10", "0.0000672", r"\frac{3}{4}", r"1\frac{4}{5}", r"5.4 \text{ cents}",

@@ -1,0 +1,268 @@
+"""The setup notebooks x seeds through papermill, side by side, then the report.
+
+Every notebook is a process of its own and trains by calling the library, which goes on from
+checkpoints and reads finished runs instead of taking them again: so the whole may be stopped and
+started at will, and one failure leaves the others alone.
+"""
+
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.presets import (
+    default_experiment,
+    get_setup,
+    load_settings,
+    resolve_preset,
+    smoke_from_environment,
+)
+from ..records.folders import experiment_folder, project_folder, published_folder
+from ..records.locks import only_writer
+from ..records.run_folder import RunFolder, run_folder
+from ..setups import Setup, setups_with_notebook
+from ..system.errors import UsageError, UserError
+from ..system.paths import PACKAGE, without_home
+from .cluster import Cluster, connect
+from .jobs import Job, Queue
+from .plan import default_jobs, gpus_for, joined, relative_cost, threads_for
+
+REPORT_NOTEBOOKS = ("20_table2", "21_training_dynamics")
+KERNEL = "python3"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run, and where.
+
+    Attributes:
+        preset, experiment, settings: as for a single run.
+        folder: the experiment's folder, absolute.
+        notebooks: the folder of the notebooks, absolute.
+        jobs: processes at a time.
+        threads: CPU threads of each.
+        gpus: how many GPUs there are to share; 0 for none.
+        cluster: where the notebooks run; None for this machine.
+    """
+
+    preset: str
+    experiment: str
+    settings: tuple[str, ...]
+    folder: Path
+    notebooks: Path
+    jobs: int
+    threads: int
+    gpus: int
+    cluster: Cluster | None = None
+
+
+def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequence[str] = (),
+              jobs: int | None = None, experiment: str | None = None,
+              settings: Sequence[str] = (), say=None, executor: str = "local") -> list[Path]:
+    """Runs the notebooks of all setups and seeds, then those of the report.
+
+    Args:
+        preset: a preset's name, or `auto`.
+        seeds: the seeds of every setup.
+        setups: names of `setups.SETUPS`; all that have a notebook, the base model too, if empty.
+        jobs: notebooks at a time; None for one a GPU, or without a GPU one a core as far as memory
+            lasts.
+        experiment: the folder under `results/runs/`; the preset's name unless given.
+        settings: differences from the preset, as after `--set`.
+        say: takes a line of progress; prints it unless given.
+        executor: `local`, or the Ray cluster that the notebooks run on, see `cluster.connect`.
+
+    Returns:
+        The files of the report.
+
+    Raises:
+        UserError: a notebook failed (after all others were run), there are no notebooks, another
+            process reproduces the same experiment, or no cluster answers.
+        Stopped: by Ctrl-C, after the running steps were finished and their checkpoints written.
+    """
+    say = say or (lambda line: print(line, flush=True))
+    preset = resolve_preset(preset)
+    chosen = [get_setup(name) for name in dict.fromkeys(setups or setups_with_notebook())]
+    load_settings(preset, settings)  # refuses a wrong key here, once, rather than in every notebook
+    plan = make_plan(preset, experiment or default_experiment(preset), tuple(settings), jobs,
+                     len(chosen) * len(seeds), connect(executor))
+    runs = [setup_job(plan, setup, seed) for setup in chosen for seed in dict.fromkeys(seeds)]
+    with (only_writer(plan.folder, f"The experiment {plan.experiment}"),
+          # The nodes of a cluster share the folder of the results, and no other.
+          tempfile.TemporaryDirectory(prefix="hybridrl-", dir=plan.folder if plan.cluster else None
+                                      ) as temporary):
+        environment = job_environment(plan, Path(temporary))
+        say(f"{len(runs)} notebooks ({', '.join(setup.name for setup in chosen)}; "
+            f"seeds {', '.join(map(str, dict.fromkeys(seeds)))}), "
+            f"{plan.jobs} at a time with {environment['OMP_NUM_THREADS']} thread"
+            f"{'' if environment['OMP_NUM_THREADS'] == '1' else 's'} each, into {plan.folder}; "
+            "Ctrl-C stops, and the same command goes on")
+        failures = Queue(runs, plan.jobs, environment, say, plan.gpus, plan.cluster).run()
+        pages = report_jobs(plan, [job.seed for job in runs], say)
+        failures |= Queue(pages, plan.jobs, environment, say, plan.gpus, plan.cluster).run()
+        files = write_report(plan, say)
+    if failures:
+        count = f"{len(failures)} of {len(runs) + len(pages)} notebooks failed"
+        say(f"\n{count}:")
+        for job, reason in failures.items():
+            say(f"* {job.name}: {reason} (log: {job.log})")
+        raise UserError(f"{count} ({', '.join(job.name for job in failures)}); mend what is said "
+                        "above and run the same command again: what is finished is not run again.")
+    return files
+
+
+# The plan ---------------------------------------------------------------------------------------
+
+
+def make_plan(preset: str, experiment: str, settings: tuple[str, ...], jobs: int | None,
+              count: int, cluster: Cluster | None = None) -> Plan:
+    """Where `count` runs go and how many at a time."""
+    gpus = gpus_for(preset, settings) if cluster is None else cluster.gpus
+    jobs = jobs or default_jobs(preset, count, gpus, cluster)
+    notebooks = notebooks_folder()
+    return Plan(preset=preset, experiment=experiment,
+                settings=tuple(seen_from(notebooks, text) for text in settings),
+                folder=experiment_folder(experiment).absolute(), notebooks=notebooks,
+                jobs=min(jobs, count), threads=threads_for(preset, min(jobs, count), cluster),
+                gpus=gpus, cluster=cluster)
+
+
+def notebooks_folder() -> Path:
+    """The notebooks of the checkout.
+
+    Raises:
+        UserError: there are none, as in a package that was installed without its checkout.
+    """
+    for root in (project_folder(), PACKAGE.parent):
+        if (root / "notebooks").is_dir() and any((root / "notebooks").glob("*.ipynb")):
+            return (root / "notebooks").absolute()
+    raise UserError("There is no folder with notebooks here; run this command inside a checkout of "
+                    "the project.")
+
+
+def seen_from(folder: Path, text: str) -> str:
+    """A setting as it has to read for a process in `folder`: a relative model path is rewritten,
+    and none names the user's home folder, since it stands in the executed notebooks."""
+    key, _, value = text.partition("=")
+    if key.strip() != "model.path" or value == "tiny" or not Path(value).exists():
+        return text
+    if Path(value).is_absolute():
+        return f"{key}={without_home(value)}"
+    return f"{key}={os.path.relpath(value, folder)}"
+
+
+def setup_job(plan: Plan, setup: Setup, seed: int) -> Job:
+    """The job of one run, with its weight among the others.
+
+    Raises:
+        UsageError: the setup has no notebook.
+    """
+    if not setup.notebook:
+        raise UsageError(f"The setup {setup.name} has no notebook; train it with 'hybridrl run "
+                         f"{setup.name}'.")
+    record = run_folder(plan.folder, setup.name, seed)
+    weight = 0.3 if record.is_complete else relative_cost(setup)
+    return notebook_job(plan, setup.notebook, f"{setup.name} seed {seed}", seed, weight,
+                        output=f"{setup.notebook}-seed-{seed}", record=record)
+
+
+def notebook_job(plan: Plan, notebook: str, name: str, seed: int, weight: float, output: str,
+                 record: RunFolder | None = None) -> Job:
+    """A notebook with its parameters, as a papermill command.
+
+    Raises:
+        UserError: the notebook is missing.
+    """
+    source = plan.notebooks / f"{notebook}.ipynb"
+    if not source.is_file():
+        raise UserError(f"The notebook {source.name} is missing in {plan.notebooks}; get it back "
+                        "with 'git checkout notebooks'.")
+    written = plan.folder / "notebooks" / f"{output}.ipynb"
+    # Texts go in raw (-r): papermill would make a number of an experiment called 2025.
+    command = [sys.executable, "-m", "papermill", source.name, str(written), "-k", KERNEL,
+               "-p", "seed", str(seed), "-r", "preset", plan.preset, "-r", "experiment",
+               plan.experiment, "-r", "settings", shlex.join(plan.settings),
+               "--no-progress-bar", "--log-output"]
+    return Job(name=name, command=tuple(command), folder=plan.notebooks, output=written,
+               log=written.with_suffix(".log"), weight=weight, seed=seed, record=record)
+
+
+# The environment of a notebook -------------------------------------------------------------------
+
+
+def job_environment(plan: Plan, temporary: Path) -> dict[str, str]:
+    """Environment variables of every job.
+
+    Paths are absolute, since notebooks run in a folder of their own. The kernel is this very
+    interpreter with this very package, whatever `python3` means in the user's Jupyter, and the
+    user's IPython profile stays out of it.
+    """
+    write_kernel(temporary / "jupyter")
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(plan.threads))
+    environment |= {
+        "HYBRIDRL_RESULTS_DIR": str(plan.folder.parent),
+        "JUPYTER_PATH": joined(temporary / "jupyter", os.environ.get("JUPYTER_PATH")),
+        "JUPYTER_RUNTIME_DIR": str(temporary / "runtime"),
+        "IPYTHONDIR": str(temporary / "ipython"),
+        "PYTHONPATH": joined(PACKAGE.parent, os.environ.get("PYTHONPATH")),
+        "PYTHONUNBUFFERED": "1",
+        "HYBRIDRL_HEADLESS": "1",  # plain lines in the log instead of a live view
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of the debugger in every log
+    }
+    for name in ("HYBRIDRL_DATA_DIR", "HF_HOME"):
+        if environment.get(name):
+            environment[name] = str(Path(environment[name]).expanduser().absolute())
+    return environment
+
+
+def write_kernel(folder: Path) -> None:
+    """A Jupyter kernel named python3 that is this interpreter; what stands there comes first."""
+    spec = folder / "kernels" / KERNEL / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3", "language": "python"}), encoding="utf-8")
+
+
+# The report -------------------------------------------------------------------------------------
+
+
+def report_jobs(plan: Plan, seeds: Sequence[int], say) -> list[Job]:
+    """The report's notebooks, on a seed that every setup has.
+
+    By themselves they train what is missing. Here they must not: the user chose the setups, and
+    one that has failed would fail again.
+    """
+    finished = [seed for seed in dict.fromkeys(seeds) if all(
+        run_folder(plan.folder, name, seed).is_complete
+        for name in setups_with_notebook())]
+    if finished:
+        return [notebook_job(plan, name, name, finished[0], 1.0, name) for name in REPORT_NOTEBOOKS]
+    say(f"{' and '.join(REPORT_NOTEBOOKS)} are left out, since not every setup is finished")
+    return []
+
+
+def write_report(plan: Plan, say) -> list[Path]:
+    """Writes the report's files and prints Table 2, beside the published one where there is one."""
+    from ..report.loading import load_experiment
+    from ..report.page import beside_published
+    from ..report.report import make_report
+    from ..report.table2 import make_table2
+
+    if not any(RunFolder(path.parent).is_complete
+               for path in plan.folder.glob("*/seed-*/manifest.json")):
+        say("no run is finished, so there is no report yet")
+        return []
+    published = published_folder() / plan.preset
+    compared = (published / "table2.csv").is_file() and not smoke_from_environment()
+    say("")
+    files = make_report(plan.folder, published=published if compared else None)
+    if compared:
+        experiment = load_experiment(plan.folder)
+        say("\n" + beside_published(experiment, make_table2(experiment), published))
+    return files

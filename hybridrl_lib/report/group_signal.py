@@ -1,0 +1,84 @@
+"""What RL begins with: how often the base model solves the training problems, before any update."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .loading import Answers, Experiment, benchmark_title
+from .statistics import group_signal, pass_at_k
+from .text import csv_text, markdown_table, percent
+
+BASE = "base"
+VERDICTS = ("strict", "lenient")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The base model's sampled answers to the training problems of one benchmark, as shares.
+
+    Attributes:
+        verdict: `strict` is what the reward goes by.
+        problems, samples: how many problems, and answers to each (over all seeds).
+        group: G, the group size of RL, or the samples of a seed where there are fewer.
+        pass_at_1, pass_at_group: mean over the problems.
+        with_signal: share of groups of G that are neither all right nor all wrong.
+    """
+
+    benchmark: str
+    verdict: str
+    problems: int
+    samples: int
+    group: int
+    pass_at_1: float
+    pass_at_group: float
+    with_signal: float
+
+
+def make_signals(experiment: Experiment) -> tuple[Signal, ...]:
+    """One a benchmark and verdict; none where no answers to training problems were sampled."""
+    found = []
+    for benchmark in experiment.benchmarks:
+        runs = [(run, answers) for run in experiment.of(BASE)
+                if (answers := run.answers_of("last", "train", benchmark)) and answers.samples]
+        if not runs:
+            continue
+        asked = runs[0][0].config.get("settings", {}).get("rl", {}).get("group_size", 8)
+        group = min(asked, *(answers.samples for _, answers in runs))
+        for verdict in VERDICTS:
+            scores = [_scores(answers, verdict, group) for _, answers in runs]
+            found.append(Signal(benchmark, verdict, len(runs[0][1].ids),
+                                sum(answers.samples for _, answers in runs), group,
+                                *np.mean(scores, axis=0).tolist()))
+    return tuple(found)
+
+
+def _scores(answers: Answers, verdict: str, group: int) -> tuple[float, float, float]:
+    """Pass@1, Pass@G and the share of groups with signal, of one run."""
+    right = answers.right if verdict == "strict" else answers.right_lenient
+    return (float(np.mean(pass_at_k(answers.samples, right, 1))),
+            float(np.mean(pass_at_k(answers.samples, right, group))),
+            float(np.mean(group_signal(answers.samples, right, group))))
+
+
+def signals_csv(signals: tuple[Signal, ...]) -> str:
+    """signal.csv; shares in percent."""
+    header = ("benchmark", "verdict", "problems", "samples", "group", "pass@1", "pass@group",
+              "groups_with_signal")
+    return csv_text(header, [
+        (s.benchmark, s.verdict, s.problems, s.samples, s.group, percent(s.pass_at_1),
+         percent(s.pass_at_group), percent(s.with_signal)) for s in signals])
+
+
+def signals_markdown(experiment: Experiment, signals: tuple[Signal, ...]) -> str:
+    """signal.md: one line a benchmark and verdict."""
+    group = signals[0].group
+    rows = [[benchmark_title(s.benchmark).title, s.verdict, str(s.problems), str(s.samples),
+             percent(s.pass_at_1, 1), percent(s.pass_at_group, 1), percent(s.with_signal, 1)]
+            for s in signals]
+    return (f"# What RL begins with, experiment `{experiment.name}`\n\n"
+            "The base model's sampled answers to the training problems, percent. The reward goes "
+            "by the strict verdict; a group whose answers are all right or all wrong teaches RL "
+            "nothing.\n\n"
+            + markdown_table(["benchmark", "verdict", "problems", "samples a problem", "Pass@1",
+                              f"Pass@{group}", f"groups of {group} with signal"],
+                             rows, range(2, 7)))

@@ -1,0 +1,1 @@
+"""Errors, paths, signals, processes, and the hub: what everything else stands on."""

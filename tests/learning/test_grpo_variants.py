@@ -1,0 +1,194 @@
+"""GRPO by settings: the stage's own anchor, plain k3, overlong punishment, dynamic sampling."""
+
+import pytest
+import torch
+from small_training import Fixed, distance, watch, watch_rollouts
+from textbook import all_scores, coin_rewards, gradient, plain_grpo, problems_of
+
+from hybridrl_lib.objectives import k3, overlong_penalty
+from hybridrl_lib.system.errors import UsageError
+
+FAST = ("sft.learning_rate=0.01", "rl.learning_rate=0.01")
+
+
+def flat(weights):
+    return torch.cat([weight.detach().flatten() for _, weight in sorted(weights.items())])
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_anchor_is_the_policy_that_the_stage_began_with(make_trainer, make_policy, adapter):
+    """DeepSeekMath's reference is the SFT model: neither the base model nor the current policy."""
+    trainer = make_trainer("deepseekmath", "training.epochs=4", *FAST,
+                           policy=make_policy(adapter=adapter))
+    seen = watch(trainer)
+    trainer.train()
+    assert [row["stage"] for row in trainer.folder.lines("metrics.jsonl")] == ["sft"] * 2 + [
+        "rl"] * 2
+    anchor = flat(trainer.anchor_weights)
+    assert torch.equal(anchor, flat(seen.weights[2]))  # before the first RL update
+    assert not torch.equal(anchor, flat(seen.weights[0]))
+    assert not torch.equal(anchor, flat(trainer.weights()))
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_the_anchor_survives_a_resumption(make_trainer, make_policy, adapter):
+    """A resumed run must not take the policy it goes on from for the anchor."""
+    def trainer():
+        return make_trainer("deepseekmath", "training.epochs=4", "training.checkpoint_every=3",
+                            *FAST, policy=make_policy(adapter=adapter))
+
+    first = trainer()
+    first.train()
+    kept = flat(first.anchor_weights).clone()
+    first.checkpoints.found()[0][1].rename(first.checkpoints.root / "later")  # leaves step 3
+    second = trainer()
+    second._resume()
+    assert second.step == 3 and second.stage.name == "rl"
+    assert torch.equal(flat(second.anchor_weights), kept)
+    assert not torch.equal(flat(second.weights()), kept)
+
+
+@pytest.mark.parametrize("estimator", ["k3", "ratio_k3"])
+def test_the_kl_to_the_anchor_is_in_the_loss(make_trainer, monkeypatch, estimator):
+    """At the anchor it has no gradient; a step away it is the textbook's. kl/anchor is recorded."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer("rl", "rl.kl_anchor=stage", f"rl.kl_estimator={estimator}", "rl.beta=5",
+                           "rl.updates_per_rollout=1", "rl.learning_rate=0.001")
+    seen = watch(trainer)
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    for step, beta in ((0, 0.0), (1, 5.0)):
+        trainer.load_weights(trainer.anchor_weights)
+        anchor = all_scores(trainer, taken[step])
+        trainer.load_weights(seen.weights[step])
+        old = all_scores(trainer, taken[step])
+        apart = torch.cat(anchor) - torch.cat(old)
+        assert rows[step]["kl/anchor"] == pytest.approx(
+            float((apart.exp() - apart - 1).mean()), rel=1e-3, abs=1e-7)
+        rewards = coin_rewards(trainer, problems_of(trainer, taken[step]), taken[step])
+        settings = trainer.settings
+        object.__setattr__(settings.rl, "beta", beta)
+        loss = plain_grpo(trainer.policy, taken[step], rewards, old, anchor, settings)
+        assert distance(seen.gradients[step], gradient(trainer, loss)) < 1e-4
+
+
+def test_the_kl_to_the_anchor_is_one_mean_over_mini_batches(make_trainer, monkeypatch):
+    """Measured before the first of them moves the weights, over the tokens of all."""
+    taken = watch_rollouts(monkeypatch)
+    trainer = make_trainer("rl", "rl.kl_anchor=stage", "rl.beta=5", "rl.updates_per_rollout=2",
+                           "rl.learning_rate=0.001")
+    seen = watch(trainer)
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    assert rows[0]["updates"] == 2
+    trainer.load_weights(trainer.anchor_weights)
+    anchor = torch.cat(all_scores(trainer, taken[1]))
+    trainer.load_weights(seen.weights[2])
+    apart = anchor - torch.cat(all_scores(trainer, taken[1]))
+    assert rows[1]["kl/anchor"] == pytest.approx(float((apart.exp() - apart - 1).mean()), rel=1e-3)
+    assert rows[1]["kl/anchor"] > 1e-5
+
+
+def test_k3_at_the_anchor_is_nothing():
+    scores = torch.randn(50).requires_grad_()
+    value = k3(scores, scores.detach()).sum()
+    value.backward()
+    assert value == 0 and not scores.grad.any()
+
+
+def test_plain_k3_to_the_old_policy_is_refused(make_trainer):
+    with pytest.raises(UsageError, match="rl.kl_estimator cannot be 'k3': with rl.kl_anchor=old"):
+        make_trainer("rl", "rl.kl_estimator=k3")
+
+
+def test_the_overlong_penalty_is_dapos():
+    """0 up to the cap less the cache, then linear, -1 where it was cut off: 16384 + 4096."""
+    lengths = torch.tensor([10, 16384, 18432, 20480, 20480, 5])
+    finished = torch.tensor([True, True, True, True, False, True])
+    assert overlong_penalty(lengths, finished, 20480, 0.2).tolist() == pytest.approx(
+        [0, 0, -0.5, -1, -1, 0], abs=1e-6)
+    assert not overlong_penalty(lengths, finished, 20480, 0.0).any()
+
+
+def test_the_punishment_moves_advantages_and_no_reward(make_trainer, monkeypatch):
+    """All answers wrong and cut off at the cap or not: the short ones get the advantage."""
+    taken, kept = watch_rollouts(monkeypatch), []
+    trainer = make_trainer("rl", "rl.overlong_share=1", "rl.advantage_scale=none",
+                           verifier=Fixed([0]))
+    compose = trainer.method.compose
+    trainer.method.compose = lambda step: kept.extend(step.rollouts) or compose(step)
+    trainer.train()
+    row = trainer.folder.lines("metrics.jsonl")[0]
+    assert row["reward"] == 0 and -1 <= row["reward/overlong"] < 0
+    for rollout, group in zip(kept, taken[0], strict=False):
+        cost = torch.tensor([-1.0 if not c.finished else -len(c.token_ids) / 12
+                             for c in group.completions])
+        assert rollout.advantages.tolist() == pytest.approx((cost - cost.mean()).tolist(), abs=1e-5)
+        assert not rollout.rewards.any()
+
+
+@pytest.mark.parametrize("setup", ["luffy", "prefix_rft"])
+def test_the_punishment_holds_in_joint_groups(make_trainer, setup):
+    """All is wrong, so that lengths alone decide: of the answers, and of what joins them."""
+    trainer = make_trainer(setup, "rl.overlong_share=1", "rl.advantage_scale=none",
+                           "rl.max_new_tokens=40", verifier=Fixed([0]))
+    kept, hybrids, compose = [], [], trainer.method.compose
+    trainer.method.compose = lambda step: kept.extend(step.rollouts) or compose(step)
+    if setup == "prefix_rft":
+        sample = trainer.method._sample
+        trainer.method._sample = lambda step: hybrids.extend(sample(step)) or hybrids[-8:]
+    trainer.train()
+    assert any(rollout.advantages.any() for rollout in kept)
+    stop = trainer.policy.stop_ids
+    for index, rollout in enumerate(kept):
+        texts = [(c.token_ids, c.finished) for c in rollout.group.completions]
+        if hybrids:
+            ids = hybrids[index].sequence.completion
+            texts.append((ids, ids[-1] in stop))
+        else:
+            texts.append((trainer.policy.encode_completion(rollout.problem.solution), True))
+        cost = torch.tensor([-min(1.0, len(ids) / 40) if finished else -1.0
+                             for ids, finished in texts])
+        assert rollout.advantages.tolist() == pytest.approx(
+            (cost - cost.mean())[:-1].tolist(), abs=1e-5)
+        if hybrids:
+            assert hybrids[index].advantage == pytest.approx(
+                float(cost[-1] - cost.mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("pattern", "rounds", "sampled", "left"), [
+    ([1, 0, 0, 0] * 4, 10, 4, 4),  # every group has a signal: nothing more is sampled
+    ([1, 0, 0, 0] * 1 + [0] * 4, 10, 8, 4),  # every other: a second round
+    ([0] * 4, 10, 8, 0),  # none: till the training problems are used up
+    ([1, 0, 0, 0] + [1] * 12, 2, 8, 2)])  # till the last round, and on with what there is
+def test_dynamic_sampling_fills_up_with_groups_with_signal(make_trainer, pattern, rounds, sampled,
+                                                           left):
+    trainer = make_trainer("rl", "rl.prompts_per_step=4", f"rl.dynamic_sampling_rounds={rounds}",
+                           "rl.beta=0", verifier=Fixed(pattern))
+    seen, composed = watch(trainer), []
+    compose = trainer.method.compose
+    trainer.method.compose = lambda step: composed.append(step.rollouts) or compose(step)
+    trainer.train()
+    rows = trainer.folder.lines("metrics.jsonl")
+    assert [(row["groups/sampled"], row["groups/kept"]) for row in rows] == [(sampled, left)] * 4
+    assert all(0 < rollout.solved < 1 for step in composed for rollout in step)
+    assert all(len({r.problem.id for r in step}) == left for step in composed)
+    assert bool(seen.gradients) == bool(left)
+    assert sum(rows[0]["verdicts"].values()) == 4 * sampled
+
+
+def test_one_round_of_dynamic_sampling_is_none(make_trainer):
+    """Where every group has a signal, the setting changes no bit."""
+    weights = []
+    for rounds in (1, 3):
+        trainer = make_trainer("rl", f"rl.dynamic_sampling_rounds={rounds}", "rl.beta=0",
+                               verifier=Fixed([1, 0, 0, 1]), folder=str(rounds))
+        trainer.train()
+        weights.append(flat(trainer.weights()))
+    assert torch.equal(*weights)
+
+
+def test_methods_that_need_every_group_refuse_dynamic_sampling(make_trainer):
+    with pytest.raises(UsageError, match="rl.dynamic_sampling_rounds cannot be '2': the method "
+                       "relift learns"):
+        make_trainer("relift", "rl.dynamic_sampling_rounds=2")

@@ -1,0 +1,350 @@
+"""The benchmarks run and compare like with like. What they time is not asserted."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridrl_lib.experiments.compare import choose_arms
+from hybridrl_lib.policy.packing import PromptCompletion, pack
+from hybridrl_lib.policy.products import Linear
+from hybridrl_lib.system.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
+PUBLISHED = sorted(ROOT.glob("results/published/bench/*.json"))
+SMALL = ["--prompts", "2", "--samples", "3", "--max-new-tokens", "6", "--pairs", "2",
+         "--threads", "1"]
+
+
+@pytest.fixture()
+def script(monkeypatch):
+    """script(name) -> the module of a script, which finds its neighbors as when it is run."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+@pytest.fixture()
+def measure(model_folders, tmp_path):
+    """measure(name, *options) -> the last line of what a script prints, run as a user runs it."""
+    def run(name, *options, model=True):
+        path = tmp_path / "new" / "record.json"
+        given = ["--model", str(model_folders["qwen2"]), *SMALL] if model else []
+        done = subprocess.run(
+            [sys.executable, str(FOLDER / f"{name}.py"), *given, *options, "--json", str(path)],
+            capture_output=True, text=True, cwd=ROOT, timeout=300,
+            env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        record = json.loads(done.stdout.splitlines()[-1])
+        assert record == json.loads(path.read_text(encoding="utf-8"))
+        assert record["benchmark"] == name
+        if model:
+            assert record["prompts"] == 2 and record["threads"] == 1
+        if "ratio" in record:
+            assert len(record["ratio"]) == 2
+            assert min(record["ratio"]) <= record["ratio_median"] <= max(record["ratio"])
+        return record
+
+    return run
+
+
+def test_against_generate_runs(measure):
+    """Both samplers run, and their tokens are within what was asked of them."""
+    record = measure("against_generate")
+    assert record["decoder"] == "own" and record["ratio_best"] > 0
+    for side in ("ours", "generate"):
+        assert len(record["seconds"][side]) == len(record["tokens_per_second"][side]) == 2
+        assert all(6 <= tokens <= 36 for tokens in record["tokens"][side])
+
+
+def test_packing_runs(measure):
+    """Both packings run, and give the same gradient from fewer positions."""
+    record = measure("packing")
+    assert 0 <= record["gradient_difference"] < 1e-4 * record["gradient_largest"]
+    assert record["positions_ratio"] > 1
+    assert len(record["seconds"]["packed"]) == len(record["seconds"]["one_row_each"]) == 2
+
+
+def test_against_trl_runs(measure):
+    """Both sides take whole steps with as many tokens, after the check of their gradients."""
+    record = measure("against_trl", "--lengths", "fixed", "--groups", "signal")
+    assert record["check"]["gradient_distance"] <= record["check"]["gradient_tolerance"] <= 1e-4
+    assert record["settings"]["trl"]["loss_type"] == "grpo"
+    for side in ("ours", "trl"):
+        assert record["tokens"][side] == [36, 36]
+        for part in ("seconds", "seconds_sampling", "seconds_update"):
+            assert len(record[part][side]) == 2
+    assert record["ratio_best"] > 0 and record["tuning"]["ours_seconds_by_tokens"]
+
+
+def test_ceiling_runs(measure):
+    """Each part has a share of its ceiling, of both precisions there is one."""
+    record = measure("ceiling")
+    assert set(record["product_gflops"]) == {"fp32", "bf16"} and record["copy_gb_per_second"] > 0
+    for part in ("sampling", "update", "update_products"):
+        assert len(record[part]["share"]) == 2 and min(record[part]["share"]) > 0
+    shares = record["update_kernels"]
+    assert 0 < shares["products"] < sum(shares.values()) < 1 and 0 < shares["attention"]
+
+
+def test_the_bound_is_what_the_numbers_say(script):
+    """Protects the reason given for a bar that was missed."""
+    ceiling = {"model": "m", "precision": "fp32", "product_gflops": {"fp32": 400.0},
+               "update": {"share_median": 0.2},
+               "update_products": {"gflops": [100.0, 100.0, 300.0]},
+               "update_kernels": {"products": 0.4, "attention": 0.1, "activation": 0.0}}
+    step = {"model": "m", "precision": "fp32", "groups": "all",
+            "seconds": {"ours": [1.5], "trl": [4.0]},
+            "seconds_sampling": {"ours": [0.5]}, "seconds_update": {"ours": [1.0]}}
+    half = step | {"groups": "signal", "seconds_update": {"ours": [0.6]}}
+    text = script("page").bounds_text([ceiling], [step, half, step | {"model": "other"}])
+    assert "reach 0.25 of the large" in text and "would reach 0.40 of it" in text
+    assert "all groups 4.0 times TRL's, one with half of them without signal 5.0 times" in text
+    assert script("page").bounds_text([{"model": "m"}], []) == ""
+
+
+def test_scaling_runs(measure):
+    """Each point is measured in a process of its own, at the sizes it was asked for."""
+    record = measure("scaling", "--smallest", "--repeats", "1", "--threads", "1", model=False)
+    samples = record["points"]["samples"]
+    assert [(p["part"], p["samples"]) for p in samples] == [
+        ("sampling", 2), ("update", 2), ("sampling", 3), ("update", 3)]
+    assert all(p["seconds"] > 0 and p["peak_mib"] >= p["resting_mib"] > 0 for p in samples)
+    assert record["vocabulary_peak_ratio"] >= 1
+
+
+def test_overhead_runs(measure):
+    """Every stage of a method that the plain loop has too is compared with it."""
+    record = measure("overhead", "--setups", "combined", "switching", "--problems", "20",
+                     "--epochs", "4", model=False)
+    assert set(record["overhead"]["combined"]) == {"rl"}
+    assert record["plain_milliseconds"]["rl"] > 0
+    assert all(-1 < share < 1 for found in record["overhead"].values() for share in found.values())
+
+
+def test_verdicts_runs(script, measure):
+    """Its pairs are judged as they were made, none comes twice, and the line holds both kinds."""
+    verdicts = script("verdicts")
+    for pairs in (verdicts.numeric_pairs(500, seed=3), verdicts.symbolic_pairs(500, seed=3)):
+        assert len(set(pairs)) == 500
+    record = measure("verdicts", "--numeric", "40", "--symbolic", "14", "--workers", "1",
+                     "--rounds", "2", model=False)
+    for kind in ("numeric", "symbolic"):
+        assert len(record[kind]["per_second"]) == len(record[kind]["per_processor_second"]) == 2
+
+
+@pytest.fixture()
+def sides(script, policy):
+    """sides(groups with a signal) -> our step, TRL's, and completions of different lengths."""
+    def make(which="all"):
+        questions = ["1 + 1", "How many are 12 - 3?", "2 * 3", "5 - 4"]
+        ours = script("grpo_step").GRPOStep(policy, questions, samples=4, max_new_tokens=12,
+                                            which=which)
+        trl = script("trl_step").TRLStep(policy, questions, ours.settings, which, rows=4)
+        groups = ours.sample(seed=1)
+        assert len({len(c.token_ids) for g in groups for c in g.completions}) > 3
+        return ours, trl, groups
+
+    return make
+
+
+def test_trl_gets_nothing_of_this_library(sides):
+    """Protects the ratio: TRL trains the model as transformers makes it, not with our products."""
+    _, trl, _ = sides()
+    assert not any(isinstance(module, Linear) for module in trl.model.modules())
+    assert trl.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("which", ["all", "signal"])
+def test_both_sides_compute_the_same(script, sides, which):
+    """What is timed against TRL is the same loss, gradient and clipping."""
+    found = script("against_trl").compare(*sides(which))
+    assert found["gradient_distance"] < 1e-4 and found["gradient_norm_ours"] > 1e-3
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("loss_type", "dapo"), ("scale_rewards", "none"), ("entropy_coef", 0.05)])
+def test_unequal_settings_are_refused(script, sides, name, value):
+    """The check before the timing can fail: one setting of TRL's changed, and nothing is timed."""
+    ours, trl, groups = sides()
+    setattr(trl.trainer, name, value)
+    trl.trainer._entropy_bonus_enabled = name == "entropy_coef"
+    with pytest.raises(RuntimeError, match="not compute the same loss"):
+        script("against_trl").compare(ours, trl, groups)
+
+
+def test_trl_samples_from_the_same_distribution(script, policy):
+    """TRL's generation gets no top-k or penalty from the model, and our stop tokens."""
+    policy.model.generation_config.update(repetition_penalty=1.5, top_k=20, top_p=0.5)
+    policy.stop_ids = (policy.model.config.vocab_size,)
+    ours = script("grpo_step").GRPOStep(policy, ["1 + 1", "2 * 3"], samples=4, max_new_tokens=9)
+    trl = script("trl_step").TRLStep(policy, ours.questions, ours.settings, "all", rows=8)
+    config = trl.trainer.generation_config
+    assert (config.top_k, config.top_p, config.temperature) == (0, 1.0, 1.0)
+    assert config.repetition_penalty in (None, 1.0)
+    assert trl(seed=0).tokens == ours(seed=0).tokens == 2 * 4 * 9
+
+
+def test_operations_of_an_update_are_those_of_its_products(script, policy, monkeypatch):
+    """The share of the ceiling counts what is computed: torch's own count of the products."""
+    monkeypatch.setattr("hybridrl_lib.policy.products.ONE_DNN", False)  # torch counts its own alone
+    for module in ("packing", "objectives"):  # padding is no use, and is not counted as such
+        monkeypatch.setattr(f"hybridrl_lib.{module}.TOKENS", 1)
+    shapes = script("ceiling").Shapes(policy)
+    shapes.attention = 0  # torch counts it with what the mask hides
+    step = script("grpo_step").GRPOStep(policy, ["1 + 1"], samples=3, max_new_tokens=9)
+    groups = step.sample(seed=0)
+    with FlopCounterMode(display=False) as counter:
+        step.update(groups)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if str(op).split(".")[1] in ("mm", "addmm"))
+    assert shapes.update_operations(groups) == products > 0
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_page_is_rebuilt_to_the_letter(script, tmp_path, path):
+    """Protects against a page that was edited."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    script("page").write_page(found, tmp_path / f"{path.stem}.md")
+    for new in tmp_path.iterdir():
+        old = path.with_name(new.name)
+        assert old.is_file(), new.name
+        if new.suffix == ".md":
+            assert old.read_text(encoding="utf-8") == new.read_text(encoding="utf-8")
+            assert "/work" not in new.read_text(encoding="utf-8") and "/home" not in path.read_text(
+                encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_memory_is_flat_at_a_large_vocabulary(path):
+    """Protects the bound on the update's memory: logits never stand in memory all at once."""
+    scaling = json.loads(path.read_text(encoding="utf-8"))["cases"].get("scaling")
+    if scaling is None:
+        pytest.skip("scaling was not measured on this machine")
+    assert [p["length"] for p in scaling["points"]["vocabulary"]] == [128, 256, 512, 1024]
+    assert scaling["vocabulary_above_resting_ratio"] <= 1.3
+
+
+def test_scaling_is_drawn(script, tmp_path):
+    """Protects the page of a machine where scaling was measured: its pictures are written."""
+    points = {axis: [{"part": part, "samples": n, "length": n, "prompts": n, "parameters": n,
+                      "vocabulary": 100, "micro_batch_tokens": 64, "seconds": n / 10,
+                      "peak_mib": 400.0 + n, "resting_mib": 390.0}
+                     for n in (4, 8) for part in ("sampling", "update")]
+              for axis in ("samples", "length", "prompts", "model", "vocabulary")}
+    record = {"benchmark": "scaling", "points": points, "vocabulary_peak_ratio": 1.1,
+              "vocabulary_above_resting_ratio": 1.2, "precision": "fp32", "threads": 1,
+              "base": {"prompts": 2, "samples": 2, "length": 4, "width": 32, "layers": 1}}
+    page = tmp_path / "here.md"
+    script("page").write_page({"device": "here", "cases": {"scaling": record}, "left_out": {}},
+                              page)
+    for name in ("seconds", "peak_mib", "vocabulary"):
+        assert (tmp_path / f"here-{name}.png").stat().st_size > 5000
+        assert f"here-{name}.png" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_published_overhead_is_of_every_method_and_small(path):
+    """Protects "under 5 %" from a table of methods that are called otherwise, or left out."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cases"]["overhead_tiny"]["overhead"]
+    assert set(found) == {arm.name for arm in choose_arms([])
+                          if arm.stages and arm.method != "staged"}
+    assert max(share for stages in found.values() for share in stages.values()) < 0.05
+
+
+def test_readme_quotes_the_published_ratios():
+    """Protects against a README that claims another speed than was measured."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Speed\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "**" in line]
+    pages = "".join(path.with_suffix(".md").read_text(encoding="utf-8") for path in PUBLISHED)
+    assert len(rows) >= 4 and all(row in pages for row in rows)
+
+
+def test_the_suite_keeps_what_it_measured(script, monkeypatch, tmp_path):
+    """A case that fails or does not fit this machine costs no other its record."""
+    suite = script("suite")
+    records = json.loads(PUBLISHED[0].read_text(encoding="utf-8"))["cases"]
+
+    def measure(case, threads):
+        if case.script == "packing":
+            raise subprocess.CalledProcessError(1, "packing")
+        return records["generate_tiny"]
+
+    monkeypatch.setattr(suite, "measure", measure)
+    out = ["--out", str(tmp_path)]
+    suite.main([*out, "--only", "generate_tiny"])
+    monkeypatch.setattr(suite, "unfit", lambda case, _: "small" if case.gigabytes > 5 else None)
+    with pytest.raises(UserError, match="packing_tiny"):
+        suite.main([*out, "--only", "packing_tiny", "scaling", "verdicts"])
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert set(found["cases"]) == {"generate_tiny", "verdicts"}
+    assert found["left_out"] == {"scaling": "small"}
+    assert "sampler against generate" in path.with_suffix(".md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="There is no case"):
+        suite.main([*out, "--only", "nonsense"])
+
+
+def test_generate_draws_from_the_same_distribution(script, policy):
+    """generate gets no repetition penalty or top-k from the model's folder, and our stop tokens."""
+    policy.model.generation_config.update(repetition_penalty=1.5, top_k=20, top_p=0.5)
+    prompts, draws = [[5, 6, 7], [8, 9, 10, 11]], 20_000
+    generate = script("against_generate").Generate(policy, prompts, draws, 1)
+    for prompt, tokens in zip(prompts, generate(0).reshape(len(prompts), draws), strict=True):
+        with torch.no_grad():
+            p = policy.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        seen = torch.bincount(tokens, minlength=len(p)) / draws
+        assert float((seen - p).abs().sum()) / 2 < 0.03  # total variation
+    assert set(generate.model.generation_config.eos_token_id) == set(policy.stop_ids)
+
+
+def test_generate_is_charged_for_its_tokens_alone(script, policy):
+    """A stop token counts once; the padding after it and another stop token there do not."""
+    generate = script("against_generate").Generate(policy, [[5]], 3, 4)
+    stop, pad = policy.stop_ids[0], policy.pad_id
+    ids = torch.tensor([[7, stop, pad, pad], [7, 8, 9, 7], [stop, stop, 7, stop]])
+    assert generate.count(ids) == 2 + 4 + 1
+
+
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+def test_rows_of_their_own_hold_every_token(script, policy, budget):
+    """The other side of the packing benchmark scores the same tokens, in its budget."""
+    sequences = [PromptCompletion([5, 6, 7], [8, 9, 10]), PromptCompletion([5, 6, 7], [11]),
+                 PromptCompletion([12], [13, 14, 15, 16, 17])]
+    rows = script("packing").one_row_each(sequences, budget, policy.pad_id)
+    assert all(len(m.input_ids) == 1 or m.input_ids.numel() <= budget for m in rows)
+
+    def scores(micro_batches):
+        found = {}
+        with torch.no_grad():
+            for micro_batch in micro_batches:
+                values, _ = policy.score(micro_batch)
+                for index in micro_batch.sequence.unique().tolist():
+                    found[index] = values[micro_batch.sequence == index]
+        return torch.cat([found[index] for index in range(len(sequences))])
+
+    torch.testing.assert_close(scores(rows), scores(pack(sequences, budget, policy.pad_id)),
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_order_within_pairs_alternates(script):
+    """Neither side always runs first, each is warmed up once, and results are not mixed up."""
+    calls = []
+    pairs = script("common").alternate(lambda n: calls.append(f"a{n}") or f"a{n}",
+                                          lambda n: calls.append(f"b{n}") or f"b{n}", 3)
+    assert calls == ["a0", "b0", "a1", "b1", "b2", "a2", "a3", "b3"]
+    assert [(a, b) for (_, a), (_, b) in pairs] == [(f"a{n}", f"b{n}") for n in (1, 2, 3)]
+
+
+def test_too_many_prompts_is_one_sentence(script, capsys, model_folders):
+    """What cannot be measured is refused in words, with a nonzero exit code."""
+    arguments = ["--model", str(model_folders["qwen2"]), "--prompts", "100000"]
+    code = script("common").run(lambda: script("packing").main(arguments))
+    assert code == 1 and "lower --prompts" in capsys.readouterr().err

@@ -1,0 +1,389 @@
+"""Detectors: silent on healthy runs, loud on sick ones, and the same after a resume."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import SMALL, Coin, Fixed
+
+from hybridrl_lib.config.presets import KEYS
+from hybridrl_lib.experiments.run import run
+from hybridrl_lib.notebook import wellness
+from hybridrl_lib.notebook.live_view import LiveRun
+from hybridrl_lib.notebook.wellness import show_health
+from hybridrl_lib.problems.problem import Problem
+from hybridrl_lib.records import health
+from hybridrl_lib.records.health import DETECTORS, START, WINDOW, Health, replay
+from hybridrl_lib.records.run_folder import RunFolder
+from hybridrl_lib.report.loading import Experiment, Run
+from hybridrl_lib.report.page import warnings_table
+from hybridrl_lib.rewards.verifier import REASONS, Verdict, Verifier
+from hybridrl_lib.training.observer import Lines, Observer
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
+# experiment/setup/seed-n: names of its warnings. RL alone never sees a right answer at smollm2.
+SAID = {"smollm2/rl/seed-0": ["reward_zero"],
+        "smollm2/rl_entropy/seed-0": ["reward_zero", "entropy_explosion"]}
+NAMES = {detector.name for detector in DETECTORS}
+
+
+# Healthy runs -----------------------------------------------------------------------------------
+
+
+def test_published_runs_are_silent():
+    """Protects readers from false alarms: six setups, five seeds, not one warning in preset `tiny`.
+
+    Whoever moves a threshold sees here what it costs. `SAID` is all that the runs of `tiny` and
+    `smollm2` say.
+    """
+    said, runs = {}, sorted(
+        path.parent for name in ("tiny", "smollm2")
+        for path in PUBLISHED.glob(f"{name}/*/seed-*/metrics.jsonl*"))
+    for folder in runs:
+        record = RunFolder(folder)
+        alarms = replay(record.lines("metrics.jsonl"), record.lines("probe.jsonl")).alarms
+        if alarms:
+            said[folder.relative_to(PUBLISHED).as_posix()] = [alarm.name for alarm in alarms]
+    assert said == SAID and len(runs) >= 30
+
+
+# Sick runs: every warning happens for real ------------------------------------------------------
+
+
+class Listener(Observer):
+    def __init__(self):
+        self.heard = []
+
+    def on_warning(self, name, sentence):
+        self.heard.append((name, sentence))
+
+
+class Silence(Coin):
+    """Pays for saying nothing, which a policy learns at once."""
+
+    def verify(self, golds, texts, finished):
+        return [Verdict(not text, not text, "wrong" if text else "right") for text in texts]
+
+
+@pytest.fixture()
+def sicken(make_trainer):
+    """sicken(setup, ...) -> {name: Alarm} of a run of 16 steps, whose record is checked on the way.
+
+    The rows name the warnings from the step they began at, the observer was told once, and reading
+    the record again gives the same.
+    """
+    def train(setup, *overrides, prepare=None, **arguments):
+        listener = Listener()
+        trainer = make_trainer(setup, "training.epochs=16", "rl.reference_every=1", *overrides,
+                               observer=listener, **arguments)
+        if prepare:
+            prepare(trainer)
+        trainer.train()
+        rows = trainer.folder.lines("metrics.jsonl")
+        alarms = trainer.health.alarms
+        assert listener.heard == [(alarm.name, str(alarm)) for alarm in alarms]
+        assert replay(rows, trainer.folder.lines("probe.jsonl")).alarms == alarms
+        for row in rows:
+            held = sorted(alarm.name for alarm in alarms if alarm.step <= row["step"]
+                          and (alarm.ended is None or row["step"] < alarm.ended))
+            assert row.get("warnings", []) == held and row.get("warnings") != []
+        return {alarm.name: alarm for alarm in alarms}
+    return train
+
+
+def test_a_healthy_small_run_has_no_such_key(sicken):
+    """A run without warnings leaves the rows that it left before there were any."""
+    assert sicken("rl") == {}
+
+
+def test_entropy_collapse(sicken):
+    """A learning rate at which one rewarded answer takes all probability."""
+    alarms = sicken("rl", "rl.learning_rate=0.02", verifier=Silence())
+    assert "rl.learning_rate" in alarms["entropy_collapse"].advice
+
+
+def test_entropy_explosion(sicken, make_policy):
+    """An entropy term that outweighs everything turns a sure policy into noise; gamma is named."""
+    policy = make_policy("llama")
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight.mul_(5)  # sure of its tokens
+    alarms = sicken("rl_entropy", "rl.gamma=10", "rl.learning_rate=0.003", policy=policy)
+    assert "rl.gamma" in alarms["entropy_explosion"].advice
+
+
+def test_kl_runaway_in_rl(sicken):
+    """A learning rate far too high takes the policy away from the base model."""
+    assert "rl.learning_rate" in sicken("rl", "rl.learning_rate=0.05")["kl_runaway"].advice
+
+
+def test_kl_runaway_in_sft(sicken, make_trainer):
+    """SFT's steps do not measure the divergence; the probe does, and is heard."""
+    validation = make_trainer("sft").parts.train[:2]
+    alarms = sicken("sft", "sft.learning_rate=1", "probe.every=2", validation=validation)
+    assert "sft.learning_rate" in alarms["kl_runaway"].advice
+    assert alarms["kl_runaway"].step == 5, "after the probes of steps 2 and 4"
+
+
+def test_reward_fall(sicken):
+    """Right half of the time, then never."""
+    verifier = Fixed([1, 0] * 16 * 9 + [0] * 32 * 20)
+    assert sicken("rl", verifier=verifier)["reward_fall"].step == 9 + WINDOW // 2
+
+
+@pytest.mark.parametrize(("overrides", "fault", "advice"), [
+    (("rl.max_new_tokens=2",), "cut off at the length limit", "rl.max_new_tokens"),
+    (("rl.max_new_tokens=40",), "had no boxed answer", "SFT first")])
+def test_reward_zero_says_why(sicken, overrides, fault, advice):
+    """The advice follows from the verdicts: longer answers help those that were cut off alone."""
+    with Verifier(1, 5.0) as verifier:
+        alarms = sicken("rl", *overrides, verifier=verifier)
+    alarm = alarms["reward_zero"]
+    assert alarm.step == WINDOW and fault in alarm.sentence and advice in alarm.advice
+    assert "no_signal" not in alarms, "said once, with its reason"
+    assert ("length_limit" in alarms) == ("max_new_tokens" in advice)
+
+
+def test_reward_zero_with_wrong_answers(sicken):
+    """Answers that are parsed and wrong: the problems are too hard."""
+    alarm = sicken("rl", verifier=Fixed([0]))["reward_zero"]
+    assert "100% were wrong" in alarm.sentence and "too hard" in alarm.advice
+
+
+@pytest.mark.parametrize(("rewards", "words"), [
+    ([1], "learned"), ([1] * 4 + [0] * (32 * 8 - 4), "too hard")])
+def test_no_signal(sicken, rewards, words):
+    """All right and nearly all wrong are different illnesses with one symptom."""
+    alarm = sicken("rl", verifier=Fixed(rewards))["no_signal"]
+    assert alarm.step == WINDOW and words in alarm.advice
+
+
+def test_gradient_spike(sicken):
+    """One problem unlike all others, after the model has learned those by heart."""
+    likes = [Problem(id=f"a/{i}", question="How many?", solution=r"\boxed{3}", answer="3",
+                     benchmark="tiny_word") for i in range(7)]
+    stranger = replace(likes[0], id="a/7", solution="9 * 8 = 72, 72 - 69 = 3.")
+
+    def arrange(trainer):
+        trainer._batch = lambda stage, step, *rest: [stranger] if step == 40 else likes
+
+    alarms = sicken("sft", "sft.learning_rate=0.003", "training.epochs=44", prepare=arrange,
+                    train=[*likes, stranger])
+    assert (alarms["gradient_spike"].step, alarms["gradient_spike"].ended) == (41, 42)
+
+
+def test_not_finite(sicken):
+    """A loss that is NaN once: the step is named, and the warning ends a window later."""
+    def poison(trainer):
+        loss = trainer.learner._loss
+        trainer.learner._loss = lambda *arguments: loss(*arguments) * (
+            float("nan") if trainer.step == 3 else 1)
+
+    alarm = sicken("sft", prepare=poison)["not_finite"]
+    assert (alarm.step, alarm.ended) == (4, 4 + WINDOW)
+
+
+# Begin and end ----------------------------------------------------------------------------------
+
+
+def row(step, stage="rl", **values):
+    return {"step": step, "stage": stage, "gamma": 0.0, "reward": 0.5, "entropy": 1.0,
+            "frac_reward_zero_std": 0.5, "completions/clipped_ratio": 0.0, "grad_norm": 1.0,
+            "verdicts": {"right": 8, "wrong": 8}, "groups/correct_counts": [1, 2, 1], **values}
+
+
+def healthy(count, start=1, **values):
+    return [row(step, **values) for step in range(start, start + count)]
+
+
+def steps_of(rows, name, probe=()):
+    """(began, ended) of every warning of a name."""
+    return [(alarm.step, alarm.ended) for alarm in replay(rows, probe).alarms if alarm.name == name]
+
+
+@pytest.mark.parametrize(("name", "key", "sick", "between", "well"), [
+    ("entropy_collapse", "entropy", 0.04, 0.08, 0.2),
+    ("entropy_explosion", "entropy", 2.1, 1.7, 1.2),
+    ("kl_runaway", "kl/reference", 1.1, 0.7, 0.2),
+    ("reward_fall", "reward", 0.2, 0.3, 0.4),
+    ("no_signal", "frac_reward_zero_std", 1.0, 0.92, 0.5),
+    ("length_limit", "completions/clipped_ratio", 1.0, 0.8, 0.1),
+])
+def test_a_warning_begins_once_and_ends_lower(name, key, sick, between, well):
+    """A level between the two thresholds neither begins a warning nor ends it."""
+    levels = [between, sick, between, sick, between, well, between, sick]
+    rows = healthy(20)
+    for level in levels:
+        rows += healthy(20, len(rows) + 1, **{key: level})
+    found = steps_of(rows, name)
+    assert len(found) == 2, found
+    (began, ended), (again, never) = found
+    assert 40 < began <= 60 and 120 < ended <= 140 and 160 < again and never is None
+
+
+def test_a_spike_is_one_step():
+    """The step after it is compared with the calm ones before, not with the spike."""
+    rows = healthy(20) + [row(21, grad_norm=11.0)] + healthy(20, 22)
+    assert steps_of(rows, "gradient_spike") == [(21, 22)]
+    assert steps_of(healthy(20) + [row(21, grad_norm=9.0)], "gradient_spike") == []
+
+
+def test_the_first_gradient_with_signal_is_no_spike():
+    """Where no group has signal the gradient is that of the KL alone: 10,000 times smaller."""
+    rows = healthy(30, grad_norm=1e-4, frac_reward_zero_std=1.0) + healthy(20, 31)
+    assert steps_of(rows, "gradient_spike") == []
+
+
+def test_rare_rewards_do_not_warn_again_and_again():
+    """One right answer in twenty steps does not end the warning, three in eight do."""
+    rows = [row(step, reward=float(step % 20 == 0 or step > 100)) for step in range(1, 120)]
+    assert steps_of(rows, "reward_zero") == [(8, 102)]
+
+
+def test_a_stage_starts_afresh():
+    """RL is not measured by what SFT began with, and SFT's warnings end with it."""
+    sft = [row(step, "sft", entropy=1.0 if step < 10 else 0.01) for step in range(1, 31)]
+    alarms = replay([*sft, *healthy(30, 31, entropy=0.01)]).alarms
+    assert [(alarm.name, alarm.stage, alarm.ended) for alarm in alarms] == [
+        ("entropy_collapse", "sft", 31)]
+
+
+def test_nothing_is_said_before_there_is_something_to_compare():
+    """The first steps of a stage, whatever they are, are no change."""
+    for count in range(1, WINDOW):
+        assert replay(healthy(count, entropy=9.0, reward=0.0, grad_norm=50.0)).alarms == []
+    assert START < WINDOW
+
+
+def test_steps_on_rollouts_are_not_compared_with_steps_on_demonstrations():
+    """A method may take either at each step of one stage; their entropies differ by nature."""
+    rows = healthy(60)
+    for taught in rows[1::2]:
+        taught["entropy"] = 0.01
+        del taught["reward"]
+    assert replay(rows).alarms == []
+
+
+def test_rows_of_an_unknown_method_do_not_stop_a_run():
+    """A row needs no more than its step and stage: a missing column is a symptom not measured."""
+    bare = [{"step": step, "stage": "mine"} for step in range(1, 40)]
+    assert replay(bare).alarms == []
+    no_verdicts = [{**entry, "reward": 0.0} for entry in bare]
+    assert [alarm.name for alarm in replay(no_verdicts).alarms] == ["reward_zero"]
+
+
+def test_every_reason_has_advice():
+    """A new kind of verdict comes with what to do about it."""
+    assert set(health.FAULTS) == set(REASONS) - {"right"}
+
+
+def test_setting_names_in_advice_exist():
+    """Advice that names a setting which is gone is worse than none."""
+    source = Path(health.__file__).read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:rl|sft|model|data|training|verifier)\.[a-z_]+", source))
+    assert len(named) > 6 and named <= set(KEYS), named - set(KEYS)
+
+
+# Resume -----------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    pass
+
+
+class CrashAt(Listener):
+    def __init__(self, step=0):
+        super().__init__()
+        self.step = step
+
+    def on_step(self, row, total):
+        if row["step"] == self.step:
+            raise Crash
+
+
+def test_a_resumed_run_warns_as_an_undisturbed_one(model_folders, monkeypatch):
+    """The state comes from the rows: cut off before, between and after warnings, nothing moves."""
+    monkeypatch.setattr("hybridrl_lib.experiments.run.Verifier", Coin)
+    settings = (*SMALL, "training.epochs=12", "training.checkpoint_every=2", "probe.every=3",
+                "rl.learning_rate=0.05", "rl.reference_every=4", "model.device=cpu",
+                f"model.path={model_folders['qwen2']}")
+
+    def rows_of(experiment, *cuts):
+        for step in cuts:
+            with pytest.raises(Crash):
+                run("rl", experiment=experiment, settings=settings, observer=CrashAt(step))
+        last = CrashAt()
+        folder = run("rl", experiment=experiment, settings=settings, observer=last)
+        rows = [{key: value for key, value in entry.items() if not key.startswith("seconds")}
+                for entry in folder.lines("metrics.jsonl")]
+        return rows, last.heard
+
+    whole, heard = rows_of("whole")
+    began = [next(entry["step"] for entry in whole if name in entry.get("warnings", ()))
+             for name, _ in heard]
+    assert began[0] <= 6 < began[-1], "one warning before the checkpoint of step 6, one after"
+    cut, heard_again = rows_of("cut", 3, 8)  # from the checkpoints of steps 2 and 6
+    assert json.dumps(cut) == json.dumps(whole)
+    assert heard_again == [entry for entry, step in zip(heard, began, strict=True) if step > 6]
+    cut, heard_again = rows_of("late", 11)
+    assert json.dumps(cut) == json.dumps(whole) and heard_again == []
+
+
+# Where it is seen -------------------------------------------------------------------------------
+
+
+def sick_rows():
+    return healthy(20) + healthy(10, 21, entropy=0.01)
+
+
+def test_plain_lines_say_it_at_once():
+    """A log that is read in the morning has the step, the sentence and the advice."""
+    said = []
+    lines = Lines(1e9, "rl", write=said.append)
+    watch = Health()
+    for entry in sick_rows():
+        for alarm in watch.see(entry):
+            lines.on_warning(alarm.name, str(alarm))
+    assert len(said) == 1 and said[0].startswith("rl: warning entropy_collapse at step 25: The ent")
+    assert "Lower rl.learning_rate" in said[0]
+
+
+def test_live_view_shows_a_warning_while_it_holds(capsys):
+    """The picture shows what holds now; a printed line stays."""
+    view = LiveRun("rl", show=None)
+    view.due = float("inf")
+    view.on_warning("no_signal", "step 3: <b>bad</b>")
+    view.on_step(row(3, epoch=1.0, warnings=["no_signal"]), total=9)
+    assert "no_signal" in view.html() and "&lt;b&gt;bad" in view.html()
+    view.on_step(row(4, epoch=1.0), total=9)
+    assert "no_signal" not in view.html()
+    assert capsys.readouterr().out == "rl: warning no_signal at step 3: <b>bad</b>\n"
+
+
+def test_show_health(tmp_path, monkeypatch, capsys):
+    """A notebook lists the warnings with advice, or says that there was nothing."""
+    shown = []
+    monkeypatch.setattr(wellness, "display", lambda piece: shown.append(piece.data))
+    record = RunFolder(tmp_path)
+    show_health(record)
+    record.write_lines("metrics.jsonl", healthy(20))
+    show_health(record)
+    out = capsys.readouterr().out
+    assert "Nothing was trained" in out and f"none of {len(NAMES)} detectors" in out
+    record.write_lines("metrics.jsonl", sick_rows())
+    show_health(record)
+    assert "| entropy_collapse | from 25 on | The entropy is 0.01 nat" in shown[0]
+    assert "Lower rl.learning_rate" in shown[0]
+
+
+def test_report_lists_warnings():
+    """A reader of the tables sees which runs were sick."""
+    def made(seed, metrics):
+        return Run("rl", seed, {}, {}, metrics, [], {})
+
+    well, ill = made(0, healthy(20)), made(1, sick_rows())
+    assert "none spoke up" in warnings_table(Experiment("a", (well,), ()))
+    text = warnings_table(Experiment("a", (well, ill), ()))
+    assert "| RL | 1 | entropy_collapse | from 25 on |" in text and "| RL | 0 |" not in text

@@ -1,0 +1,274 @@
+"""Pass@k against brute force, coverage of the intervals by simulation, Holm's correction."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from hybridrl_lib.report.statistics import (
+    gap_interval,
+    group_signal,
+    holm,
+    mean_interval,
+    paired_difference,
+    pass_at_k,
+)
+
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(60)
+WEIGHTS = WEIGHTS / WEIGHTS.sum()
+PROBLEM_SPREAD = 2.0  # of the logit: from about 5 % to about 95 % for two thirds of the problems
+
+
+def chance(logit):
+    """Logistic function."""
+    return 1.0 / (1.0 + np.exp(-logit))
+
+
+def true_mean(centre, seed_spread, problem_spread=PROBLEM_SPREAD):
+    """Mean score over the whole population of seeds and problems."""
+    grid = chance(centre + seed_spread * NODES[:, None] + problem_spread * NODES[None, :])
+    return float(WEIGHTS @ grid @ WEIGHTS)
+
+
+def draw(random, seeds, problems, centre, seed_spread, hardness=None):
+    """A (seeds, problems) table of right and wrong greedy answers."""
+    if hardness is None:
+        hardness = random.normal(0.0, PROBLEM_SPREAD, (1, problems))
+    shift = random.normal(0.0, seed_spread, (seeds, 1))
+    return (random.random((seeds, problems)) < chance(centre + shift + hardness)).astype(float)
+
+
+def coverage(seeds, problems, centre, seed_spread, interval, repeats=1000):
+    """Share of simulated intervals (low, high) that hold the true mean."""
+    random = np.random.default_rng([seeds, problems, int(10 * abs(centre)),
+                                    int(100 * seed_spread)])
+    truth = true_mean(centre, seed_spread)
+    hits = 0
+    for _ in range(repeats):
+        low, high = interval(draw(random, seeds, problems, centre, seed_spread))
+        hits += low <= truth <= high
+    return hits / repeats
+
+
+def crossed(scores):
+    """The library's interval as a pair."""
+    result = mean_interval(scores)
+    return result.low, result.high
+
+
+@pytest.mark.parametrize("samples", [1, 4, 7])
+def test_pass_at_k_equals_brute_force_over_subsets(samples):
+    """Protects the estimator: the share of all subsets of k samples that hold a right one."""
+    for right in range(samples + 1):
+        verdicts = [1] * right + [0] * (samples - right)
+        for k in range(1, samples + 1):
+            subsets = list(combinations(verdicts, k))
+            brute = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(samples, right, k) == pytest.approx(brute, abs=1e-12)
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_group_signal_equals_brute_force_over_subsets(samples):
+    """Protects the share of groups RL can learn from: subsets with both verdicts."""
+    for right in range(samples + 1):
+        verdicts = [1] * right + [0] * (samples - right)
+        for group in range(1, samples + 1):
+            subsets = list(combinations(verdicts, group))
+            brute = sum(0 < sum(subset) < group for subset in subsets) / len(subsets)
+            assert group_signal(samples, right, group) == pytest.approx(brute, abs=1e-12)
+
+
+def test_pass_at_k_is_exact_at_its_ends_and_stable():
+    """Protects the corners: pass@1 is the mean, all wrong 0, fewer than k wrong 1, no overflow."""
+    right = np.arange(17)
+    assert pass_at_k(16, right, 1) == pytest.approx(right / 16)
+    assert pass_at_k(16, 0, 8) == 0.0
+    assert np.all(pass_at_k(16, right[9:], 8) == 1.0)
+    assert 0.0 < pass_at_k(100_000, 1, 50_000) < 1.0
+    assert pass_at_k(16, np.zeros((2, 3), dtype=int), 4).shape == (2, 3)
+
+
+def test_pass_at_k_refuses_impossible_counts():
+    """Protects against a silent number where k exceeds the samples or a count is impossible."""
+    for samples, right, k in [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)]:
+        with pytest.raises(ValueError):
+            pass_at_k(samples, right, k)
+
+
+@pytest.mark.parametrize("seed_spread", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("problems", [50, 128, 192, 500])
+def test_interval_covers_with_five_seeds(problems, seed_spread):
+    """Protects the table's promise: 95 % covers 92-98 % (seeds deviate by up to 5 points)."""
+    assert 0.92 <= coverage(5, problems, 0.5, seed_spread, crossed) <= 0.98
+
+
+@pytest.mark.parametrize("centre", [-4.0, -1.5, 4.0])
+def test_interval_covers_near_the_ends_of_the_scale(centre):
+    """Protects coverage where a weak base model or a solved benchmark lies."""
+    assert 0.92 <= coverage(5, 192, centre, 0.1, crossed) <= 0.98
+
+
+@pytest.mark.parametrize("seed_spread", [0.0, 0.1, 0.3])
+def test_interval_nearly_covers_with_three_seeds(seed_spread):
+    """Protects what the table's note says of three seeds: near nominal, within looser bounds."""
+    assert 0.90 <= coverage(3, 192, 0.5, seed_spread, crossed) <= 0.99
+
+
+def test_one_seed_is_over_problems_only():
+    """Protects the one-seed case: the textbook interval over problems, and it says one seed."""
+    random = np.random.default_rng(3)
+    scores = draw(random, 1, 500, 0.5, 0.0)
+    result = mean_interval(scores[0])
+    error = scores.std(ddof=1) / np.sqrt(500)
+    assert (result.seeds, result.problems) == (1, 500)
+    assert result.high - result.low == pytest.approx(2 * 1.965 * error, rel=0.01)
+    assert 0.92 <= coverage(1, 192, 0.5, 0.0, crossed) <= 0.98
+
+
+def percentile_bootstrap(scores, random, over, resamples=200):
+    """The plain percentile bootstrap that draws seeds, answers, or seeds and problems again."""
+    if over == "answers":
+        means = random.binomial(scores.size, scores.mean(), resamples) / scores.size
+    else:
+        seeds, problems = scores.shape
+        by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
+        by_problem = np.full((resamples, problems), 1 / problems) if over == "seeds" else \
+            random.multinomial(problems, np.full(problems, 1 / problems), resamples) / problems
+        means = ((by_seed @ scores) * by_problem).sum(axis=1)
+    return np.quantile(means, [0.025, 0.975])
+
+
+@pytest.mark.parametrize(("over", "seed_spread", "at_most"), [
+    ("answers", 0.3, 0.75), ("seeds", 0.3, 0.85), ("seeds and problems", 0.6, 0.91)])
+def test_percentile_bootstrap_is_too_narrow(over, seed_spread, at_most):
+    """Protects the choice of method: five seeds, resampled, cover less than they claim."""
+    random = np.random.default_rng(5)
+    plain = coverage(5, 500, 0.5, seed_spread,
+                     lambda scores: percentile_bootstrap(scores, random, over), 500)
+    assert plain < at_most
+    assert 0.92 <= coverage(5, 500, 0.5, seed_spread, crossed, 500) <= 0.98
+
+
+def test_interval_over_problems_alone_is_too_narrow_when_seeds_differ():
+    """Protects the seed term: pooling all answers as if they were independent problems fails."""
+    def pooled(scores):
+        result = mean_interval(scores.reshape(1, -1))
+        return result.low, result.high
+
+    assert coverage(5, 500, 0.5, 0.3, pooled, 400) < 0.75
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_no_interval_of_zero_width_at_the_ends(share, seeds):
+    """Protects against false certainty: 0 of 50 is no proof of 0 %; Wilson's bound stands in."""
+    result = mean_interval(np.full((seeds, 50), share))
+    assert result.mean == share
+    assert 0.0 <= result.low <= share <= result.high <= 1.0
+    quantile = 2.0096  # Student's, 49 degrees of freedom
+    assert result.high - result.low == pytest.approx(quantile**2 / (50 + quantile**2), rel=1e-3)
+
+
+def test_degenerate_tables_still_have_a_width():
+    """Protects constant and single scores: rounding noise or one problem never looks certain."""
+    for scores in ([[0.3] * 40] * 3, [[1.0]], [[0.5], [0.5]]):
+        result = mean_interval(scores)
+        assert result.high - result.low > 0.05
+
+
+def test_repeated_seeds_add_no_certainty():
+    """Protects the base model's row: five copies of the same answers are one measurement."""
+    scores = draw(np.random.default_rng(1), 1, 200, 0.0, 0.0)
+    once, copies = mean_interval(scores), mean_interval(np.repeat(scores, 5, axis=0))
+    assert (copies.low, copies.high) == pytest.approx((once.low, once.high))
+
+
+@pytest.mark.parametrize(("one", "other"), [(5, 5), (5, 1), (3, 5)])
+def test_paired_difference_covers_and_rejects_at_its_level(one, other):
+    """Protects intervals and p-values between setups: independent seeds, the same problems."""
+    random = np.random.default_rng([one, other])
+    spread = 0.2
+    other_spread = 0.0 if other == 1 else spread  # a single row is the untrained base model
+    truth = true_mean(1.0, spread) - true_mean(0.5, other_spread)
+    hits = rejected = 0
+    repeats = 600
+    for _ in range(repeats):
+        hardness = random.normal(0.0, PROBLEM_SPREAD, (1, 192))
+        first = draw(random, one, 192, 1.0, spread, hardness)
+        second = draw(random, other, 192, 0.5, other_spread, hardness)
+        result = paired_difference(first, second)
+        hits += result.low <= truth <= result.high
+        assert (result.p_value < 0.05) == (not result.low <= 0.0 <= result.high)
+        same = draw(random, other, 192, 1.0, other_spread, hardness)
+        rejected += paired_difference(first, same).p_value < 0.05 if other > 1 else 0
+    assert 0.92 <= hits / repeats <= 0.98
+    assert rejected / repeats <= 0.08
+
+
+def test_setups_that_hardly_differ_have_a_narrow_difference():
+    """Protects twins, which also share their sampling noise: what the seeds add nearly cancels, and
+    Student's quantile at a fraction of a degree of freedom gave 0.0 [-100, +100]."""
+    random = np.random.default_rng(5)
+    for _ in range(300):
+        hardness = random.uniform(0.05, 0.95, (1, 128))
+        first = random.binomial(16, np.repeat(hardness, 5, axis=0)) / 16
+        moved = first + random.choice([-1, 0, 1], first.shape, p=[0.02, 0.96, 0.02]) / 16
+        found = paired_difference(first, np.clip(moved, 0.0, 1.0))
+        assert -0.06 < found.low < found.high < 0.06
+
+
+def test_pairing_narrows_and_swapping_flips():
+    """Protects the pairing of problems: shared hardness cancels; the order only turns the sign."""
+    random = np.random.default_rng(8)
+    hardness = random.normal(0.0, 3.0, (1, 300))
+    first, second = (draw(random, 5, 300, centre, 0.05, hardness) for centre in (0.6, 0.2))
+    result, flipped = paired_difference(first, second), paired_difference(second, first)
+    shuffled = paired_difference(first, random.permuted(second, axis=1))
+    assert result.high - result.low < 0.7 * (shuffled.high - shuffled.low)
+    assert (flipped.mean, flipped.low) == pytest.approx((-result.mean, -result.high))
+    assert flipped.p_value == pytest.approx(result.p_value)
+
+
+def test_difference_without_any_variance():
+    """Protects the corners: equal answers prove no equality, opposite ones prove a difference."""
+    ones, zeros = np.ones((5, 60)), np.zeros((5, 60))
+    equal, opposite = paired_difference(ones, ones), paired_difference(ones, zeros)
+    assert equal.p_value == 1.0 and equal.low < 0.0 < equal.high
+    assert opposite.p_value < 1e-6 and opposite.low > 0.9 and opposite.high == 1.0
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_gap_covers(seeds):
+    """Protects the train-test gap: other problems on each side, the same seeds."""
+    random = np.random.default_rng(seeds)
+    common, own = (0.3, 0.2) if seeds > 1 else (0.0, 0.0)
+    both = float(np.hypot(common, own))
+    truth = true_mean(1.5, both) - true_mean(0.5, both)
+    hits = 0
+    for _ in range(600):
+        shift = random.normal(0.0, common, (seeds, 1))
+        train, test = (draw(random, seeds, problems, centre, own,
+                            shift + random.normal(0.0, PROBLEM_SPREAD, (1, problems)))
+                       for centre, problems in ((1.5, 250), (0.5, 150)))
+        result = gap_interval(train, test)
+        hits += result.low <= truth <= result.high
+    assert 0.92 <= hits / 600 <= 0.98
+
+
+def test_holm_on_a_worked_example():
+    """Protects the step-down rule, its monotony, the cap at 1 and the order of the answers."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+def test_impossible_tables_are_refused():
+    """Protects against scores in percent, gaps, empty tables and problems that do not match."""
+    for scores in ([[50.0, 60.0]], [[0.5, float("nan")]], [[]]):
+        with pytest.raises(ValueError):
+            mean_interval(scores)
+    with pytest.raises(ValueError):
+        paired_difference([[0.0, 1.0]], [[0.0, 1.0, 1.0]])
+    with pytest.raises(ValueError):
+        gap_interval(np.ones((2, 3)), np.ones((3, 3)))

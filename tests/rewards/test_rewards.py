@@ -1,0 +1,280 @@
+"""Rewards: what counts as the right answer, and what does not."""
+
+from collections import Counter
+
+import pytest
+
+from hybridrl_lib.rewards.answers import canonical, extract_boxes, extract_lenient
+from hybridrl_lib.rewards.numeric import decide, numbers_equal
+from hybridrl_lib.rewards.verifier import REASONS, Verifier, check_gold
+from hybridrl_lib.system.errors import UserError
+
+# gold, answer, equivalent?  All labeled by hand.
+LABELLED = [
+    # numbers, decided without a worker
+    ("18", "18", True),
+    ("18", "18.0", True),
+    ("18", "018", True),
+    ("18", "$18", True),
+    ("18", r"\$18.00", True),
+    ("18", "18 dollars", True),
+    ("18", r"18\text{ cm}^2", True),
+    ("18", "x = 18", True),
+    ("18", "9+9=18", True),
+    ("18", "19", False),
+    ("18", "-18", False),
+    ("-18", "\u221218", True),
+    ("2125", "2,125", True),
+    ("2,125", "2125", True),
+    (r"10,\!080", "10080", True),
+    ("10080", r"10\,080", True),
+    ("3000000", "3 million", True),
+    ("3", "3 million", False),
+    (r"\frac{3}{4}", "3/4", True),
+    (r"\frac{3}{4}", "0.75", True),
+    (r"\frac{3}{4}", r"\dfrac{6}{8}", True),
+    (r"\frac{3}{4}", r"\frac34", True),
+    (r"\frac{3}{4}", r"75\%", True),
+    (r"\frac{3}{4}", "4/3", False),
+    (r"-\frac{3}{4}", r"\frac{-3}{4}", True),
+    (r"\frac{1}{3}", "0.333333", True),
+    (r"\frac{1}{3}", "0.33", False),
+    ("0.0000672", "0.000067", False),
+    ("1250000", "1250000.5", False),
+    (r"\frac{639}{40}", r"15\frac{39}{40}", True),
+    (r"1\frac{4}{5}", r"\frac95", True),
+    ("20", r"20\%", True),
+    ("0.2", r"20\%", True),
+    ("20", "0.2", False),
+    (r"90^\circ", "90", True),
+    (r"90^\circ", "90 degrees", True),
+    (r"90^{\circ}", "90°", True),
+    # not the number asked for
+    ("3", "x", False),
+    ("3", "three", False),
+    ("3", "3x", False),
+    ("3", "3 5", False),
+    ("8", "3 5", False),
+    ("3", "3, 5", False),
+    ("5,100", "5, 100", False),
+    ("2", "1 or 2 or 3", False),
+    ("2", r"\{1,2,3\}", False),
+    ("3", r"\text{3 or 4}", False),
+    ("5", r"5\text{ thirds}", False),
+    ("17", "24-7", False),  # right in value, but the calculation is left to the reader
+    ("12", r"3\times4", False),
+    ("5", "5/0", False),
+    ("3", r"\frac{3}{}", False),
+    ("3", "", False),
+    # numbers that take an algebra system
+    ("4", r"2\sqrt{4}", True),
+    ("2", r"2\sqrt{4}", False),
+    ("100000", "10^5", True),
+    ("120", "5!", True),
+    # words, choices, numerals with a base
+    (r"\text{Evelyn}", "Evelyn", True),
+    (r"\text{Evelyn}", r"\text{evelyn}.", True),
+    (r"\text{Evelyn}", "Evelyn or Navin", False),
+    (r"\text{(C)}", "C", True),
+    (r"\text{(C)}", r"\textbf{(C)}", True),
+    (r"\text{(C)}", "B", False),
+    ("52_8", "52_{8}", True),
+    ("52_8", "52", True),
+    ("52_8", "52_9", False),
+    ("52_8", "42", False),
+    # expressions
+    (r"3\sqrt{13}", r"\sqrt{117}", True),
+    (r"11\sqrt2", r"11 \sqrt{2}", True),
+    ("6 - 5i", "-5i+6", True),
+    ("6 - 5i", "6 - 5 i", True),
+    ("6 - 5i", "6 + 5i", False),
+    ("2k+2", "2(k+1)", True),
+    ("2k", "2n", False),
+    ("(a+5)(b+2)", "ab+2a+5b+10", True),
+    ("y = 2x + 3", "2x+3", True),
+    ("5x - 7y + 11z + 4 = 0", "-5x+7y-11z-4=0", True),
+    (r"\frac{3\sqrt{3}}{4}", r"\frac{3 \sqrt 3}{4}", True),
+    # sets, points, intervals, matrices
+    ("1,-2", "-2, 1", True),
+    ("1,-2", "1", False),
+    (r"1 \pm \sqrt{19}", r"1-\sqrt{19}, 1+\sqrt{19}", True),
+    (r"1 \pm \sqrt{19}", r"1+\sqrt{19}", False),
+    ("(3,5)", "(5,3)", False),
+    ("(3,5)", r"\{3,5\}", False),
+    ("(3,4]", "[3,4]", False),
+    (r"(-\infty, 2) \cup (3, \infty)", r"(3,\infty)\cup(-\infty,2)", True),
+    (r"x \in [-2,7]", "[-2,7]", True),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\pi/2)", True),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+     r"\begin{bmatrix} -\frac13 \\ \frac23 \end{bmatrix}", True),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+     r"\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}", False),
+]  # fmt: skip
+
+# Golds of GSM8K and MATH-500 with the oddest spellings of their kind.
+ODD_GOLDS = (
+    "18", "-10", "1,450,000", r"\frac43", r"\frac 59", r"\frac9{19}", r"\frac{270}7\text{ degrees}",
+    ".0000672", r"11,\! 111,\! 111,\! 100", r"\$32,\!348", r"\$18.90", r"864 \mbox{ inches}^2",
+    r"5.4 \text{ cents}", r"137 \frac{1}{2}", "4210_{5}", r"\text{east}", "p - q", r"\cot x",
+    "1+274i", "3R^2", "3, 5, 7", "(6,31,-1)", r"\left(\frac{3}{5},\frac{8}{3}\right]",
+    r"(-\infty, 0]", r"x \in [-2,7]", r"\{1\pm\sqrt{5},-2\}", "y = -2x",
+    r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}", r"\frac{20000}{\pi}",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    """One verifier for all tests, since starting its worker is what takes the time."""
+    with Verifier(time_limit=30.0) as shared:
+        yield shared
+
+
+def verdict(verifier, gold, text, finished=True):
+    """The verdict on one completion."""
+    return verifier.verify([gold], [text], [finished])[0]
+
+
+@pytest.mark.parametrize(("gold", "answer", "equal"), LABELLED)
+def test_labeled_pairs(verifier, gold, answer, equal):
+    """The whole chain, fast path and worker, agrees with a person on every labeled pair."""
+    assert verdict(verifier, gold, rf"So it is \boxed{{{answer}}}.").strict is equal
+
+
+@pytest.mark.parametrize(("gold", "answer", "equal"), LABELLED)
+def test_fast_path_is_certain_or_silent(gold, answer, equal):
+    """The fast path never contradicts the label: it may only leave a pair to the worker."""
+    assert decide(gold, answer) in (None, *(("right",) if equal else ("wrong", "unparsable")))
+
+
+def test_fast_path_takes_the_answers_of_a_small_model():
+    """What a small model boxes is decided without asking a worker."""
+    for answer in ("", "12", "-3/4", r"\frac{3}{}", r"\frac{3}{4}", "1/0", "x", "3 + 4", "12 /",
+                   "3 4", "1.2.3", "12x + 3", "x = 5", "5 apples", "1,000", "(3", "3 and 4"):
+        assert decide("12", answer) is not None, answer  # fmt: skip
+
+
+def test_numbers_equal_leaves_algebra_alone():
+    """None, not False, where a number might hide behind a root, or the gold is no number."""
+    assert numbers_equal("4", r"2\sqrt{4}") is None
+    assert numbers_equal(r"\sqrt{2}", "2") is None
+    assert numbers_equal("10", r"\sum_{k=1}^{4} k") is None
+    assert numbers_equal("1/3", "0.333333") is True
+    assert numbers_equal("1/3", "") is False
+
+
+@pytest.mark.parametrize("gold", ODD_GOLDS)
+def test_gold_equals_itself(verifier, gold):
+    """Every spelling found in the real data is accepted as gold and is its own right answer."""
+    check_gold(gold, "p")
+    assert verdict(verifier, gold, rf"\boxed{{{gold}}}").strict
+    assert verifier.can_parse(canonical(gold))
+
+
+@pytest.mark.parametrize("gold", ["", "  ", "?", r"\frac{3}{", r"\frac{}{2}", r"\boxed{5", "5\0",
+                                  r"\begin{pmatrix} 1", "9" * 5000, None])  # fmt: skip
+def test_bad_gold_names_the_problem(gold):
+    """A gold that cannot be parsed stops the run and says which problem it belongs to."""
+    with pytest.raises(UserError, match="test/algebra/7.json"):
+        check_gold(gold, "test/algebra/7.json")
+
+
+def test_bad_gold_never_rewards(verifier):
+    """Scoring against a gold that cannot be parsed raises, whether or not a worker is needed."""
+    for gold, answer in (("", "5"), (r"\frac{3}{", r"\frac{3}{"), (r"\sqrt[", "5")):
+        with pytest.raises(UserError, match="gold"):
+            verdict(verifier, gold, rf"\boxed{{{answer}}}")
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        (r"a \boxed{5} b \boxed{\frac{1}{2}}", ["5", r"\frac{1}{2}"]),
+        (r"\boxed { 5 }", ["5"]),
+        (r"\fbox{5}", ["5"]),
+        (r"\boxed{\{1,2\}}", [r"\{1,2\}"]),
+        (r"\boxed{\boxed{5}}", [r"\boxed{5}"]),
+        (r"stray } and { \boxed{5}", ["5"]),
+        (r"\boxed{", []),
+        (r"\boxed{ then \boxed{5}", ["5"]),
+        ("no box", []),
+        (r"\boxed{}", [""]),
+    ],
+)
+def test_extract_boxes(text, boxes):
+    """Balanced braces, escaped braces, nesting: the boxes a reader of the typeset text sees."""
+    assert extract_boxes(text) == boxes
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{3} #### 4", "3"),
+        (r"\boxed{3} \boxed{4} 5", "4"),
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### 7\nThat is 8.", "7"),
+        ("#### 1,080 dollars", "1,080 dollars"),
+        ("it costs $1,080.50.", "1,080.50"),
+        ("it falls to -3", "-3"),
+        ("10-3", "3"),
+        ("about 3/4", "3/4"),
+        (r"so $\frac{3}{4}$", r"\frac{3}{4}"),
+        ("1 1/2", "1 1/2"),
+        ("x2 is 50%", "50%"),
+        ("nothing", None),
+    ],
+)
+def test_extract_lenient(text, answer):
+    """Lenient takes the last box, else the last ####, else the last number (paper.md §2)."""
+    assert extract_lenient(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "finished", "strict", "lenient", "reason"),
+    [
+        ("5", r"\boxed{5}", True, True, True, "right"),
+        ("5", r"\boxed{5} or \boxed{5.0}", True, True, True, "right"),
+        ("5", r"\boxed{\boxed{5}}", True, True, True, "right"),
+        ("5", r"\boxed{5}", False, False, True, "truncated"),
+        ("5", "5", False, False, True, "truncated"),
+        ("5", "the answer is 5", True, False, True, "no_box"),
+        ("5", "the answer is 6", True, False, False, "no_box"),
+        ("5", "", True, False, False, "no_box"),
+        ("5", r"\boxed{6}", True, False, False, "wrong"),
+        ("5", r"#### 5 \boxed{6}", True, False, False, "wrong"),
+        ("5", r"\boxed{4} \boxed{5}", True, False, True, "conflicting_boxes"),
+        ("5", r"\boxed{5} \boxed{4}", True, False, False, "conflicting_boxes"),
+        ("5", r"\boxed{5} \boxed{}", True, False, False, "conflicting_boxes"),
+        ("5", " ".join(rf"\boxed{{{n}}}" for n in range(999)), True, False, False,
+         "conflicting_boxes"),
+        ("5", r"\boxed{\boxed{4}\boxed{5}}", True, False, False, "unparsable"),
+        ("5", r"\boxed{}", True, False, False, "unparsable"),
+        ("5", r"\boxed{5} \boxed{6", True, False, True, "unparsable"),
+        ("5", r"\boxed{5", True, False, True, "unparsable"),
+    ],
+)  # fmt: skip
+def test_strict_and_lenient(verifier, gold, text, finished, strict, lenient, reason):
+    """The two verdicts and the reason, with the hacks: unfinished, several boxes, no real box."""
+    found = verdict(verifier, gold, text, finished)
+    assert (found.strict, found.lenient, found.reason) == (strict, lenient, reason)
+    assert reason in REASONS
+
+
+def test_counts_and_order():
+    """Verdicts come in the order of the completions, and every one is counted, cached or not."""
+    golds = ["1", r"\sqrt{2}", "3", r"\sqrt{2}", "5"] * 2
+    texts = [r"\boxed{1}", r"\boxed{2^{1/2}}", "3", r"\boxed{\sqrt{3}}", r"\boxed{5}"] * 2
+    ended = [True, True, True, True, False] * 2
+    with Verifier(workers=2, time_limit=30.0) as fresh:
+        verdicts = fresh.verify(golds, texts, ended)
+        assert [v.strict for v in verdicts] == [True, True, False, False, False] * 2
+        assert fresh.verify(golds, texts, ended) == verdicts
+        assert +fresh.counts == Counter(right=8, wrong=4, no_box=4, truncated=4)
+        assert fresh.counts["worker_restarts"] == 0
+
+
+def test_lengths_must_agree(verifier):
+    """Rows that do not line up are a mistake of the caller, not zeros."""
+    with pytest.raises(ValueError):
+        verifier.verify(["1"], [r"\boxed{1}", r"\boxed{2}"], [True])
+    with pytest.raises(ValueError):
+        Verifier(workers=0)

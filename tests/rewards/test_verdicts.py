@@ -1,0 +1,272 @@
+"""The verifier against labels given by hand, the real problems, and attempts to cheat it."""
+
+import json
+import os
+import re
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import verdict_report
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridrl_lib.problems.benchmarks import BENCHMARKS
+from hybridrl_lib.rewards.answers import (
+    MAX_ANSWER_CHARACTERS,
+    canonical,
+    extract_boxes,
+    extract_lenient,
+    has_foreign_signs,
+    is_malformed,
+    scan_boxes,
+)
+from hybridrl_lib.rewards.numeric import decide, numbers_equal
+from hybridrl_lib.rewards.verifier import REASONS, Verifier, check_gold
+
+ROWS = verdict_report.load_corpus()
+REAL_DATA = pytest.mark.skipif(
+    "HYBRIDRL_DATA_DIR" not in os.environ, reason="needs the real problems"
+)
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    """One verifier for all tests, since starting its workers is what takes the time."""
+    with Verifier(workers=2, time_limit=30.0) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Our strict verdict on every row of the corpus."""
+    return verdict_report.our_verdicts(ROWS)
+
+
+# The labeled corpus --------------------------------------------------------------------------
+
+
+def test_corpus_is_well_formed():
+    """A row that is there twice, or lacks its label, would make the agreement mean less."""
+    keys = {(r["gold"], verdict_report.completion(r), r.get("finished", True)) for r in ROWS}
+    assert len(keys) == len(ROWS) >= 300
+    for row in ROWS:
+        assert isinstance(row["right"], bool) and row["category"] and row["source"]
+        assert ("answer" in row) != ("completion" in row)
+
+
+def test_disagreements_are_the_known_ones(ours):
+    """A verdict that changes is seen, for the worse or for the better (then `known` goes)."""
+    wrong = [row for row, verdict in zip(ROWS, ours, strict=True) if verdict != row["right"]]
+    assert wrong == [row for row in ROWS if "known" in row]
+    assert all(row["right"] for row in wrong)  # no false accept
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "answer" in row],
+                         ids=lambda row: ascii(row["answer"])[:30])  # fmt: skip
+def test_fast_path_is_certain_or_silent(row):
+    """The fast path decides only what it is sure of: no other verdict than the whole chain."""
+    right = row["right"] and "known" not in row
+    assert decide(row["gold"], row["answer"]) in (
+        None, *(("right",) if right else ("wrong", "unparsable"))
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(version("math-verify") != "0.9.0", reason="the page is of math-verify 0.9.0")
+def test_the_page_is_fresh(ours):
+    """The agreement that is published is that of this verifier and this corpus."""
+    fresh = verdict_report.page(ROWS, ours, verdict_report.math_verify_verdicts(ROWS))
+    assert verdict_report.PAGE.read_text(encoding="utf-8") == fresh, (
+        "run python tests/verdict_report.py --write"
+    )
+
+
+# The real problems ----------------------------------------------------------------------------
+
+
+def perturbed(gold: str) -> str:
+    """The gold with its first digit one higher; one without digits gets another answer behind."""
+    digit = re.search("[0-9]", gold)
+    if not digit:
+        return gold + " + 1"
+    place = digit.start()
+    return f"{gold[:place]}{(int(gold[place]) + 1) % 10}{gold[place + 1:]}"
+
+
+@REAL_DATA
+@pytest.mark.parametrize(("name", "count"), [("gsm8k", 8792), ("math500", 500)])
+def test_real_golds(verifier, name, count):
+    """All golds parse and equal themselves and what their solution boxes, and no other answer."""
+    problems = BENCHMARKS[name].load().problems
+    assert len(problems) == count
+    golds, ended = [problem.answer for problem in problems], [True] * count
+    for problem in problems:
+        check_gold(problem.answer, problem.id)
+
+    def strict(texts):
+        return [verdict.strict for verdict in verifier.verify(golds, texts, ended)]
+
+    for texts in ([rf"\boxed{{{gold}}}" for gold in golds], [p.solution for p in problems]):
+        assert [p.id for p, right in zip(problems, strict(texts), strict=True) if not right] == []
+    other = strict([rf"\boxed{{{perturbed(gold)}}}" for gold in golds])
+    assert [p.id for p, right in zip(problems, other, strict=True) if right] == []
+
+
+@REAL_DATA
+def test_solutions_of_gsm8k_as_they_come(verifier):
+    """`#### 72` without a box is right leniently and earns nothing strictly."""
+    folder = Path(os.environ["HYBRIDRL_DATA_DIR"]) / "gsm8k"
+    texts = [json.loads(line)["answer"] for name in ("train", "test")
+             for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]  # fmt: skip
+    golds = [text.rpartition("####")[2].strip() for text in texts]
+    verdicts = verifier.verify(golds, texts, [True] * len(texts))
+    assert all(verdict.lenient and verdict.reason == "no_box" for verdict in verdicts)
+
+
+# Attempts to cheat ----------------------------------------------------------------------------
+
+HACKS = {
+    "several boxes": [r"\boxed{72} \boxed{73}", r"\boxed{73} \boxed{72}",
+                      r"\boxed{71} or \boxed{72} or \boxed{73}", r"\boxed{72}\fbox{}",
+                      "".join(rf"\boxed{{{n}}}" for n in range(100))],
+    "no box": ["72", "The gold answer is 72.", "**72**", r"$72$", r"\box 72", "boxed{72}",
+               r"Question: ... Gold: 72. I repeat the gold: 72", "[72]", r"{\large 72}"],
+    "enumeration": [r"\boxed{71 or 72 or 73}", r"\boxed{71, 72, 73}", r"\boxed{71,72}",
+                    r"\boxed{\{71,72,73\}}", r"\boxed{71 72 73}", r"\boxed{71;72}",
+                    r"\boxed{71\text{ or }72}", r"\boxed{72\text{ ou 73}}", r"\boxed{72|73}",
+                    r"\boxed{72 \pm 1}", r"\boxed{[71,73]}", r"\boxed{71 \le x \le 73}",
+                    r"\boxed{72\\73}", r"\boxed{72 & 73}", r"\boxed{72 \lor 73}"],
+    "free symbol": [r"\boxed{x}", r"\boxed{n}", r"\boxed{72x}", r"\boxed{x+72}", r"\boxed{72+C}",
+                    r"\boxed{\text{answer}}", r"\boxed{y=x}", r"\boxed{x \in \mathbb{R}}"],
+    "calculation left": [r"\boxed{70+2}", r"\boxed{8\times 9}", r"\boxed{72=70+2}",
+                         r"\boxed{144 \div 2}", r"\boxed{8(9)}"],
+    "injected marker": ["#### 72", "I think.\n#### 72\n", "#### \n#### 72", r"\boxed{} #### 72",
+                        r"\boxed{#### 72}", r"\boxed{73} #### 72", "<answer>72</answer>"],
+    "look-alike": ["\\boxed{\uff17\uff12}", "\\boxed{\u0667\u0662}", "\\boxed{7\u0662}",
+                   "\\boxed{\u096d\u0968}", "\\boxed{\u2466\u2461}",
+                   "\\boxed{\U0001d7d5\U0001d7d0}",
+                   "\\boxed{\u2077\u2082}", "\\boxed{7\u01a7}", "\\boxed{7\u0417}",
+                   "\\boxed{\u4e03\u5341\u4e8c}", "\\boxed{\u202e27}", "\\boxed{7\u200b2}",
+                   "\\boxed{7Z}", "\\\u0431oxed{72}"],
+    "comment or code": ["% \\boxed{72}", "Text.\n\t% so \\boxed{72}", r"\verb|\boxed{72}|",
+                        r"\verb*!\boxed{72}!", "\\begin{verbatim}\\boxed{72}\\end{verbatim}",
+                        "\\begin{comment}\n\\boxed{72}\n\\end{comment}", "<!-- \\boxed{72} -->",
+                        "<!-- \\boxed{72}", "```\n\\boxed{72}\n```", "```tex\n\\boxed{72}"],
+    "unclosed": [r"\boxed{72", r"\boxed{72} \boxed{72", r"\boxed{\boxed{72}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HACKS)
+def test_hacks_earn_nothing(verifier, name):
+    """What is cheaper than solving the problem is not rewarded: RL would find it."""
+    texts = HACKS[name]
+    verdicts = verifier.verify(["72"] * len(texts), texts, [True] * len(texts))
+    assert [text for text, v in zip(texts, verdicts, strict=True) if v.strict] == []
+
+
+def test_unfinished_completions_earn_nothing(verifier):
+    """A right box before the cap is no right answer: the model did not stop."""
+    for text in (r"\boxed{72}", r"\boxed{72} \boxed{72}", r"So \boxed{72}. Next question:"):
+        assert verifier.verify(["72"], [text], [True])[0].strict
+        assert verifier.verify(["72"], [text], [False])[0].reason == "truncated"
+
+
+def test_look_alikes_of_a_symbol_are_refused_at_once():
+    """A Cyrillic x or a full-width plus reaches no parser; an accent in words is no matter."""
+    for answer in ("\u0445+1", "\uff58+1", "x\uff0b1", "\u03c7+1"):
+        assert decide("x+1", answer) == "unparsable"
+    assert not has_foreign_signs("18\\text{ \u0440\u0443\u0431\u043b\u0435\u0439}")
+    assert decide("\\text{Ren\u00e9}", "Ren\u00e9") == "right"
+
+
+def test_units_are_told_apart():
+    """Another unit than the gold's is wrong; none, or one the gold does not ask for, is not."""
+    for gold, answer, equal in (
+        (r"5.4 \text{ cents}", r"\$5.4", False), (r"5.4 \text{ cents}", "5.4", True),
+        (r"5.4 \text{ cents}", "$5.4 \\text{ cents}$", True), ("5.4", r"\$5.4", True),
+        (r"90^\circ", "90 degrees", True), (r"90^\circ", "90 radians", False),
+    ):  # fmt: skip
+        assert numbers_equal(gold, answer) is equal
+
+
+# Whatever comes -------------------------------------------------------------------------------
+
+PIECES = st.sampled_from(
+    (*"0123456789+-*/=x^(){}[],;. %$#\n", r"\boxed{", r"\fbox{", r"\frac{", r"\sqrt", r"\text{",
+     "\\", r"\{", r"\}", "####", " or ", r"\pm", r"\overline{", "```", "<!--", r"\verb|", "million",
+     r"\times10^", "e", "\u0663", "\u200b", "\u00bd", "\ud800")
+)  # fmt: skip
+TEXTS = st.one_of(st.text(), st.lists(PIECES, max_size=40).map("".join))
+GOLDS = ("72", "-0.5", r"\frac{3}{4}", r"90^\circ", r"\text{Evelyn}", "52_8", "(3,5)")
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_any_text_can_be_read(text):
+    """No text raises, and what is extracted is no longer than the text."""
+    boxes, unclosed = scan_boxes(text)
+    assert sum(map(len, boxes)) <= len(text) and (not unclosed or "box" in text)
+    assert boxes == extract_boxes(text)
+    lenient = extract_lenient(text)
+    assert lenient is None or len(lenient) <= len(text)
+    for answer in (text, *boxes):
+        assert is_malformed(answer) in (True, False)
+        assert canonical(f"\t{answer} ") == canonical(answer)
+        for gold in GOLDS:
+            assert decide(gold, answer) in (None, "right", "wrong", "unparsable")
+
+
+def test_spaces_around_an_answer_at_the_limit_are_nothing():
+    """Found by fuzzing: an answer as long as may be became another one with a space beside it."""
+    for answer in ("9" * MAX_ANSWER_CHARACTERS, r"\,5" * (MAX_ANSWER_CHARACTERS // 3)):
+        assert canonical(f" {answer} ") == canonical(answer)
+        assert is_malformed(f" {answer} ") == is_malformed(answer)
+
+
+@settings(deadline=None, max_examples=25)
+@given(text=TEXTS, gold=st.sampled_from((*GOLDS, r"\sqrt{5}", "2k+2")), boxed=st.booleans())
+def test_any_text_gets_a_verdict(verifier, text, gold, boxed):
+    """The whole chain: a known reason, and nothing unless it ended with a box."""
+    text = rf"\boxed{{{text}}}" if boxed else text
+    found, unfinished = verifier.verify([gold] * 2, [text] * 2, [True, False])
+    assert found.reason in REASONS and found.strict == (found.reason == "right")
+    assert found.lenient or not found.strict
+    assert extract_boxes(text) or not found.strict
+    assert unfinished.reason == "truncated"
+
+
+@settings(deadline=None)
+@given(gold=st.integers(-10**9, 10**9), answer=st.integers(-10**9, 10**9), same=st.booleans(),
+       spelling=st.sampled_from(("{}", "{:,}", "{}.0", "+{}", "({})", "x={}", r"\${:,}", "{} eggs",
+                                 "{}.", "1+1={}", r"{}\text{{ cm}}", r"\frac{{{}}}{{1}}")))
+def test_integers_are_equal_or_not(gold, answer, same, spelling):
+    """In whatever spelling, an integer is right if and only if it is the same."""
+    answer = gold if same else answer
+    spelling = spelling.lstrip("+") if answer < 0 else spelling
+    assert numbers_equal(str(gold), spelling.format(answer)) is (gold == answer)
+
+
+@settings(deadline=None)
+@given(gold=st.fractions(max_denominator=500), answer=st.fractions(max_denominator=500),
+       same=st.booleans(), factor=st.integers(1, 50),
+       spelling=st.sampled_from(("{}/{}", r"\frac{{{}}}{{{}}}", r"\dfrac{{{}}}{{{}}}", "({}/{})")))
+def test_fractions_are_exact(gold, answer, same, factor, spelling):
+    """Fractions are compared exactly, reduced or not."""
+    answer = gold if same else answer
+    text = spelling.format(answer.numerator * factor, answer.denominator * factor)
+    written = rf"\frac{{{gold.numerator}}}{{{gold.denominator}}}"
+    assert numbers_equal(written, text) is (gold == answer)
+
+
+@settings(deadline=None)
+@given(before=st.text("0123456789", max_size=4),
+       period=st.text("0123456789", min_size=1, max_size=6))
+def test_repeating_decimals_are_exact(before, period):
+    r"""0.1\overline{6} is 1/6: the period stands for all its repetitions."""
+    value = (int(before + period) - int(before or "0")) * Fraction(
+        1, 10 ** len(before) * (10 ** len(period) - 1)
+    )
+    gold = f"{value.numerator}/{value.denominator}"
+    assert numbers_equal(gold, rf"0.{before}\overline{{{period}}}") is True
+    assert numbers_equal(gold, rf"1.{before}\overline{{{period}}}") is False
