@@ -1,7 +1,7 @@
 """The command `hybridrl`.
 
-Exit codes: 0 it did what it says, 1 it could not, 2 it was called wrongly, 130 it was stopped.
-torch and the like are imported inside the commands that need them; the others start at once.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 stopped by the user. torch and other large
+packages are imported inside the commands that need them; the others start at once.
 """
 
 import argparse
@@ -37,11 +37,13 @@ EPILOG = "HYBRIDRL_DEBUG=1 shows the full traceback of an error."
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     try:
-        arguments, left_over = make_parser().parse_known_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        parser = make_parser(next((word for word in words if not word.startswith("-")), None))
+        arguments, left_over = parser.parse_known_args(words)
         if left_over:
             raise not_understood(left_over[0], arguments.command)
         if arguments.command is None:
-            make_parser().print_help()
+            parser.print_help()
             return UsageError.exit_code
         return arguments.run(arguments) or 0
     except SystemExit as end:  # --help and --version
@@ -59,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def not_understood(word: str, command: str | None) -> UsageError:
-    """The error for a word on the command line that no command or option takes."""
+    """The error for a word on the command line that no command or option accepts."""
     if not word.startswith("-"):
-        return UsageError(f"{word!r} is one word too many; see 'hybridrl {command} --help'.")
+        return UsageError(f"unexpected argument {word!r}; see 'hybridrl {command} --help'.")
     one = Parser() if command else make_parser()
     if command:
         COMMANDS[command][1](one)
@@ -74,19 +76,19 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, UserError):
         return error.exit_code, " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, ("Stopped by you; the same command goes on from the last checkpoint, "
-                             "if one was written.")
+        return INTERRUPTED, ("Stopped; the same command resumes from the last checkpoint, if one "
+                             "was written.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return 1, (f"The disk is full ({error.strerror}); free some space or set "
-                   "HYBRIDRL_RESULTS_DIR to another folder, then run the same command again.")
+                   "HYBRIDRL_RESULTS_DIR to another folder, then rerun the command.")
     if isinstance(error, OSError) and error.filename is not None:
-        return 1, (f"Could not use {error.filename} ({error.strerror}); check that it is there and "
-                   "may be read and written.")
+        return 1, (f"Could not access {error.filename} ({error.strerror}); check that it exists and "
+                   "can be read and written.")
     first = (str(error).strip().splitlines() or [""])[0][:300]
     if memory := out_of_memory(error):
         return 1, str(memory)
     return 1, (f"Unexpected error, {type(error).__name__}: {first.rstrip('.')}; "
-               "set HYBRIDRL_DEBUG=1 and run it again to see where it comes from.")
+               "rerun it with HYBRIDRL_DEBUG=1 to see the traceback.")
 
 
 # The parser -------------------------------------------------------------------------------------
@@ -103,10 +105,10 @@ class Parser(argparse.ArgumentParser):
                          f"see '{self.prog} --help'.")
 
 
-def make_parser() -> Parser:
-    """The parser of all commands."""
+def make_parser(chosen: str | None = None) -> Parser:
+    """The parser of all commands, with the options of the chosen one."""
     parser = Parser(prog="hybridrl", epilog=EPILOG, description=(
-        "Train language models for maths by SFT, RL and combinations of the two, and compare."))
+        "Train language models on math problems by SFT, RL, and combinations of both."))
     parser.add_argument("--version", action="version", version=f"hybridrl {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, (run, add, summary, example) in COMMANDS.items():
@@ -114,65 +116,66 @@ def make_parser() -> Parser:
             name, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.",
             epilog=f"Example: {example}\n{EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        add(one)
+        if name == chosen:  # options of the others may import what this command does not need
+            add(one)
         one.set_defaults(run=run)
     return parser
 
 
 def add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny",
-                        help="tiny, smollm2, colab, paper or auto; tiny unless given")
+                        help="tiny, smollm2, colab, paper, or auto; default: tiny")
 
 
 def add_seeds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
-                        help="how many seeds, from 0 on; or a list such as 0,3,5; 1 unless given")
+                        help="number of seeds, starting at 0, or a list such as 0,3,5; default: 1")
 
 
 def add_jobs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--jobs", type=positive_number, metavar="J",
-                        help=f"{what} at a time; unless given one a GPU, or one a core")
+                        help=f"{what} at a time; default: one per GPU, or one per core without GPUs")
 
 
 def add_executor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--executor", default="local", metavar="WHERE",
-                        help="local, unless given: processes on this machine; ray or ray:ADDRESS: "
-                             "the nodes of a Ray cluster, that in RAY_ADDRESS or this machine's")
+                        help="local (default): processes on this machine; ray or ray:ADDRESS: the "
+                             "nodes of a Ray cluster, by default that in RAY_ADDRESS or this "
+                             "machine's")
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", metavar="NAME",
-                        help="folder of the records under results/runs/; the preset's name unless "
-                             "given")
+                        help="folder of the records under results/runs/; default: the preset's name")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", dest="settings", nargs="+", action="extend", default=[],
                         metavar="KEY=VALUE",
-                        help="change settings of the preset, such as rl.beta=0.04; may be repeated")
+                        help="change settings of the preset, such as rl.beta=0.04; can be repeated")
 
 
 def whole_number(text: str) -> int:
-    """A whole number of 0 and up."""
+    """A non-negative integer."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 and up")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a non-negative integer")
     return int(text)
 
 
 def positive_number(text: str) -> int:
-    """A whole number of 1 and up."""
+    """A positive integer."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 and up")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
 
 
 def seed_list(text: str) -> tuple[int, ...]:
-    """`3` is the seeds 0, 1 and 2; `0,4,7` are those, and `4,` is seed 4 alone."""
+    """`3` means the seeds 0, 1, and 2; `0,4,7` means those; `4,` means seed 4 only."""
     if "," not in text:
         return tuple(range(positive_number(text)))
     seeds = tuple(whole_number(part.strip()) for part in text.split(",") if part.strip())
     if not seeds:
-        raise argparse.ArgumentTypeError(f"{text!r} names no seed")
+        raise argparse.ArgumentTypeError(f"{text!r} contains no seed")
     return seeds
 
 
@@ -180,9 +183,9 @@ def seed_list(text: str) -> tuple[int, ...]:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("setup", metavar="SETUP", help="a name that 'hybridrl list' shows")
+    parser.add_argument("setup", metavar="SETUP", help="a name from 'hybridrl list'")
     parser.add_argument("--seed", type=whole_number, default=0,
-                        help="order of the problems and all sampling; 0 unless given")
+                        help="order of the problems and all sampling; default: 0")
     add_preset(parser)
     add_place(parser)
     add_settings(parser)
@@ -197,7 +200,7 @@ def add_reproduce(parser: argparse.ArgumentParser) -> None:
     add_jobs(parser, "notebooks")
     add_executor(parser)
     parser.add_argument("--setups", nargs="+", action="extend", default=[], metavar="SETUP",
-                        help="only these; all of them unless given")
+                        help="only these; default: all")
     add_place(parser)
     add_settings(parser)
 
@@ -210,7 +213,7 @@ def factor_list(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of factors such as "
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of factors such as "
                                          "0.5,1,2") from None
 
 
@@ -220,16 +223,15 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
     add_seeds(parser)
     parser.add_argument("--methods", nargs="+", action="extend", default=[], metavar="NAME",
-                        help="setups, or methods, each with its control; unless given the paper's "
-                             "setups and all methods")
+                        help="setups, or methods, each with its control; default: the paper's setups "
+                             "and all methods")
     parser.add_argument("--grid", type=factor_list, default=GRID, metavar="FACTORS",
-                        help="the preset's learning rates times these are tried on validation "
-                             "problems, for every arm; "
-                             + ",".join(f"{factor:g}" for factor in GRID)
-                             + " unless given, and 1 tunes nothing")
+                        help="factors of the preset's learning rates that are tried on validation "
+                             "problems, for every arm; 1 tunes nothing; default: "
+                             + ",".join(f"{factor:g}" for factor in GRID))
     parser.add_argument("--transfer", type=whole_number, default=TRANSFER, metavar="N",
                         help="also train on each benchmark alone, with the first N seeds, and test "
-                             f"on all; {TRANSFER} unless given, 0 for none")
+                             f"on all; 0 for none; default: {TRANSFER}")
     add_jobs(parser, "runs")
     add_executor(parser)
     add_place(parser)
@@ -247,9 +249,9 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--values", type=lambda text: tuple(
                             part.strip() for part in text.split(",") if part.strip()),
                         default=(), metavar="LIST",
-                        help="such as 0,0.02,0.1; the parameter's own list unless given")
+                        help="such as 0,0.02,0.1; default: the parameter's own list")
     parser.add_argument("--setup", metavar="SETUP",
-                        help="swept instead of the parameter's own, such as sft_then_rl")
+                        help="such as sft_then_rl; default: the parameter's own")
     add_preset(parser)
     add_seeds(parser)
     add_jobs(parser, "runs")
@@ -265,8 +267,8 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT",
                         help="a name under results/runs/ or results/published/, or a folder")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="where to write; the experiment's folder unless given, and "
-                             "results/runs/NAME for a published one given by its name")
+                        help="where to write; default: the experiment's folder, or results/runs/NAME "
+                             "for a published one given by name")
 
 
 # rerun ------------------------------------------------------------------------------------------
@@ -276,11 +278,10 @@ def add_rerun(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", type=Path, metavar="MANIFEST",
                         help="manifest.json or config.json of a run, or its folder")
     parser.add_argument("--experiment", metavar="NAME",
-                        help="where the second run goes; the first one's name with -rerun unless "
-                             "given")
+                        help="where the second run goes; default: the first one's name with -rerun")
     parser.add_argument("--set", dest="settings", nargs="+", action="extend", default=[],
                         metavar="KEY=VALUE",
-                        help="where it must differ from the record, such as model.path=FILE.gguf")
+                        help="differences from the record, such as model.path=FILE.gguf")
 
 
 # merge ------------------------------------------------------------------------------------------
@@ -299,53 +300,53 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help="a name under results/runs/")
     parser.add_argument("--to", type=Path, metavar="FOLDER",
-                        help="results/published unless given; a folder of the experiment's name is "
-                             "made there, or replaced")
+                        help="default: results/published; the folder of the experiment's name there "
+                             "is created or replaced")
 
 
 # list, doctor, pretrain-tiny --------------------------------------------------------------------
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="JSON output")
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="judge this one alone; exit 1 if it will not work here")
+    parser.add_argument("--preset", help="check only this one; exit code 1 if it will not work here")
     add_json(parser)
 
 
 def add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="a new folder; unless given, the package's own, if it is missing")
-    parser.add_argument("--seed", type=whole_number, default=0, help="0 unless given")
+                        help="a new folder; default: the package's own, if it is missing")
+    parser.add_argument("--seed", type=whole_number, default=0, help="default: 0")
 
 
 COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
-    "run": (run_command, add_run, "train and evaluate one setup, and record it",
+    "run": (run_command, add_run, "train and evaluate one setup",
             "hybridrl run sft_then_rl --preset tiny --seed 1 --set rl.beta=0.04"),
     "reproduce": (reproduce_command, add_reproduce,
-                  "run the notebooks of all setups and seeds through papermill, then the report",
+                  "execute the notebooks of all setups and seeds through papermill, then the report",
                   "hybridrl reproduce --preset tiny --seeds 3 --jobs 2"),
     "compare": (compare_command, add_compare,
-                "tune, train and test methods alike, and compare them with SFT -> RL",
+                "tune, train, and test methods in the same way, and compare them with SFT -> RL",
                 "hybridrl compare --preset tiny --seeds 3 --methods relift,combined"),
     "sweep": (sweep_command, add_sweep, "train one setup with several values of a setting",
               "hybridrl sweep --parameter beta --values 0,0.02,0.1 --seeds 3"),
-    "report": (report_command, add_report, "make Table 2 and the figures from records",
+    "report": (report_command, add_report, "write Table 2 and the figures from records",
                "hybridrl report tiny"),
     "rerun": (rerun_command, add_rerun, "run a recorded run again and compare the answers",
-              "hybridrl rerun results/published/tiny/rl/seed-0/manifest.json"),
-    "merge": (merge_command, add_merge, "add the adapter of a LoRA run into its model's weights",
+              "hybridrl rerun results/runs/tiny/sft/seed-0"),
+    "merge": (merge_command, add_merge, "merge the adapter of a LoRA run into its base model",
               "hybridrl merge results/runs/lora/sft/seed-0 my-model"),
     "publish": (publish_command, add_publish,
-                "copy the records of an experiment to where they stay, packed",
+                "copy the records of an experiment to results/published, compressed",
                 "hybridrl publish tiny --to results/published"),
-    "list": (list_command, add_json, "show setups, methods and presets with what each costs",
+    "list": (list_command, add_json, "show setups, methods, and presets with their costs",
              "hybridrl list --json"),
-    "doctor": (doctor_command, add_doctor, "show what this machine has and what will work on it",
+    "doctor": (doctor_command, add_doctor, "show what this machine has, and which presets will run on it",
                "hybridrl doctor --preset smollm2"),
-    "pretrain-tiny": (pretrain_command, add_pretrain, "make the tiny base model",
+    "pretrain-tiny": (pretrain_command, add_pretrain, "train the tiny base model",
                       "hybridrl pretrain-tiny --out my-tiny --seed 0"),
 }
 

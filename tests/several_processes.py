@@ -64,7 +64,6 @@ def run_case(case: dict) -> None:
 
     from hybridrl_lib.experiments.run import run
     from hybridrl_lib.learning.learner import Learner
-    from hybridrl_lib.policy.sharding import plain
     from hybridrl_lib.system import processes as distributed
     from hybridrl_lib.system.errors import Stopped, UserError
     from hybridrl_lib.training.observer import Observer
@@ -74,7 +73,7 @@ def run_case(case: dict) -> None:
 
     def noting(step):
         def noted(self, *arguments, **more):  # the whole gradient, before it is clipped
-            gradients.append(torch.cat([plain(p.grad).detach().flatten().clone()
+            gradients.append(torch.cat([p.grad.detach().flatten().clone()
                                         for p in self.parameters if p.grad is not None]))
             return step(self, *arguments, **more)
         return noted

@@ -3,6 +3,8 @@
 import json
 import zlib
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +12,13 @@ import torch
 
 from hybridrl_lib.config.presets import get_setup, load_settings, settings_to_dict
 from hybridrl_lib.config.settings import Settings
+from hybridrl_lib.learning.progress import Progress
 from hybridrl_lib.methods.registry import make_method
+from hybridrl_lib.problems.problem import Problem
 from hybridrl_lib.problems.splits import ProblemParts, load_parts
 from hybridrl_lib.records.run_folder import RunFolder
 from hybridrl_lib.rewards.verifier import Verdict
+from hybridrl_lib.system.errors import UsageError
 from hybridrl_lib.training.observer import Observer
 from hybridrl_lib.training.trainer import Trainer
 
@@ -24,7 +29,7 @@ def as_overrides(settings: dict) -> tuple[str, ...]:
                  for section, values in settings.items() for key, value in values.items())
 
 
-# Every setting has a value here, so that no test depends on what a preset says today.
+# Every setting has a value here, so no test depends on what a preset says today.
 SMALL = (*as_overrides(settings_to_dict(Settings())),
          "data.train_limits=[4]", "data.validation_limits=[2]", "data.test_limits=[2]",
          "training.epochs=2", "training.warmup_steps=0", "training.checkpoint_every=1000",
@@ -35,9 +40,9 @@ SMALL = (*as_overrides(settings_to_dict(Settings())),
 
 
 class Coin:
-    """In place of a `Verifier`: tosses a coin by the answer's checksum.
+    """In place of a `Verifier`: the answer's checksum decides.
 
-    A random model is never right; with a coin half of the groups have a signal.
+    A random model is never right; this way half of the groups have a signal.
     """
 
     def __init__(self, *_):
@@ -75,10 +80,29 @@ class Fixed(Coin):
 
 
 def small_settings(*overrides, setup=None):
-    """The defaults with 8 problems, one batch an epoch, two epochs; the setup's own on top."""
+    """The defaults with 8 problems, one batch per epoch, and two epochs; then the setup's own."""
     chosen = get_setup(setup) if setup else None
     return load_settings("tiny", [*SMALL, *(chosen.settings if chosen else ()), *overrides],
                          smoke=False, setup=chosen)
+
+
+def not_refused(setup: str | None, refused: dict[str | Sequence[str], str]) -> list:
+    """The settings that are not refused with an error that names the key.
+
+    Args:
+        refused: {settings that must be refused: the key that the error must start with}.
+    """
+    wrong = []
+    for overrides, key in refused.items():
+        try:
+            small_settings(*([overrides] if isinstance(overrides, str) else overrides), setup=setup)
+        except UsageError as error:
+            if str(error).startswith(f"{key} ") and "\n" not in str(error):
+                continue
+            wrong.append((overrides, str(error)))
+        else:
+            wrong.append((overrides, "accepted"))
+    return wrong
 
 
 def make_trainer(setup, *overrides, policy, folder: Path, seed=0, verifier=None, observer=None,
@@ -93,8 +117,66 @@ def make_trainer(setup, *overrides, policy, folder: Path, seed=0, verifier=None,
                    verifier=verifier or Coin(), observer=observer or Observer())
 
 
+def rows_of(trainer) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return trainer.folder.lines("metrics.jsonl")
+
+
+def snapshot(trainer) -> dict[str, torch.Tensor]:
+    """Copies of the trained weights as they are now."""
+    return {k: v.detach().clone() for k, v in trainer.policy.trained_weights().items()}
+
+
+def flat(trainer) -> torch.Tensor:
+    """The trained weights as they are now, in one vector; also of a dictionary of weights."""
+    weights = trainer if isinstance(trainer, dict) else snapshot(trainer)
+    return torch.cat([weights[name].detach().flatten() for name in sorted(weights)])
+
+
+def first_progress(trainer) -> Progress:
+    """Where a run stands before its first step."""
+    stage = trainer.method.stages[0]
+    return Progress(stage, 0, trainer.steps_of(stage), 0, trainer.seed)
+
+
+def first_batch(trainer) -> list[Problem]:
+    """The 8 problems of the first step's rollouts."""
+    return trainer._batch(first_progress(trainer), "prompts", 8)
+
+
+def take_first_step(trainer) -> None:
+    """One step of the first stage, and nothing else."""
+    trainer.learner.new_optimizer()
+    trainer._one_step(first_progress(trainer))
+
+
+def give_verifier(trainer, verifier) -> None:
+    """Replaces the verifier of answers and demonstrations."""
+    trainer.judge.verifier = trainer.verifier = verifier
+    trainer.method.run = replace(trainer.method.run, verifier=verifier)
+
+
+def trained(make_trainer, *arguments, **more):
+    """A trainer after its run."""
+    trainer = make_trainer(*arguments, **more)
+    trainer.train()
+    return trainer
+
+
+def same_ends(make_trainer, *runs: Sequence[str], **more) -> bool:
+    """Whether runs, each (setup, *overrides), end with equal weights, bit for bit, that moved."""
+    ends = []
+    for number, (setup, *overrides) in enumerate(runs):
+        trainer = make_trainer(setup, *overrides, folder=f"end-{number}", **more)
+        start = flat(trainer)
+        trainer.train()
+        ends.append(flat(trainer))
+        assert not torch.equal(start, ends[-1]), (setup, overrides)
+    return all(torch.equal(ends[0], end) for end in ends[1:])
+
+
 def watch(trainer) -> SimpleNamespace:
-    """Notes what every update sees, in lists that fill while the trainer works.
+    """Records what every update sees, in lists that grow while the trainer works.
 
     Returns:
         gradients: the flat gradient of every update, before clipping.
@@ -115,7 +197,7 @@ def watch(trainer) -> SimpleNamespace:
         seen.gradients.append(torch.cat([
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten().clone()
             for p in parameters]))
-        seen.weights.append({k: v.detach().clone() for k, v in trainer.weights().items()})
+        seen.weights.append(snapshot(trainer))
         seen.micro_batches.append(seen.passes)
         seen.passes = 0
         return clip(parameters, *arguments, **more)
@@ -125,18 +207,16 @@ def watch(trainer) -> SimpleNamespace:
 
 
 def watch_rollouts(monkeypatch) -> list:
-    """A list that takes up the groups of every step's rollouts (and of every probe)."""
-    from hybridrl_lib.training import judge as judging
-    from hybridrl_lib.training import trainer as training
+    """A list that collects the groups of every step's rollouts."""
+    from hybridrl_lib.training import judge
 
-    taken, sample = [], judging.sample
+    taken, sample = [], judge.sample
 
     def noted(*arguments, **more):
         taken.append(sample(*arguments, **more))
         return taken[-1]
 
-    for module in (judging, training):
-        monkeypatch.setattr(module, "sample", noted)
+    monkeypatch.setattr(judge, "sample", noted)
     return taken
 
 

@@ -1,4 +1,4 @@
-"""The losses as pure functions: against exact values by enumeration, or worked out by hand."""
+"""The paper's equations as pure functions, against exact sums or values worked out by hand."""
 
 import math
 
@@ -72,20 +72,17 @@ def test_plain_k3_needs_samples_of_the_policy_itself():
     assert abs((OLD.exp() * k3(log_p, REFERENCE)).sum() - exact) > 0.01
 
 
-@pytest.mark.parametrize("estimate", [
-    kl_to_old, k3, lambda log_p, other: kl_to_reference(log_p, OLD, other)])
-def test_kl_estimates_are_never_negative(estimate):
+def test_kl_estimates_are_never_negative():
     """A "KL" below zero in a log is a bug that many projects ship."""
     grid = -torch.logspace(-6, 3, 60)
     one, other = grid[:, None].expand(60, 60), grid[None, :].expand(60, 60)
     old = OLD.float()[0].expand(60, 60)
-    values = (kl_to_reference(one, old, other) if estimate not in (kl_to_old, k3)
-              else estimate(one, other))
-    assert values.isfinite().all() and values.min() >= -1e-6
+    for values in (kl_to_old(one, other), k3(one, other), kl_to_reference(one, old, other)):
+        assert values.isfinite().all() and values.min() >= -1e-6
 
 
-def test_kl_between_equal_policies_is_zero_and_pulls_nowhere():
-    """pi = pi_old = pi_reference: every estimate is 0 and so is its gradient."""
+def test_kl_between_equal_policies_is_zero():
+    """pi = pi_old = pi_reference: every estimate is 0, and so is its gradient."""
     for function in (lambda log_p, same: kl_to_old(log_p, same), k3,
                      lambda log_p, same: kl_to_reference(log_p, same, same)):
         logits = current()
@@ -94,6 +91,17 @@ def test_kl_between_equal_policies_is_zero_and_pulls_nowhere():
         values.sum().backward()
         assert values.abs().max() == 0
         assert logits.grad.abs().max() < 1e-15
+
+
+def test_the_clamp_is_far_from_what_training_sees():
+    """Each KL keeps its sign and its gradient at ordinary log-ratios."""
+    log_p = torch.tensor([-1.0, -1.0], requires_grad=True)
+    other = torch.tensor([-1.5, -0.5])
+    values = kl_to_old(log_p, other)
+    assert values.tolist() == pytest.approx(
+        [r * math.log(r) - r + 1 for r in (math.exp(0.5), math.exp(-0.5))], rel=1e-5)
+    values.sum().backward()  # rho log rho: toward the old policy from both sides
+    assert log_p.grad.tolist() == pytest.approx([0.5 * math.exp(0.5), -0.5 * math.exp(-0.5)])
 
 
 def test_policy_gradient_is_the_gradient_of_the_expected_advantage():
@@ -126,28 +134,29 @@ def test_entropy_is_over_the_whole_vocabulary():
 
 
 def test_vocabulary_entropy_term_is_that_entropy():
-    """`entropy: vocabulary` hands the exact entropy on; nothing is divided here."""
+    """`training.entropy=vocabulary` is the weighted sum of exact entropies, divided nowhere."""
     entropies = torch.tensor([0.3, 1.2])
     weights = torch.tensor([0.5, 0.25])
-    assert entropy_term(torch.tensor([-1.0, -2.0]), entropies, weights).item() == pytest.approx(0.45)
+    term = entropy_term(torch.tensor([-1.0, -2.0]), entropies, weights)
+    assert term.item() == pytest.approx(0.45)
     with pytest.raises(ValueError, match="printed"):
         entropy_term(entropies, entropies, weights, "printed")
 
 
-@pytest.mark.parametrize("probability", [0.1, 0.3, 0.5, 0.9])
-def test_sampled_entropy_term_pushes_towards_one_over_e(probability):
-    """The printed sum, differentiated, moves pi(y_t) towards 1/e: up below it, down above it."""
-    log_p = torch.tensor([math.log(probability)], requires_grad=True)
-    term = entropy_term(log_p, torch.zeros(1), torch.ones(1), "sampled")
-    assert term.item() == pytest.approx(-probability * math.log(probability))
-    term.backward()
-    assert (log_p.grad.item() > 0) == (probability < 1 / math.e)
+def test_sampled_entropy_term_pushes_toward_one_over_e():
+    """The gradient of the printed sum moves pi(y_t) toward 1/e: up below it, down above it."""
+    for probability in (0.1, 0.3, 0.5, 0.9):
+        log_p = torch.tensor([math.log(probability)], requires_grad=True)
+        term = entropy_term(log_p, torch.zeros(1), torch.ones(1), "sampled")
+        assert term.item() == pytest.approx(-probability * math.log(probability))
+        term.backward()
+        assert (log_p.grad.item() > 0) == (probability < 1 / math.e)
     at_rest = torch.tensor([-1.0], requires_grad=True)
     entropy_term(at_rest, torch.zeros(1), torch.ones(1), "sampled").backward()
     assert abs(at_rest.grad.item()) < 1e-7
 
 
-def test_sampled_entropy_term_is_no_estimator_of_the_entropy():
+def test_sampled_entropy_term_does_not_estimate_the_entropy():
     """Neither its expectation nor its expected gradient is that of H."""
     def sampled(log_p):
         return entropy_term(log_p, log_p, log_p.detach().exp(), "sampled")
@@ -168,33 +177,35 @@ def test_the_ratio_is_per_token():
     torch.testing.assert_close(importance_ratio(now, old), torch.tensor([0.05, -0.1, 0.0]).exp())
 
 
-@pytest.mark.parametrize(("ratio", "advantage", "loss", "clipped"), [
-    (1.5, 1.0, -1.2, True),    # a good token that is much likelier already: no more
-    (1.1, 1.0, -1.1, False),
-    (0.5, 1.0, -0.5, False),   # a good token that became rarer: always pulled back
-    (0.5, -1.0, 0.8, True),    # a bad token that is much rarer already: no more
-    (0.9, -1.0, 0.9, False),
-    (1.5, -1.0, 1.5, False),   # a bad token that became likelier: always pulled back
-])
-def test_the_clip(ratio, advantage, loss, clipped):
+def test_the_clip():
     """min[rho A, clip(rho) A], with no gradient exactly where the clip is active."""
-    now = torch.tensor([math.log(ratio) - 2.0], requires_grad=True)
-    arguments = (torch.tensor([-2.0]), torch.tensor([advantage]), 0.2, 0.2)
-    value = -clipped_surrogate(importance_ratio(now, arguments[0]), *arguments[1:])
-    value.sum().backward()
-    assert value.item() == pytest.approx(loss)
-    assert (now.grad.item() == 0) == clipped
-    assert is_clipped(now.detach(), *arguments).item() == clipped
+    rows = (  # ratio, advantage, loss, clipped
+        (1.5, 1.0, -1.2, True),    # a good token that is much likelier already: no more
+        (1.1, 1.0, -1.1, False),
+        (0.5, 1.0, -0.5, False),   # a good token that became rarer: always pulled back
+        (0.5, -1.0, 0.8, True),    # a bad token that is much rarer already: no more
+        (0.9, -1.0, 0.9, False),
+        (1.5, -1.0, 1.5, False))   # a bad token that became likelier: always pulled back
+    found = []
+    for ratio, advantage, *_ in rows:
+        now = torch.tensor([math.log(ratio) - 2.0], requires_grad=True)
+        arguments = (torch.tensor([-2.0]), torch.tensor([advantage]), 0.2, 0.2)
+        value = -clipped_surrogate(importance_ratio(now, arguments[0]), *arguments[1:])
+        value.sum().backward()
+        clipped = is_clipped(now.detach(), *arguments).item()
+        assert (now.grad.item() == 0) == clipped
+        found.append((ratio, advantage, pytest.approx(value.item()), clipped))
+    assert list(rows) == found
 
 
-def test_the_two_bounds_of_the_clip_are_their_own():
+def test_the_clip_has_two_bounds():
     """epsilon_low bounds from below and epsilon_high from above, not the other way round."""
     old, now = torch.zeros(2), torch.tensor([0.5, 2.0]).log()
     gains = clipped_surrogate(importance_ratio(now, old), torch.tensor([-1.0, 1.0]), 0.1, 0.3)
     torch.testing.assert_close(gains, torch.tensor([-0.9, 1.3]))
 
 
-def test_a_freak_token_leaves_everything_finite():
+def test_an_extreme_token_leaves_everything_finite():
     """A log-ratio far out is clamped before exp(), in the loss and in both divergences."""
     old = torch.tensor([-1000.0, -0.1])
     now = torch.tensor([-0.1, -1000.0], requires_grad=True)
@@ -258,13 +269,12 @@ def test_hybrid_loss_weights_its_three_terms():
 # Advantages ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", ["group_std", "none"])
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.3])
-def test_equal_rewards_have_no_advantage(scale, reward):
-    """A group without signal: exactly 0, also where rounding leaves a deviation of 1e-8."""
-    advantages = group_advantages(torch.full((2, 7), reward), scale)
-    assert advantages.abs().max() < 1e-3 and (reward not in (0.0, 1.0)
-                                              or advantages.abs().max() == 0)
+def test_equal_rewards_have_no_advantage():
+    """A group without signal: exactly 0, or at most rounding of a deviation of 1e-8."""
+    for scale in ("group_std", "none"):
+        for reward in (0.0, 1.0, 0.3):
+            largest = group_advantages(torch.full((2, 7), reward), scale).abs().max()
+            assert largest < 1e-3 and (reward == 0.3 or largest == 0), (scale, reward)
 
 
 def test_advantages_are_taken_within_each_group():
@@ -282,22 +292,19 @@ def test_advantages_are_taken_within_each_group():
 # Normalization ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("normalization", "formula"), [
-    ("sequence_mean", lambda sums, lengths: (sums / lengths).sum() / 3),
-    ("token_mean", lambda sums, lengths: sums.sum() / lengths.sum()),
-    ("sequence_sum", lambda sums, lengths: sums.sum() / 3),
-    ("constant", lambda sums, lengths: sums.sum() / (3 * 10)),
-])
-def test_named_normalizations(normalization, formula):
+def test_named_normalizations():
     """Each name is one formula over the token losses of the whole optimizer step."""
-    lengths = torch.tensor([2, 5, 9])
-    sums = torch.tensor([1.5, -0.5, 4.0])
-    weights = token_weights(lengths, normalization, longest=10)
-    assert (weights * sums).sum() == pytest.approx(formula(sums, lengths).item())
+    lengths, sums = torch.tensor([2, 5, 9]), torch.tensor([1.5, -0.5, 4.0])
+    formulas = {"sequence_mean": (sums / lengths).sum() / 3,
+                "token_mean": sums.sum() / lengths.sum(),
+                "sequence_sum": sums.sum() / 3, "constant": sums.sum() / (3 * 10)}
+    found = {name: float((token_weights(lengths, name, longest=10) * sums).sum())
+             for name in formulas}
+    assert found == pytest.approx({name: float(value) for name, value in formulas.items()})
 
 
 def test_normalization_refuses_what_it_does_not_know():
-    """A misspelled name, or `constant` without its constant, is no silent default."""
+    """A misspelled name, or `constant` without its constant, is an error."""
     with pytest.raises(ValueError, match="mean_of_means"):
         token_weights(torch.tensor([1]), "mean_of_means")
     with pytest.raises(ValueError, match="longest"):
@@ -316,26 +323,24 @@ def random_head(tokens=37, width=8, vocabulary=50, bias=True):
     return hidden, head, targets, more
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("chunk", [1, 8, 36, 37, 1000])
-def test_chunks_do_not_change_scores_or_gradients(chunk, per_token):
-    """Log-probabilities, entropies and gradients are those of the plain formula, for any chunk."""
+def test_chunks_do_not_change_scores_or_gradients():
+    """Log-probabilities, entropies, and gradients are those of the plain formula, for any chunk."""
     hidden, head, targets, bias = random_head()
-    warmth = torch.linspace(0.5, 1.5, len(targets)) if per_token else 0.7
-    scores, entropies = score_tokens(hidden, head, targets, bias=bias, temperature=warmth,
-                                     chunk_tokens=chunk)
-    divisor = warmth[:, None] if per_token else warmth
-    log_p = ((hidden @ head.T + bias) / divisor).log_softmax(-1)
-    plain = log_p.gather(-1, targets[:, None]).squeeze(-1)
-    plain_entropies = -(log_p.exp() * log_p).sum(-1)
-    torch.testing.assert_close(scores, plain, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropies, plain_entropies, atol=1e-5, rtol=1e-5)
-    weights = torch.linspace(-1, 1, len(targets))
-    leaves = (hidden, head, bias)
-    mine = torch.autograd.grad((weights * scores + 0.3 * entropies).sum(), leaves)
-    theirs = torch.autograd.grad((weights * plain + 0.3 * plain_entropies).sum(), leaves)
-    for one, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    leaves, weights = (hidden, head, bias), torch.linspace(-1, 1, len(targets))
+    for warmth in (0.7, torch.linspace(0.5, 1.5, len(targets))):
+        divisor = warmth if isinstance(warmth, float) else warmth[:, None]
+        log_p = ((hidden @ head.T + bias) / divisor).log_softmax(-1)
+        plain = log_p.gather(-1, targets[:, None]).squeeze(-1)
+        plain_entropies = -(log_p.exp() * log_p).sum(-1)
+        theirs = torch.autograd.grad((weights * plain + 0.3 * plain_entropies).sum(), leaves)
+        for chunk in (1, 8, 36, 37, 1000):
+            scores, entropies = score_tokens(hidden, head, targets, bias=bias, temperature=warmth,
+                                             chunk_tokens=chunk)
+            torch.testing.assert_close(scores, plain, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(entropies, plain_entropies, atol=1e-5, rtol=1e-5)
+            mine = torch.autograd.grad((weights * scores + 0.3 * entropies).sum(), leaves)
+            for one, other in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_scores_without_entropy_are_the_same():

@@ -1,11 +1,11 @@
-"""Jobs on the nodes of a Ray cluster; those of a node that dies go on elsewhere.
+"""Runs jobs on the nodes of a Ray cluster; jobs of a node that dies resume elsewhere.
 
-Every job is a Ray task, which starts this module as a program on its node: that program runs the
-job's command and keeps watch over it. All nodes see the same folders, under the same paths, and
-have this Python: a job leaves its log, its record and its checkpoints where it would leave them
-here. Ray starts a task again when its node has gone, and the run goes on from its checkpoint.
+Every job is a Ray task that starts this module as a program on its node; the program runs the job's
+command and watches it. All nodes see the same folders under the same paths, and have this Python, so
+a job leaves its log, record, and checkpoints where it would leave them here. Ray restarts a task
+whose node is gone, and the run resumes from its checkpoint.
 
-Stopping goes through a file beside the log, which a job finds wherever it is.
+A job is stopped through a file next to its log, which it finds wherever it runs.
 """
 
 import json
@@ -19,6 +19,8 @@ from pathlib import Path
 
 from ..records.locks import is_locked
 from ..system.errors import UsageError, UserError, reason
+from .jobs import Job
+from .process import JobProcess
 
 RETRIES = 10  # nodes that a job may lose
 SECONDS_FOR_LOCK = 300.0  # that a run's lock may outlive the node that held it
@@ -40,15 +42,15 @@ def connect(executor: str) -> "Cluster | None":
         return None
     kind, _, address = executor.partition(":")
     if kind != "ray":
-        raise UsageError(f"There is no executor {executor!r}; choose local, ray or ray:ADDRESS.")
+        raise UsageError(f"There is no executor {executor!r}; choose local, ray, or ray:ADDRESS.")
     if not find_spec("ray"):
         raise UsageError("The executor ray needs the package ray; install it with "
-                         "'pip install hybridrl_lib[cluster]' or leave --executor out.")
+                         "'pip install hybridrl_lib[cluster]' or omit --executor.")
     return Cluster(address or os.environ.get("RAY_ADDRESS") or "auto")
 
 
 class Cluster:
-    """A Ray cluster that jobs are given to.
+    """A Ray cluster.
 
     Attributes:
         cpus, gpus, nodes: as they were when the cluster was reached.
@@ -61,25 +63,25 @@ class Cluster:
         try:
             if not ray.is_initialized():
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except Exception as error:  # whatever type Ray has for it
+        except Exception as error:  # of whatever type Ray has for it
             raise UserError(
                 f"No Ray cluster answers at {'this machine' if address == 'auto' else address} "
                 f"({reason(error)}); start one with 'ray start --head' and 'ray start "
-                "--address=...' on the other machines, or leave --executor out.") from error
+                "--address=...' on the other machines, or omit --executor.") from error
         found = ray.cluster_resources()
         self.cpus, self.gpus = int(found.get("CPU", 0)), int(found.get("GPU", 0))
         self.nodes = ray.nodes()
 
     def slots(self, threads: int) -> int:
-        """How many jobs of so many threads, or of a GPU each, have room at a time."""
+        """How many jobs fit at a time, with one GPU or `threads` CPU threads each."""
         return max(1, self.gpus or self.cpus // fitting(threads, self.nodes))
 
-    def start(self, job, environment: dict[str, str]) -> "RemoteProcess":
-        """Gives a job to the cluster."""
+    def start(self, job: Job, environment: dict[str, str], slot: int) -> "RemoteProcess":
+        """Submits a job to the cluster, which chooses the place (`slot` is not used)."""
         import ray
 
         def on_node(command: list[str], environment: dict[str, str]) -> int:
-            # Pickled by value, since a node may have another folder of packages: its own imports.
+            # Pickled by value, since a node may have another package folder: its own imports.
             import os
             import subprocess
 
@@ -87,7 +89,7 @@ class Cluster:
                     if name in os.environ and environment.pop("ON_GPU", "")}
             return subprocess.run(command, env=environment | gpus, check=False).returncode
 
-        job.log.write_bytes(b"")  # the job adds to it, in each of its lives
+        job.log.write_bytes(b"")  # every start of the job appends to it
         stop_file(job.log).unlink(missing_ok=True)
         given = json.dumps({"command": job.command, "folder": str(job.folder), "log": str(job.log),
                             "record": None if job.record is None else str(job.record.path)})
@@ -102,11 +104,11 @@ class Cluster:
 
 
 def fitting(threads: int, nodes: list[dict]) -> int:
-    """So many threads, or as many as the largest node has for a job: Ray would wait for more.
+    """At most `threads`, and at most what the largest node has per job: Ray would wait for more.
 
     Args:
-        nodes: what `ray.nodes()` says. A node with GPUs has a share of its CPUs for each, and where
-            there are such nodes no other takes jobs.
+        nodes: from `ray.nodes()`. A node with GPUs has an equal share of its CPUs for each; if
+            there are such nodes, only they take jobs.
     """
     found = [(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
              for there in (node["Resources"] for node in nodes if node["Alive"])]
@@ -115,20 +117,20 @@ def fitting(threads: int, nodes: list[dict]) -> int:
 
 
 class RemoteProcess:
-    """A job that the cluster has taken, with what `jobs.Queue` asks of a process."""
+    """A job on the cluster, with the interface of `jobs.Process`."""
 
     def __init__(self, log: Path, task):
         self.log, self.task = log, task
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit code; None while the job waits, runs or begins again."""
+        """The exit code; None while the job waits, runs, or restarts."""
         import ray
 
         if self.returncode is None and ray.wait([self.task], timeout=0)[0]:
             try:
                 self.returncode = ray.get(self.task)
-            except ray.exceptions.TaskCanceledError:
+            except ray.exceptions.TaskCancelledError:
                 self.returncode = 130
             except Exception as error:  # Ray has many types for what may happen to a task
                 with self.log.open("a", encoding="utf-8") as stream:
@@ -143,11 +145,11 @@ class RemoteProcess:
         return self.returncode
 
     def interrupt(self) -> None:
-        """Asks it to finish its step and to keep a checkpoint."""
+        """Asks it to finish its step and write a checkpoint."""
         import ray
 
         stop_file(self.log).touch()
-        if not self.log.stat().st_size:  # it still waits for a place
+        if not self.log.stat().st_size:  # it still waits for a node
             ray.cancel(self.task)
 
     def end(self) -> None:
@@ -159,7 +161,7 @@ class RemoteProcess:
 
 
 def stop_file(log: Path) -> Path:
-    """While it is there, the job of that log is to stop."""
+    """While this file exists, the job with that log is to stop."""
     return log.with_suffix(".stop")
 
 
@@ -168,8 +170,6 @@ def stop_file(log: Path) -> Path:
 
 def main() -> int:
     """Runs a job's command until it ends or is asked to stop; returns its exit code."""
-    from .process import JobProcess
-
     die_with_parent()
     given = json.loads(sys.argv[1])
     log = Path(given["log"])
@@ -191,7 +191,7 @@ def main() -> int:
 
 
 def die_with_parent() -> None:
-    """When a node's Ray goes, nothing that it started may go on writing (Linux alone)."""
+    """When a node's Ray ends, nothing that it started may keep writing (Linux only)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -199,7 +199,7 @@ def die_with_parent() -> None:
 
 
 def wait_for_lock(folder: Path) -> None:
-    """Waits until no other process writes a run: one on a node that has just died, say."""
+    """Waits until no other process writes a run, for example on a node that has just died."""
     until = time.monotonic() + SECONDS_FOR_LOCK
     while is_locked(folder) and time.monotonic() < until:
         time.sleep(SECONDS_BETWEEN_LOOKS)

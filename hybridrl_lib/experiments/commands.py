@@ -14,7 +14,7 @@ from ..system.processes import end, is_first
 def run_command(arguments: argparse.Namespace) -> None:
     from ..config.presets import get_setup, load_settings
 
-    get_setup(arguments.setup)  # wrong words are refused before torch is imported
+    get_setup(arguments.setup)  # wrong names are refused before torch is imported
     load_settings(arguments.preset, arguments.settings)
     prepare_torch(arguments.preset)
     from .run import run
@@ -27,10 +27,10 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 
 def prepare_torch(preset: str = "") -> None:
-    """Before torch is imported: threads as `hybridrl reproduce` has them, and no progress bars.
+    """Sets threads like `hybridrl reproduce`, and hides progress bars, before torch is imported.
 
-    At `tiny` a run takes one thread, so that the same command leaves the same record on machines
-    with more cores, and beside other runs.
+    At `tiny` a run uses one thread, so that the same command leaves the same record on machines
+    with more cores, and while other runs are going.
     """
     if preset == "tiny":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -77,13 +77,14 @@ def report_command(arguments: argparse.Namespace) -> None:
 
 def find_experiment(name: str, runs: Path, published: Path
                     ) -> tuple[Path, Path | None, Path | None]:
-    """(folder of the records, where to write, published table to show beside) for a name or path.
+    """(folder of the records, where to write, published table to show next to it).
 
-    Published records are read-only: a report of them goes to the folder of new runs, unless the
-    folder itself was named.
+    Args:
+        name: of an experiment, or a path. Published records are read-only: their report goes to the
+            folder of new runs, unless the folder is given as a path.
 
     Raises:
-        UserError: there is no finished run by that name.
+        UserError: there is no finished run of that name.
     """
     if os.sep in name or name in (".", ".."):
         return Path(name), None, None

@@ -1,8 +1,8 @@
-"""Every arm tuned alike, then trained and tested with the same seeds: `hybridrl compare`.
+"""Tunes every arm in the same way, then trains and tests it with the same seeds: `hybridrl compare`.
 
 An arm is a setup. Its learning rates are the preset's times one factor of a small grid, the same
-for all arms; the factor is chosen on validation problems with two seeds that are used for nothing
-else. What each arm then used (rollouts, optimizer updates, demonstration tokens) is in the table.
+grid for all arms; the factor is chosen on validation problems with two seeds that are used for
+nothing else. The table shows what each arm used: rollouts, optimizer updates, demonstration tokens.
 """
 
 import math
@@ -19,6 +19,8 @@ from ..config.presets import (
 )
 from ..records.folders import experiment_folder, from_here
 from ..records.locks import only_writer
+from ..report.arm_tables import report_arms
+from ..report.arms import make_arms
 from ..setups import SETUPS, Setup, paper_setups
 from ..system.errors import UsageError, UserError, unknown
 from .cluster import Cluster, connect
@@ -36,10 +38,10 @@ from .plan import (
 from .tuning import DEVELOPMENT_SEEDS, Tuned, greedy_alone, rates, tune
 
 BASELINE = "sft_then_rl"
-# What a claim has to be held against: all of RL after SFT, PEAR's demonstrations unweighted, and
-# SuperRL's problems for SFT left out.
+# The controls that claims need: all of RL after SFT, PEAR's demonstrations without weights, and
+# SuperRL without SFT.
 CONTROLS = ("sft_then_full_rl", "sft_sampled_then_rl", "superrl_drop")
-VARIANTS = ("combined_cosine",)  # that change what a method is: here its lambda moves
+VARIANTS = ("combined_cosine",)  # variants that change what a method is: here its lambda moves
 GRID = (0.0625, 0.25, 1.0)  # at `tiny` most arms do best in the middle
 TRANSFER = 2  # seeds
 ALL = 1_000_000_000  # problems: no benchmark has more
@@ -49,31 +51,30 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
             grid: Sequence[float] = GRID, transfer: int = TRANSFER, jobs: int | None = None,
             experiment: str | None = None, settings: Sequence[str] = (), say=None,
             executor: str = "local") -> list[Path]:
-    """Tunes, trains and tests all arms, then writes the comparison.
+    """Tunes, trains, and tests all arms, then writes the comparison.
 
     Args:
         preset: a preset's name, or `auto`.
         seeds: of every arm.
-        methods: setups, or methods for those of its setups that are compared unless told
-            otherwise, its control among them; unless given the paper's setups, RL's whole budget
-            after SFT, and of every method the setup that stands for it and its control.
-        grid: factors that the preset's learning rates are multiplied with.
-        transfer: with how many of the seeds every arm is also trained on each benchmark alone and
+        methods: setups, or methods, which stand for their main setup and its control; default: the
+            paper's setups, all of RL after SFT, and all methods.
+        grid: factors of the preset's learning rates.
+        transfer: for how many of the seeds every arm is also trained on each benchmark alone and
             tested on all; 0 for none.
-        jobs, experiment, settings, say, executor: as for `reproduce`; the experiment is the
-            preset's name with `-compare` unless given.
+        jobs, experiment, settings, say, executor: as in `reproduce`; the default experiment is the
+            preset's name with `-compare`.
 
     Returns:
         The files of the comparison.
 
     Raises:
-        UserError: a run failed (after all others were run), or nothing can be tuned.
-        Stopped: by Ctrl-C; the same command goes on.
+        UserError: a run failed (after all others have run), or nothing can be tuned.
+        Stopped: by Ctrl-C; the same command resumes.
     """
     say = say or (lambda line: print(line, flush=True))
     plan = make_plan(preset, seeds, methods, grid, jobs, experiment, settings, connect(executor))
     folder = experiment_folder(plan.experiment)
-    for sentence in kept(plan):
+    for sentence in kept_settings(plan):
         say(sentence)
     with only_writer(folder, f"The experiment {plan.experiment}"):
         factors, tuned = tune(plan, say)
@@ -87,7 +88,7 @@ def compare(preset: str = "tiny", seeds: Sequence[int] = (0,), methods: Sequence
                  for arm in plan.arms if arm.stages for seed in plan.seeds[:transfer]]
         say(f"{len(runs) + len(alone)} runs of {len(plan.arms)} arms, "
             f"{plan.jobs} at a time, into {from_here(folder)}; Ctrl-C stops, and the same command "
-            "goes on")
+            "resumes")
         return work_and_write(plan, runs + alone, say,
                               lambda: write_comparison(plan, factors, tuned, say))
 
@@ -101,18 +102,18 @@ def make_plan(preset: str, seeds: Sequence[int], methods: Sequence[str], grid: S
     known = {arm.method for arm in arms}
     for section in dict.fromkeys(text.partition(".")[0].strip() for text in settings):
         if section in METHODS and section not in known:
-            raise UsageError(f"No arm has the settings {section}.*, which are those of the method "
-                             f"{section}; leave them out, or add {section} to --methods.")
+            raise UsageError(f"No arm has the settings {section}.*, which belong to the method "
+                             f"{section}; omit them, or add {section} to --methods.")
     for arm in arms:  # refuses impossible settings here, once, rather than in every run
         load_settings(preset, given(arm, settings), setup=arm)
     seeds, grid = tuple(dict.fromkeys(seeds)), tuple(sorted(set(grid)))
     if not grid or not all(math.isfinite(factor) and factor > 0 for factor in grid):
-        raise UsageError("The grid of learning rates is one or more factors above 0, such as "
+        raise UsageError("--grid takes one or more positive factors of the learning rates, such as "
                          "0.5,1,2.")
     reserved = sorted(set(seeds) & set(DEVELOPMENT_SEEDS))
     if reserved and len(grid) > 1:
-        raise UsageError(f"The seed {reserved[0]} is one that learning rates are chosen with; take "
-                         "another, so that no arm is tested with what it was tuned on.")
+        raise UsageError(f"The seed {reserved[0]} is reserved for choosing learning rates; use "
+                         "another, so that no arm is tested with a seed it was tuned with.")
     count = (len(arms) - 1) * len(seeds) + 1
     gpus = gpus_for(preset, settings)
     return Plan(preset, settings, arms, seeds, grid,
@@ -139,8 +140,8 @@ def choose_arms(names: Sequence[str]) -> tuple[Setup, ...]:
     return tuple(setup for name, setup in SETUPS.items() if name in wanted)
 
 
-def kept(plan: Plan) -> list[str]:
-    """Sentences on the arms that keep a setting of their own against the comparison's."""
+def kept_settings(plan: Plan) -> list[str]:
+    """Sentences on the arms that keep a defining setting although the comparison sets another."""
     found = []
     for arm in plan.arms:
         asked, fixed = parse_overrides(own_settings(arm, plan.settings)), parse_overrides(
@@ -148,7 +149,7 @@ def kept(plan: Plan) -> list[str]:
         own = [text for text in arm.settings if (key := text.partition("=")[0]) in asked
                and asked[key] != fixed[key]]
         if own:
-            found.append(f"{arm.name} keeps {', '.join(own)}, which makes it {arm.title}")
+            found.append(f"{arm.name} keeps {', '.join(own)}, which defines {arm.title}")
     return found
 
 
@@ -161,7 +162,7 @@ def only(plan: Plan, benchmark: str) -> str:
 
 
 def trained_on(plan: Plan, benchmark: str) -> tuple[str, ...]:
-    """The settings that leave one benchmark's training and validation problems; all are tested."""
+    """The settings that only keep one benchmark's training and validation problems."""
     data = load_settings(plan.preset, plan.settings).data
     return tuple(
         f"data.{name}=" + ",".join(
@@ -176,9 +177,6 @@ def trained_on(plan: Plan, benchmark: str) -> tuple[str, ...]:
 def write_comparison(plan: Plan, factors: dict[str, float], tuned: Sequence[Tuned],
                      say: Callable[[str], None]) -> list[Path]:
     """Writes tables and figures from the records and prints the main table."""
-    from ..report.arm_tables import report_arms
-    from ..report.arms import make_arms
-
     folder = experiment_folder(plan.experiment)
     experiment = only_runs(plan, folder)
     if not experiment.runs:

@@ -1,8 +1,8 @@
-"""Executes the committed notebooks again, in place: `python -m hybridrl_lib.experiments.execute`.
+"""Executes the committed notebooks in place: `python -m hybridrl_lib.experiments.execute`.
 
-They run in order at one preset. Timings, widget state, papermill's metadata and the cell with the
-injected parameters are left out; outputs and pictures stay. A notebook is replaced only when it ran
-to its end.
+They run in order at one preset. Timings, widget state, papermill's metadata, and the cell with the
+injected parameters are removed; outputs and pictures stay. A notebook is only replaced if all its
+cells ran.
 """
 
 import argparse
@@ -24,7 +24,7 @@ INJECTED = "injected-parameters"
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without what differs from run to run or from machine to machine."""
+    """The notebook without what differs between runs or machines."""
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}})
     notebook.cells = [cell for cell in notebook.cells
@@ -41,7 +41,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _joined(outputs: list) -> list:
-    """Neighboring pieces of one stream as one output."""
+    """Merges consecutive pieces of one stream."""
     joined: list = []
     for output in outputs:
         if (joined and output.output_type == "stream" == joined[-1].output_type
@@ -61,28 +61,28 @@ def _clean_output(output, number: int):
 
 
 def execute(path: Path, preset: str) -> None:
-    """Runs one notebook by papermill and puts the result in its place.
+    """Runs one notebook through papermill and replaces it with the result.
 
     Raises:
-        papermill.PapermillExecutionError: a cell failed; the notebook stays as it was.
+        papermill.PapermillExecutionError: a cell failed; the notebook is unchanged.
     """
     from papermill import execute_notebook
 
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / path.name
-        # The kernel of the running interpreter, not one of the same name in the user's folder.
+        # The kernel of this interpreter, not one of the same name in the user's folder.
         write_kernel(Path(folder) / "jupyter")
         os.environ |= {"JUPYTER_PATH": str(Path(folder) / "jupyter"),
                        "IPYTHONDIR": str(Path(folder) / "ipython"),
                        "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-        os.environ.setdefault("HYBRIDRL_HEADLESS", "0")  # the last picture of the live view stays
+        os.environ.setdefault("HYBRIDRL_HEADLESS", "0")  # keeps the last picture of the live view
         execute_notebook(path, out, parameters={"preset": preset}, kernel_name="python3",
                          cwd=path.parent, progress_bar=False)
         notebook = clean(nbformat.read(out, as_version=4))
     text = nbformat.writes(notebook) + "\n"
     if len(text.encode()) >= LARGEST:
         raise SystemExit(f"{path.name} would have {len(text.encode()) / 1000:.0f} kB; the limit is "
-                         f"{LARGEST / 1000:.0f} kB: show fewer pictures or smaller ones.")
+                         f"{LARGEST / 1000:.0f} kB; show fewer or smaller pictures.")
     write_whole(path, text)
 
 
@@ -91,15 +91,15 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m hybridrl_lib.experiments.execute", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Example: python -m hybridrl_lib.experiments.execute 02_grpo_step_by_step")
-    parser.add_argument("names", nargs="*", help="which ones, such as 11_rl; all unless given")
-    parser.add_argument("--preset", default="tiny", help="the preset to run at (tiny)")
+    parser.add_argument("names", nargs="*", help="notebooks, such as 11_rl; default: all")
+    parser.add_argument("--preset", default="tiny", help="default: tiny")
     chosen = parser.parse_args(arguments)
     folder = project_folder() / "notebooks"
     paths = sorted(folder.glob("*.ipynb"))
     wanted = {Path(name).stem for name in chosen.names}
     missing = wanted - {path.stem for path in paths}
     if missing:
-        print(f"There is no notebook {', '.join(sorted(missing))} in {folder.name}; choose among "
+        print(f"There is no notebook {', '.join(sorted(missing))} in {folder.name}; choose from "
               + ", ".join(path.stem for path in paths) + ".", file=sys.stderr)
         return 2
     for path in paths:

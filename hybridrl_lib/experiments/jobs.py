@@ -1,9 +1,12 @@
-"""Notebooks and runs as processes: some at a time, the longest first, told of in plain lines."""
+"""A queue of jobs: notebooks and training runs as processes, longest first, with plain progress lines.
+
+Where a process runs is not decided here: `process.py` starts it on this machine, `cluster.py` on a
+Ray cluster.
+"""
 
 import json
 import re
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -11,17 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..records.run_folder import RunFolder
 from ..system.errors import Stopped, printable
 from ..system.paths import hide_home
 from ..training.observer import duration
-from .cluster import Cluster, RemoteProcess
-from .process import JobProcess
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_LOOKS = 0.1
-TRAINING_SHARE = 0.85  # of a run's time; the rest is loading and evaluation
+TRAINING_SHARE = 0.85  # fraction of a run's time; the rest is loading and evaluation
 STEP = re.compile(rb"step (\d+)/(\d+)")
 SENTENCE_LENGTH = 400
 NO_KERNEL = b"Kernel died before replying to kernel_info"
@@ -35,12 +37,12 @@ class Job:
     Attributes:
         name: for people.
         command: the process.
-        folder: it runs in there.
-        output: the executed notebook; a run has none, and no such file.
+        folder: its working directory.
+        output: the executed notebook; for a run, a file that does not exist.
         log: what the process prints.
-        weight: about how long it takes, in any unit; longer ones start first.
-        seed: the seed it gets.
-        record: the run that must be complete afterwards; None where there is none.
+        weight: relative duration; longer jobs start first.
+        seed: of the run.
+        record: the run that must be complete afterwards; None if there is none.
     """
 
     name: str
@@ -53,18 +55,40 @@ class Job:
     record: RunFolder | None = None
 
 
+class Process(Protocol):
+    """What the queue needs of a process, on this machine or on a node of a cluster."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit code; None while the job waits or runs."""
+
+    def wait(self) -> int | None:
+        """Waits until it has ended."""
+
+    def interrupt(self) -> None:
+        """Asks it to finish its step and write a checkpoint."""
+
+    def end(self) -> None:
+        """Ends it at once."""
+
+
+# (job, environment, slot) -> the process of the job
+Start = Callable[[Job, dict[str, str], int], Process]
+
+
 @dataclass
 class Running:
-    """A job whose process is there, on this machine or on a node of a cluster."""
+    """A job with its process."""
 
     job: Job
-    process: "JobProcess | RemoteProcess"
+    process: Process
     slot: int
     began: float
 
 
-class Clock:
-    """How long the jobs will still take, judged by those that are done or under way."""
+class TimeLeft:
+    """How long the jobs will take, judging by those that are done or running."""
 
     def __init__(self, jobs: Sequence[Job], slots: int):
         self.total, self.slots = sum(job.weight for job in jobs), slots
@@ -74,9 +98,10 @@ class Clock:
         self.done += running.job.weight
         self.busy += time.monotonic() - running.began
 
-    def left(self, running: Sequence[Running]) -> str:
+    def text(self, running: Sequence[Running]) -> str:
         """`, about 5 min left`; empty while there is nothing to judge by."""
-        done = self.done + sum(r.job.weight * TRAINING_SHARE * progress(r.job) for r in running)
+        done = self.done + sum(r.job.weight * TRAINING_SHARE * training_done(r.job)
+                               for r in running)
         busy = self.busy + sum(time.monotonic() - r.began for r in running)
         if done <= 0:
             return ""
@@ -85,34 +110,32 @@ class Clock:
 
 
 class Queue:
-    """Jobs that wait, run and have ended.
+    """Jobs that wait, run, or have ended.
 
     Args:
         jobs: what to run.
         slots: how many at a time.
-        environment: of every process.
+        environment: environment variables of every process.
         say: takes a line of progress.
-        gpus: GPUs to share among the slots; 0 for none.
-        cluster: where the jobs run; None for this machine.
+        start: starts the process of a job.
     """
 
     def __init__(self, jobs: Sequence[Job], slots: int, environment: dict[str, str],
-                 say: Callable[[str], None], gpus: int = 0, cluster: "Cluster | None" = None):
-        self.cluster = cluster
-        # sorted is stable: equal weights keep the order they came in
+                 say: Callable[[str], None], start: Start):
+        # sorted is stable: jobs of equal weight keep their order
         self.waiting = sorted(jobs, key=lambda job: -job.weight)
         self.running: list[Running] = []
         self.failures: dict[Job, str] = {}
-        self.slots, self.environment, self.say, self.gpus = slots, environment, say, gpus
+        self.slots, self.environment, self.say, self.start = slots, environment, say, start
         self.total, self.ended, self.last_line = len(jobs), 0, time.monotonic()
         self.starts: Counter[Job] = Counter()
-        self.clock = Clock(jobs, slots)
+        self.time_left = TimeLeft(jobs, slots)
 
     def run(self) -> dict[Job, str]:
-        """Runs all jobs, the longest first; one that fails keeps no other from running.
+        """Runs all jobs, longest first; a failed job does not stop the others.
 
         Returns:
-            Job -> why it failed, in one sentence, of those that did.
+            {job: why it failed, in one sentence}.
 
         Raises:
             Stopped: by Ctrl-C or SIGTERM, after every running job has finished its step and
@@ -123,27 +146,29 @@ class Queue:
                 while self.waiting or self.running:
                     self._start_waiting()
                     self._collect_ended()
-                    self._tell_now_and_then()
+                    self._report_progress()
                     time.sleep(SECONDS_BETWEEN_LOOKS)
             except KeyboardInterrupt:
                 stop(self.running, self.say)
                 raise Stopped(
-                    f"Stopped by you after {self.ended} of {self.total}; the same "
-                    "command reads what is finished and goes on from the checkpoints of the "
-                    "others.") from None
+                    f"Stopped after {self.ended} of {self.total}; the same command reads what is "
+                    "finished and resumes the others from their checkpoints.") from None
             except BaseException:
                 end_at_once(self.running)
                 raise
             finally:
                 for one in self.running:
-                    anonymize(one.job)
+                    hide_home_in(one.job)
         return self.failures
 
     def _start_waiting(self) -> None:
         while self.waiting and len(self.running) < self.slots:
             slot = min(set(range(self.slots)) - {one.slot for one in self.running})
             job = self.waiting.pop(0)
-            self.running.append(start(job, slot, self.environment, self.gpus, self.cluster))
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            job.output.unlink(missing_ok=True)  # an older one must not pass for this one's
+            process = self.start(job, self.environment, slot)
+            self.running.append(Running(job, process, slot, time.monotonic()))
             self.starts[job] += 1
             self.say(f"started {job.name}")
 
@@ -151,12 +176,12 @@ class Queue:
         for one in [one for one in self.running if one.process.poll() is not None]:
             self.running.remove(one)
             if had_no_kernel(one) and self.starts[one.job] < MOST_STARTS:
-                self._line(f"{one.job.name}: its kernel did not come up, so it is started again")
+                self._line(f"{one.job.name}: its kernel did not start; starting it again")
                 self.waiting.insert(0, one.job)
                 continue
-            self.clock.finished(one)
+            self.time_left.finished(one)
             self.ended += 1
-            anonymize(one.job)
+            hide_home_in(one.job)
             reason = why_failed(one)
             if reason:
                 self.failures[one.job] = reason
@@ -165,61 +190,36 @@ class Queue:
                        f"({self.ended} of {self.total}{self._left()})"
                        + (f": {reason}" if reason else ""))
 
-    def _tell_now_and_then(self) -> None:
+    def _report_progress(self) -> None:
         if self.running and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            names = ", ".join(f"{one.job.name}{percent(one.job)}" for one in self.running)
+            names = ", ".join(one.job.name + (f" ({share:.0%} of its steps)" if (
+                share := training_done(one.job)) else "") for one in self.running)
             self._line(f"running {names} ({self.ended} of {self.total} done{self._left()})")
 
     def _left(self) -> str:
-        return self.clock.left(self.running) if self.waiting or self.running else ""
+        return self.time_left.text(self.running) if self.waiting or self.running else ""
 
     def _line(self, line: str) -> None:
         self.last_line = time.monotonic()
         self.say(line)
 
 
-def start(job: Job, slot: int, environment: dict[str, str], gpus: int,
-          cluster: "Cluster | None" = None) -> Running:
-    """Starts a job's process, on the GPU of its slot or somewhere in a cluster.
-
-    The process gets a session of its own: Ctrl-C in the terminal reaches this process alone, which
-    then asks each kernel to finish its step. papermill itself would kill the kernel.
-    """
-    if gpus > 1 and cluster is None:
-        visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
-        environment = environment | {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    job.output.unlink(missing_ok=True)  # an older one must not pass for this one's
-    if cluster is not None:
-        return Running(job, cluster.start(job, environment), slot, time.monotonic())
-    with job.log.open("wb") as log:
-        process = JobProcess(job.command, cwd=job.folder, env=environment, stdout=log,
-                             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                             start_new_session=True)
-    return Running(job, process, slot, time.monotonic())
-
-
-def anonymize(job: Job) -> None:
-    """Takes the user's home folder out of what an ended job wrote."""
+def hide_home_in(job: Job) -> None:
+    """Removes the user's home folder from what an ended job wrote."""
     try:
         hide_home(job.log)
         hide_home(job.output)
-    except OSError:  # a full disk, say: that is no reason to lose the others
+    except OSError:  # a full disk, for example, is no reason to lose the other jobs
         pass
 
 
 # Progress ---------------------------------------------------------------------------------------
 
 
-def progress(job: Job) -> float:
-    """Share of its training steps that a job has taken, as its log says; 0 where it says none."""
+def training_done(job: Job) -> float:
+    """Fraction of its training steps that a job has taken, from its log; 0 if unknown."""
     found = STEP.findall(tail(job.log))
     return min(1.0, int(found[-1][0]) / max(1, int(found[-1][1]))) if found else 0.0
-
-
-def percent(job: Job) -> str:
-    share = progress(job)
-    return f" ({share:.0%} of its steps)" if share else ""
 
 
 def tail(path: Path, size: int = 8192) -> bytes:
@@ -238,8 +238,8 @@ def tail(path: Path, size: int = 8192) -> bytes:
 def had_no_kernel(ended: Running) -> bool:
     """Whether a notebook's kernel ended before its first cell.
 
-    Jupyter looks for free ports, lets go of them, and gives them to the kernel. What takes one in
-    between, another notebook's kernel or a cluster, leaves it without; nothing has run then.
+    Jupyter looks for free ports, releases them, and passes them to the kernel. If another process
+    takes one in between, such as another notebook's kernel, this kernel dies; nothing has run then.
     """
     return ended.process.returncode != 0 and NO_KERNEL in tail(ended.job.log)
 
@@ -249,14 +249,14 @@ def why_failed(ended: Running) -> str:
     code, job = ended.process.returncode, ended.job
     if code == 0:
         if job.record is not None and not job.record.is_complete:
-            return "it ran to its end and left no finished run"
+            return "it ended without an error but left no finished run"
         return ""
     return (error_in_notebook(job.output) or last_line_of(job.log)
-            or f"the process ended with code {code} and said nothing")
+            or f"the process ended with code {code} and no message")
 
 
 def error_in_notebook(path: Path) -> str:
-    """What the cell that failed says: the sentence of our own errors, `Type: text` of others."""
+    """The error of the failed cell: the sentence of our own errors, `Type: text` of others."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         errors = [output for cell in cells for output in cell.get("outputs", ())
@@ -276,7 +276,7 @@ def last_line_of(path: Path) -> str:
 
 
 def shorten(text: str) -> str:
-    """One line that a person reads to its end."""
+    """The first line that is not empty, at most SENTENCE_LENGTH characters."""
     line = printable(next((line.strip() for line in text.splitlines() if line.strip()), ""))
     return line if len(line) <= SENTENCE_LENGTH else line[:SENTENCE_LENGTH - 3] + "..."
 
@@ -286,7 +286,7 @@ def shorten(text: str) -> str:
 
 @contextmanager
 def terminate_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM (what schedulers send) is a Ctrl-C."""
+    """Inside, SIGTERM (which schedulers send) acts like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -302,12 +302,12 @@ def terminate_as_interrupt() -> Iterator[None]:
 
 
 def stop(running: Sequence[Running], say: Callable[[str], None]) -> None:
-    """Asks every kernel to stop after its step and waits; a second Ctrl-C ends them at once."""
+    """Asks every job to stop after its step, and waits; a second Ctrl-C ends them at once."""
     running = [r for r in running if r.process.poll() is None]
     if not running:
         return
-    say("stopping: each that is running finishes its step and writes a checkpoint; Ctrl-C again "
-        "ends them at once")
+    say("stopping: every running job finishes its step and writes a checkpoint; press Ctrl-C again "
+        "to end them at once")
     try:
         for one in running:
             one.process.interrupt()
@@ -318,6 +318,6 @@ def stop(running: Sequence[Running], say: Callable[[str], None]) -> None:
 
 
 def end_at_once(running: Sequence[Running]) -> None:
-    """Kills jobs with all their processes; their last checkpoints stay."""
+    """Kills jobs with all their processes; their last checkpoints remain."""
     for one in running:
         one.process.end()

@@ -1,19 +1,21 @@
-"""The local process of a job."""
+"""Starts the process of a job on this machine, and stops it."""
 
 import os
 import signal
 import subprocess
+
+from .jobs import Job, Start
 
 
 class JobProcess(subprocess.Popen):
     """The process of a job on this machine."""
 
     def interrupt(self) -> None:
-        """Asks every kernel in it, or the run that it is, to stop after its step."""
+        """Asks every kernel in it, or the run itself, to stop after its step."""
         kernels = kernels_of(self)
         for kernel in kernels:
             signal_quietly(kernel, signal.SIGINT)
-        if not kernels:  # a run, or nothing is under way yet
+        if not kernels:  # a run, or a notebook whose kernel has not started yet
             self.terminate()
 
     def end(self) -> None:
@@ -29,8 +31,29 @@ class JobProcess(subprocess.Popen):
         self.wait()
 
 
+def start_here(gpus: int) -> Start:
+    """A function that starts jobs on this machine.
+
+    A process gets its own session, so Ctrl-C in the terminal only reaches this process, which then
+    asks each kernel to finish its step. papermill itself would kill the kernel.
+
+    Args:
+        gpus: number of GPUs that the slots of the queue share; 0 for none.
+    """
+    def start(job: Job, environment: dict[str, str], slot: int) -> JobProcess:
+        if gpus > 1:
+            visible = environment.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            environment = environment | {"CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+        with job.log.open("wb") as log:
+            return JobProcess(job.command, cwd=job.folder, env=environment, stdout=log,
+                              stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                              start_new_session=True)
+
+    return start
+
+
 def kernels_of(process: subprocess.Popen) -> list[int]:
-    """The process numbers of the kernels that a papermill process has started."""
+    """The process ids of the kernels that a papermill process has started."""
     import psutil
 
     try:
@@ -41,6 +64,7 @@ def kernels_of(process: subprocess.Popen) -> list[int]:
 
 
 def signal_quietly(number: int, what: signal.Signals) -> None:
+    """Sends a signal to a process that may have ended already."""
     try:
         os.kill(number, what)
     except ProcessLookupError:

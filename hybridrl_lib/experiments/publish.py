@@ -1,10 +1,7 @@
 """Copies finished runs to where they stay: records, tables and figures, without checkpoints."""
 
-import csv
 import gzip
-import io
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from ..report.loading import load_experiment
 from ..report.report import make_texts
 from ..report.sweeps import sweep_texts
 from ..report.table2 import make_table2
+from ..report.text import read_csv
 from ..system.errors import UserError
 from .compare import BASELINE
 from .sweep import SWEEPS, part_of
@@ -87,18 +85,12 @@ def publish(experiment: str, to: Path) -> Path:
     return final
 
 
-def rows_of(path: Path) -> Iterator[dict[str, str]]:
-    """The lines of a CSV file, if it is there."""
-    if path.is_file():
-        yield from csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
-
-
 def parts_of(folder: Path) -> list[str]:
     """What the names of the folders beside an experiment that belong to it end in."""
     return list(dict.fromkeys((
-        *(f"tuning-{row['rate_factor']}" for row in rows_of(folder / "tuning.csv")),
-        *(f"only-{row['trained_on']}" for row in rows_of(folder / "transfer.csv")),
-        *(part_of(row["value"]) for row in rows_of(folder / "sweep.csv")))))
+        *(f"tuning-{row['rate_factor']}" for row in read_csv(folder / "tuning.csv")),
+        *(f"only-{row['trained_on']}" for row in read_csv(folder / "transfer.csv")),
+        *(part_of(row["value"]) for row in read_csv(folder / "sweep.csv")))))
 
 
 def why_not(run: RunFolder) -> str | None:
@@ -150,17 +142,17 @@ def tables_of(folder: Path, name: str) -> dict[str, str]:
         texts |= make_texts(experiment, make_table2(experiment))
     if with_comparison:
         factors = {row["setup"]: float(row["rate_factor"])
-                   for row in rows_of(folder / "comparison.csv")}
+                   for row in read_csv(folder / "comparison.csv")}
         tuned = [tuned_by(RunFolder(folder / f"tuning-{row['rate_factor']}" / row["setup"]
                                     / f"seed-{row['seed']}"),
                           row["setup"], float(row["rate_factor"]), int(row["seed"]))
-                 for row in rows_of(folder / "tuning.csv")]
+                 for row in read_csv(folder / "tuning.csv")]
         alone = {benchmark: load_experiment(folder / f"only-{benchmark}")
                  for benchmark in experiment.benchmarks
                  if (folder / f"only-{benchmark}").is_dir()}
         texts |= arms_texts(experiment, make_arms(experiment, BASELINE, factors), BASELINE, tuned,
                             alone)
-    swept = list(rows_of(folder / "sweep.csv"))
+    swept = read_csv(folder / "sweep.csv")
     if swept:
         experiments = {value: load_experiment(folder / part_of(value))
                        for value in dict.fromkeys(row["value"] for row in swept)}

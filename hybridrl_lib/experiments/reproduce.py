@@ -1,8 +1,8 @@
-"""The setup notebooks x seeds through papermill, side by side, then the report.
+"""Executes the notebooks of all setups and seeds through papermill, then writes the report.
 
-Every notebook is a process of its own and trains by calling the library, which goes on from
-checkpoints and reads finished runs instead of taking them again: so the whole may be stopped and
-started at will, and one failure leaves the others alone.
+Every notebook is its own process and trains by calling the library, which resumes from checkpoints
+and reads finished runs instead of running them again. So the whole can be stopped and restarted at
+any time, and one failure does not affect the others.
 """
 
 import json
@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +24,32 @@ from ..config.presets import (
 from ..records.folders import experiment_folder, project_folder, published_folder
 from ..records.locks import only_writer
 from ..records.run_folder import RunFolder, run_folder
+from ..report.loading import load_experiment
+from ..report.page import beside_published
+from ..report.report import make_report
+from ..report.table2 import make_table2
 from ..setups import Setup, setups_with_notebook
 from ..system.errors import UsageError, UserError
 from ..system.paths import PACKAGE, without_home
 from .cluster import Cluster, connect
 from .jobs import Job, Queue
-from .plan import default_jobs, gpus_for, joined, relative_cost, threads_for
+from .plan import (
+    default_jobs,
+    failed,
+    gpus_for,
+    joined,
+    relative_cost,
+    start_for,
+    threads_for,
+)
 
 REPORT_NOTEBOOKS = ("20_table2", "21_training_dynamics")
 KERNEL = "python3"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be run, and where.
+class Reproduction:
+    """What is executed, and where.
 
     Attributes:
         preset, experiment, settings: as for a single run.
@@ -45,7 +57,7 @@ class Plan:
         notebooks: the folder of the notebooks, absolute.
         jobs: processes at a time.
         threads: CPU threads of each.
-        gpus: how many GPUs there are to share; 0 for none.
+        gpus: number of GPUs to share; 0 for none.
         cluster: where the notebooks run; None for this machine.
     """
 
@@ -63,25 +75,25 @@ class Plan:
 def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequence[str] = (),
               jobs: int | None = None, experiment: str | None = None,
               settings: Sequence[str] = (), say=None, executor: str = "local") -> list[Path]:
-    """Runs the notebooks of all setups and seeds, then those of the report.
+    """Executes the notebooks of all setups and seeds, then those of the report.
 
     Args:
         preset: a preset's name, or `auto`.
         seeds: the seeds of every setup.
-        setups: names of `setups.SETUPS`; all that have a notebook, the base model too, if empty.
-        jobs: notebooks at a time; None for one a GPU, or without a GPU one a core as far as memory
-            lasts.
-        experiment: the folder under `results/runs/`; the preset's name unless given.
-        settings: differences from the preset, as after `--set`.
-        say: takes a line of progress; prints it unless given.
-        executor: `local`, or the Ray cluster that the notebooks run on, see `cluster.connect`.
+        setups: names of `setups.SETUPS`; default: all with a notebook, including the base model.
+        jobs: notebooks at a time; default: one per GPU, or without GPUs one per core as far as the
+            memory goes.
+        experiment: the folder under `results/runs/`; default: the preset's name.
+        settings: differences from the preset, as in `--set`.
+        say: takes a line of progress; default: prints it.
+        executor: `local`, or the Ray cluster to run on, see `cluster.connect`.
 
     Returns:
         The files of the report.
 
     Raises:
-        UserError: a notebook failed (after all others were run), there are no notebooks, another
-            process reproduces the same experiment, or no cluster answers.
+        UserError: a notebook failed (after all others have run), there are no notebooks, another
+            process is reproducing the same experiment, or no cluster answers.
         Stopped: by Ctrl-C, after the running steps were finished and their checkpoints written.
     """
     say = say or (lambda line: print(line, flush=True))
@@ -92,26 +104,22 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
                      len(chosen) * len(seeds), connect(executor))
     runs = [setup_job(plan, setup, seed) for setup in chosen for seed in dict.fromkeys(seeds)]
     with (only_writer(plan.folder, f"The experiment {plan.experiment}"),
-          # The nodes of a cluster share the folder of the results, and no other.
+          # The nodes of a cluster only share the results folder.
           tempfile.TemporaryDirectory(prefix="hybridrl-", dir=plan.folder if plan.cluster else None
                                       ) as temporary):
         environment = job_environment(plan, Path(temporary))
+        threads = environment["OMP_NUM_THREADS"]
         say(f"{len(runs)} notebooks ({', '.join(setup.name for setup in chosen)}; "
             f"seeds {', '.join(map(str, dict.fromkeys(seeds)))}), "
-            f"{plan.jobs} at a time with {environment['OMP_NUM_THREADS']} thread"
-            f"{'' if environment['OMP_NUM_THREADS'] == '1' else 's'} each, into {plan.folder}; "
-            "Ctrl-C stops, and the same command goes on")
-        failures = Queue(runs, plan.jobs, environment, say, plan.gpus, plan.cluster).run()
+            f"{plan.jobs} at a time with {threads} thread{'' if threads == '1' else 's'} each, into "
+            f"{plan.folder}; Ctrl-C stops, and the same command resumes")
+        start = start_for(plan.gpus, plan.cluster)
+        failures = Queue(runs, plan.jobs, environment, say, start).run()
         pages = report_jobs(plan, [job.seed for job in runs], say)
-        failures |= Queue(pages, plan.jobs, environment, say, plan.gpus, plan.cluster).run()
+        failures |= Queue(pages, plan.jobs, environment, say, start).run()
         files = write_report(plan, say)
     if failures:
-        count = f"{len(failures)} of {len(runs) + len(pages)} notebooks failed"
-        say(f"\n{count}:")
-        for job, reason in failures.items():
-            say(f"* {job.name}: {reason} (log: {job.log})")
-        raise UserError(f"{count} ({', '.join(job.name for job in failures)}); mend what is said "
-                        "above and run the same command again: what is finished is not run again.")
+        raise failed(failures, len(runs) + len(pages), "notebooks", say)
     return files
 
 
@@ -119,16 +127,16 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
 
 
 def make_plan(preset: str, experiment: str, settings: tuple[str, ...], jobs: int | None,
-              count: int, cluster: Cluster | None = None) -> Plan:
-    """Where `count` runs go and how many at a time."""
+              count: int, cluster: Cluster | None = None) -> Reproduction:
+    """Where `count` runs go, and how many at a time."""
     gpus = gpus_for(preset, settings) if cluster is None else cluster.gpus
-    jobs = jobs or default_jobs(preset, count, gpus, cluster)
+    jobs = min(jobs or default_jobs(preset, count, gpus, cluster), count)
     notebooks = notebooks_folder()
-    return Plan(preset=preset, experiment=experiment,
-                settings=tuple(seen_from(notebooks, text) for text in settings),
-                folder=experiment_folder(experiment).absolute(), notebooks=notebooks,
-                jobs=min(jobs, count), threads=threads_for(preset, min(jobs, count), cluster),
-                gpus=gpus, cluster=cluster)
+    return Reproduction(
+        preset=preset, experiment=experiment,
+        settings=tuple(seen_from(notebooks, text) for text in settings),
+        folder=experiment_folder(experiment).absolute(), notebooks=notebooks, jobs=jobs,
+        threads=threads_for(preset, jobs, cluster), gpus=gpus, cluster=cluster)
 
 
 def notebooks_folder() -> Path:
@@ -145,8 +153,10 @@ def notebooks_folder() -> Path:
 
 
 def seen_from(folder: Path, text: str) -> str:
-    """A setting as it has to read for a process in `folder`: a relative model path is rewritten,
-    and none names the user's home folder, since it stands in the executed notebooks."""
+    """A setting as a process in `folder` must write it: a relative model path is rewritten.
+
+    No path names the user's home folder, since it appears in the executed notebooks.
+    """
     key, _, value = text.partition("=")
     if key.strip() != "model.path" or value == "tiny" or not Path(value).exists():
         return text
@@ -155,8 +165,8 @@ def seen_from(folder: Path, text: str) -> str:
     return f"{key}={os.path.relpath(value, folder)}"
 
 
-def setup_job(plan: Plan, setup: Setup, seed: int) -> Job:
-    """The job of one run, with its weight among the others.
+def setup_job(plan: Reproduction, setup: Setup, seed: int) -> Job:
+    """The job of one run, with its weight.
 
     Raises:
         UsageError: the setup has no notebook.
@@ -170,8 +180,8 @@ def setup_job(plan: Plan, setup: Setup, seed: int) -> Job:
                         output=f"{setup.notebook}-seed-{seed}", record=record)
 
 
-def notebook_job(plan: Plan, notebook: str, name: str, seed: int, weight: float, output: str,
-                 record: RunFolder | None = None) -> Job:
+def notebook_job(plan: Reproduction, notebook: str, name: str, seed: int, weight: float,
+                 output: str, record: RunFolder | None = None) -> Job:
     """A notebook with its parameters, as a papermill command.
 
     Raises:
@@ -179,10 +189,10 @@ def notebook_job(plan: Plan, notebook: str, name: str, seed: int, weight: float,
     """
     source = plan.notebooks / f"{notebook}.ipynb"
     if not source.is_file():
-        raise UserError(f"The notebook {source.name} is missing in {plan.notebooks}; get it back "
+        raise UserError(f"The notebook {source.name} is missing in {plan.notebooks}; restore it "
                         "with 'git checkout notebooks'.")
     written = plan.folder / "notebooks" / f"{output}.ipynb"
-    # Texts go in raw (-r): papermill would make a number of an experiment called 2025.
+    # Texts are passed raw (-r): papermill would turn an experiment called 2025 into a number.
     command = [sys.executable, "-m", "papermill", source.name, str(written), "-k", KERNEL,
                "-p", "seed", str(seed), "-r", "preset", plan.preset, "-r", "experiment",
                plan.experiment, "-r", "settings", shlex.join(plan.settings),
@@ -194,12 +204,12 @@ def notebook_job(plan: Plan, notebook: str, name: str, seed: int, weight: float,
 # The environment of a notebook -------------------------------------------------------------------
 
 
-def job_environment(plan: Plan, temporary: Path) -> dict[str, str]:
+def job_environment(plan: Reproduction, temporary: Path) -> dict[str, str]:
     """Environment variables of every job.
 
-    Paths are absolute, since notebooks run in a folder of their own. The kernel is this very
-    interpreter with this very package, whatever `python3` means in the user's Jupyter, and the
-    user's IPython profile stays out of it.
+    Paths are absolute, since notebooks run in their own folder. The kernel is this interpreter with
+    this package, whatever `python3` means in the user's Jupyter, and ignores the user's IPython
+    profile.
     """
     write_kernel(temporary / "jupyter")
     environment = dict(os.environ)
@@ -212,7 +222,7 @@ def job_environment(plan: Plan, temporary: Path) -> dict[str, str]:
         "PYTHONPATH": joined(PACKAGE.parent, os.environ.get("PYTHONPATH")),
         "PYTHONUNBUFFERED": "1",
         "HYBRIDRL_HEADLESS": "1",  # plain lines in the log instead of a live view
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a warning of the debugger in every log
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # a debugger's warning in every log
     }
     for name in ("HYBRIDRL_DATA_DIR", "HF_HOME"):
         if environment.get(name):
@@ -221,7 +231,7 @@ def job_environment(plan: Plan, temporary: Path) -> dict[str, str]:
 
 
 def write_kernel(folder: Path) -> None:
-    """A Jupyter kernel named python3 that is this interpreter; what stands there comes first."""
+    """A Jupyter kernel named python3 that is this interpreter; Jupyter looks there first."""
     spec = folder / "kernels" / KERNEL / "kernel.json"
     spec.parent.mkdir(parents=True)
     spec.write_text(json.dumps({
@@ -232,28 +242,23 @@ def write_kernel(folder: Path) -> None:
 # The report -------------------------------------------------------------------------------------
 
 
-def report_jobs(plan: Plan, seeds: Sequence[int], say) -> list[Job]:
-    """The report's notebooks, on a seed that every setup has.
+def report_jobs(plan: Reproduction, seeds: Sequence[int], say: Callable[[str], None]) -> list[Job]:
+    """The report's notebooks, for a seed that every setup has.
 
-    By themselves they train what is missing. Here they must not: the user chose the setups, and
-    one that has failed would fail again.
+    By default they train what is missing. Here they must not: the user chose the setups, and one
+    that has failed would fail again.
     """
     finished = [seed for seed in dict.fromkeys(seeds) if all(
         run_folder(plan.folder, name, seed).is_complete
         for name in setups_with_notebook())]
     if finished:
         return [notebook_job(plan, name, name, finished[0], 1.0, name) for name in REPORT_NOTEBOOKS]
-    say(f"{' and '.join(REPORT_NOTEBOOKS)} are left out, since not every setup is finished")
+    say(f"skipping {' and '.join(REPORT_NOTEBOOKS)}, since not every setup is finished")
     return []
 
 
-def write_report(plan: Plan, say) -> list[Path]:
-    """Writes the report's files and prints Table 2, beside the published one where there is one."""
-    from ..report.loading import load_experiment
-    from ..report.page import beside_published
-    from ..report.report import make_report
-    from ..report.table2 import make_table2
-
+def write_report(plan: Reproduction, say: Callable[[str], None]) -> list[Path]:
+    """Writes the report's files and prints Table 2, next to the published one if there is one."""
     if not any(RunFolder(path.parent).is_complete
                for path in plan.folder.glob("*/seed-*/manifest.json")):
         say("no run is finished, so there is no report yet")

@@ -30,7 +30,7 @@ from ..records.folders import experiment_folder
 from ..records.locks import only_writer
 from ..records.run_folder import ANSWERS, NUMERICS_VERSION, RunFolder, run_folder
 from ..report.card import write_card
-from ..report.signal_lines import signal_lines
+from ..report.group_signal import signal_lines
 from ..rewards.shared import SharedVerifier
 from ..rewards.verifier import Verifier
 from ..system.errors import UserError, memory_errors

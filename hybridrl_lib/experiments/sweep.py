@@ -1,4 +1,4 @@
-"""One setting over a list of values, all else equal: `hybridrl sweep`."""
+"""Trains a setup with several values of one setting, all else equal: `hybridrl sweep`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from ..config.presets import (
 )
 from ..records.folders import experiment_folder, from_here
 from ..records.locks import only_writer
+from ..report.sweeps import report_sweep
 from ..system.errors import UsageError, unknown
 from .cluster import connect
 from .plan import Plan, default_jobs, gpus_for, only_runs, run_job, work_and_write
@@ -27,11 +28,11 @@ class Sweep:
     """A parameter that can be swept.
 
     Attributes:
-        title: of the figure's axis.
-        setup: the setup that it is swept in.
+        title: label of the figure's axis.
+        setup: the setup in which it is swept.
         keys: the settings that take the value; empty for all learning rates of the setup.
-        values: tried unless others are given; empty where only the user can know them.
-        times: whether a value multiplies what the preset has.
+        values: default values; empty if only the user can know them.
+        times: whether a value is a factor of the preset's.
     """
 
     title: str
@@ -48,13 +49,13 @@ SWEEPS: dict[str, Sweep] = {
                    ("sft.gamma", "rl.gamma"), ("0", "0.3", "1", "3"), times=True),
     "clip_range": Sweep("ε, clip range of the ratio", "sft_then_rl",
                         ("rl.epsilon_low", "rl.epsilon_high"), ("0.05", "0.1", "0.2", "0.4")),
-    "group_size": Sweep("G, completions a problem", "sft_then_rl", ("rl.group_size",),
+    "group_size": Sweep("G, completions per problem", "sft_then_rl", ("rl.group_size",),
                         ("2", "4", "8", "16")),
     "lambda": Sweep("λ, weight of the SFT loss", "combined", ("combined.first", "combined.last"),
                     ("0", "0.1", "0.3", "0.5", "0.7", "0.9", "1")),
     "learning_rate": Sweep("learning rates, times the preset's", "sft_then_rl", (),
                            ("0.25", "0.5", "1", "2", "4"), times=True),
-    "updates_per_rollout": Sweep("updates a batch of rollouts", "sft_then_rl",
+    "updates_per_rollout": Sweep("updates per batch of rollouts", "sft_then_rl",
                                  ("rl.updates_per_rollout",), ("1", "2", "4")),
     "advantage_scale": Sweep("scale of the advantage", "sft_then_rl", ("rl.advantage_scale",),
                              ("group_std", "none")),
@@ -68,22 +69,22 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
           seeds: Sequence[int] = (0,), setup: str | None = None, jobs: int | None = None,
           experiment: str | None = None, settings: Sequence[str] = (), say=None,
           executor: str = "local") -> list[Path]:
-    """Trains and tests a setup with each value, then writes sweep.csv, sweep.md and a figure.
+    """Trains and tests a setup with each value, then writes sweep.csv, sweep.md, and a figure.
 
     Args:
         parameter: a key of `SWEEPS`.
-        values: as after `--set`; the parameter's own list unless given.
-        setup: instead of the parameter's own.
-        preset, seeds, jobs, experiment, settings, say, executor: as for `compare`; the experiment
-            is the preset's name with `-sweep-` and the parameter (and the setup, where it is not
-            the parameter's own) unless given, and every value has one whose name begins with it.
+        values: as in `--set`; default: the parameter's own list.
+        setup: default: the parameter's own.
+        preset, seeds, jobs, experiment, settings, say, executor: as in `compare`; the default
+            experiment is the preset's name with `-sweep-` and the parameter (and the setup, if it
+            is not the parameter's own). Every value has a folder whose name starts with it.
 
     Returns:
         The files of the sweep.
 
     Raises:
-        UserError: a run failed, after all others were run.
-        UsageError: no such parameter, or a value that its settings do not take.
+        UserError: a run failed, after all others have run.
+        UsageError: unknown parameter, or a value that its settings do not take.
     """
     say = say or (lambda line: print(line, flush=True))
     if parameter not in SWEEPS:
@@ -91,13 +92,13 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
     chosen, preset = SWEEPS[parameter], resolve_preset(preset)
     values = tuple(dict.fromkeys(values or chosen.values))
     if not values:
-        raise UsageError(f"The parameter {parameter} has no values of its own; give them with "
+        raise UsageError(f"The parameter {parameter} has no default values; give them with "
                          "--values.")
     folders = [part_of(value) for value in values]
     if twice := [value for value in values if folders.count(part_of(value)) > 1]:
         raise UsageError(f"The values {' and '.join(twice)} would share a folder, whose name is "
-                         "the last part of a path; rename one, or sweep them into experiments of "
-                         "their own.")
+                         "the last part of a path; rename one, or sweep them into separate "
+                         "experiments.")
     arm, cluster = get_setup(setup or chosen.setup), connect(executor)
     own = "" if arm.name == chosen.setup else f"-{arm.name}"
     settings, seeds = tuple(split_overrides(settings)), tuple(dict.fromkeys(seeds))
@@ -113,7 +114,7 @@ def sweep(parameter: str, values: Sequence[str] = (), preset: str = "tiny",
         runs = [run_job(plan, arm, seed, place(plan, value), texts)
                 for value, texts in given.items() for seed in seeds]
         say(f"{len(runs)} runs of {arm.name}: {parameter} = {', '.join(values)}, {plan.jobs} at a "
-            f"time, into {from_here(folder)}*; Ctrl-C stops, and the same command goes on")
+            f"time, into {from_here(folder)}*; Ctrl-C stops, and the same command resumes")
         return work_and_write(plan, runs, say, lambda: write_sweep(plan, parameter, values, say))
 
 
@@ -123,8 +124,8 @@ def as_settings(plan: Plan, chosen: Sweep, value: str) -> tuple[str, ...]:
         return tuple(f"{key}={value}" for key in chosen.keys)
     factor = as_number(float, value)
     if factor is None or factor < 0:
-        raise UsageError(f"{value!r} is no factor; {chosen.title.split(', times')[0]} takes "
-                         "numbers of 0 and up that multiply the preset's.")
+        raise UsageError(f"{value!r} is not a factor; {chosen.title.split(', times')[0]} takes "
+                         "non-negative factors of the preset's values.")
     preset = load_settings(plan.preset, plan.settings, setup=plan.arms[0])
     own = {key: attrgetter(key)(preset) for key in chosen.keys} or learning_rates(preset)
     return tuple(f"{key}={show(value * factor)}" for key, value in own.items())
@@ -136,15 +137,13 @@ def place(plan: Plan, value: str) -> str:
 
 
 def part_of(value: str) -> str:
-    """A value as part of a folder's name; a path is told by its last part."""
+    """A value as part of a folder's name; of a path, its last part."""
     return re.sub(r"[^\w.+-]", "_", Path(value).name or value)
 
 
 def write_sweep(plan: Plan, parameter: str, values: Sequence[str],
                 say: Callable[[str], None]) -> list[Path]:
     """Writes table and figure from the records and prints the table."""
-    from ..report.sweeps import report_sweep
-
     folder = experiment_folder(plan.experiment)
     experiments = {value: only_runs(plan, experiment_folder(place(plan, value)))
                    for value in values

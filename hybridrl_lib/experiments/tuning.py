@@ -14,19 +14,19 @@ from ..system.errors import UserError
 from .plan import Plan, given, run_job, work
 
 DEVELOPMENT_SEEDS = (1000, 1001)
-# Of runs for transfer one greedy answer is asked for, and tuning runs are judged on validation
-# problems alone; both are probed at their ends alone unless the method decides by its probes.
+# Runs for transfer only have a greedy answer per problem, and tuning runs are only scored on
+# validation problems; both are probed at their ends only, unless the method decides by its probes.
 GREEDY = ("evaluation.samples=0", "evaluation.train_samples=0", "evaluation.train_limit=0")
 UNPROBED = "probe.every=1000000"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What one tuning run of an arm scored with its last weights on validation problems.
+    """The score of a tuning run's last weights on validation problems.
 
     Attributes:
         validation: greedy exact match, which chooses the factor.
-        sampled: share of right samples in the last probe; None where there was none.
+        sampled: fraction of correct samples in the last probe; None without probes.
     """
 
     setup: str
@@ -36,11 +36,8 @@ class Tuned:
     sampled: float | None = None
 
 
-# Learning rates -----------------------------------------------------------------------------------
-
-
 def rates(plan: Plan, arm: Setup, factor: float) -> tuple[str, ...]:
-    """The settings that multiply an arm's learning rates."""
+    """The settings that multiply an arm's learning rates by a factor."""
     if factor == 1 or not arm.stages:
         return ()
     chosen = load_settings(plan.preset, given(arm, plan.settings), setup=arm)
@@ -48,7 +45,7 @@ def rates(plan: Plan, arm: Setup, factor: float) -> tuple[str, ...]:
 
 
 def learning_rates(settings: Settings) -> dict[str, float]:
-    """{section.key: rate} of all that are set, a method's own among them."""
+    """{section.key: rate} of all learning rates that are set, including the method's own."""
     found = {f"{section.section}.{field.name}": getattr(section, field.name)
              for section in sections_of(settings) for field in fields(section)
              if field.name.endswith("learning_rate")}
@@ -56,51 +53,41 @@ def learning_rates(settings: Settings) -> dict[str, float]:
 
 
 def tune(plan: Plan, say: Callable[[str], None]) -> tuple[dict[str, float], list[Tuned]]:
-    """({arm: its factor}, every tuning run's score); with one factor there is nothing to choose."""
+    """({arm: its factor}, the score of every tuning run); one factor leaves nothing to tune."""
     if len(plan.grid) == 1:
         return {arm.name: plan.grid[0] for arm in plan.arms}, []
     trained = [arm for arm in plan.arms if arm.stages]
     jobs = {(arm.name, factor, seed): run_job(
                 plan, arm, seed, f"{plan.experiment}-tuning-{factor:g}",
-                (*given(arm, plan.settings), *rates(plan, arm, factor), *tuning_settings(arm)))
+                (*given(arm, plan.settings), *rates(plan, arm, factor), *greedy_alone(arm),
+                 "data.test_limits=1"))
             for arm in trained for factor in plan.grid for seed in DEVELOPMENT_SEEDS}
     say(f"{len(jobs)} tuning runs: {len(trained)} arms, learning rates times "
         f"{', '.join(f'{factor:g}' for factor in plan.grid)}, seeds "
-        f"{' and '.join(map(str, DEVELOPMENT_SEEDS))}, judged on validation problems")
+        f"{' and '.join(map(str, DEVELOPMENT_SEEDS))}, scored on validation problems")
     work(plan, list(jobs.values()), say)
     tuned = [tuned_by(job.record, *key) for key, job in jobs.items()]
     return {arm.name: choose(tuned, arm.name) if arm.stages else 1.0 for arm in plan.arms}, tuned
 
 
-def tuning_settings(arm: Setup) -> tuple[str, ...]:
-    """What a tuning run leaves out, and the method does not need."""
-    return (*greedy_alone(arm), "data.test_limits=1")
-
-
 def greedy_alone(arm: Setup) -> tuple[str, ...]:
-    """The settings that leave out what is sampled beside training, and the method does not need."""
+    """The settings that leave out sampling that neither training nor the method needs."""
     return GREEDY if METHODS[arm.method].reads_probes else (*GREEDY, UNPROBED)
 
 
 def tuned_by(record: RunFolder, setup: str, factor: float, seed: int) -> Tuned:
-    """What the record of a tuning run says.
+    """The score of a tuning run, from its record.
 
     Raises:
         UserError: there are no validation problems.
     """
-    probe = record.lines("probe.jsonl")
-    return Tuned(setup, factor, seed, last_validation(record),
+    probe, validation = record.lines("probe.jsonl"), record.lines("validation.jsonl")
+    if not validation:
+        raise UserError("There are no validation problems to choose learning rates with; change "
+                        "data.validation_fraction and data.validation_limits, or use a grid of one "
+                        "factor.")
+    return Tuned(setup, factor, seed, float(validation[-1]["strict"]),
                  float(probe[-1]["reward"]) if probe else None)
-
-
-def last_validation(record: RunFolder) -> float:
-    """Exact match of the last weights on the validation problems."""
-    lines = record.lines("validation.jsonl")
-    if not lines:
-        raise UserError("There are no validation problems to choose learning rates with; set "
-                        "data.validation_fraction and data.validation_limits so that there are, or "
-                        "take a grid of one factor.")
-    return float(lines[-1]["strict"])
 
 
 def choose(tuned: Sequence[Tuned], setup: str) -> float:

@@ -14,6 +14,7 @@ from ..config.presets import PRESET_FOLDER, load_settings, preset_names
 from ..config.settings import Settings
 from ..problems.tiny import load_tiny_symbolic, load_tiny_word
 from ..records.folders import published_folder
+from ..report.text import plain_table
 from ..setups import SETUPS, Setup
 
 NOT_MEASURED = "not measured"
@@ -144,10 +145,10 @@ def render(listing: dict) -> str:
                " then ".join(row["stages"]) or "evaluated only", row["notebook"] or "-"]
               for row in listing["setups"]]
     parts = ["Setups (hybridrl run SETUP)\n",
-             columns(["setup", "in tables", "method", "stages", "notebook"], setups),
+             plain_table(["setup", "in tables", "method", "stages", "notebook"], setups, ()),
              "\nMethods\n",
-             columns(["method", "what it is"],
-                     [[row["name"], row["description"]] for row in listing["methods"]]),
+             plain_table(["method", "what it is"],
+                     [[row["name"], row["description"]] for row in listing["methods"]], ()),
              "\nPresets (--preset NAME), with what one run of a setup costs at most"]
     for preset in listing["presets"]:
         rows = [[name, f"{entry['steps']:,}",
@@ -157,7 +158,7 @@ def render(listing: dict) -> str:
         parts += [f"\n{preset['name']}: {preset['description']}",
                   f"  model {preset['model']}, {' + '.join(preset['benchmarks'])}, "
                   f"{preset['training_problems']:,} training problems, {preset['epochs']} epochs\n",
-                  columns(["setup", "steps", "demonstrations", "sampled answers", "wall time"],
+                  plain_table(["setup", "steps", "demonstrations", "sampled answers", "wall time"],
                           rows, right=(1, 2, 3))]
     return "\n".join(parts)
 
@@ -167,12 +168,3 @@ def minutes(measured: list[dict] | tuple[dict, ...]) -> str:
     return "; ".join(f"{entry['minutes']:.1f} min ({entry['device']}, "
                      f"{entry['runs']} run{'s' if entry['runs'] > 1 else ''})"
                      for entry in measured) or NOT_MEASURED
-
-
-def columns(header: list[str], rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
-    """A table for the terminal; the columns with the indices `right` are numbers."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join("  ".join(
-        cell.rjust(width) if index in right else cell.ljust(width)
-        for index, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in (header, *rows))

@@ -1,6 +1,5 @@
 """What was found, in sentences made from the published tables: no number is written by hand."""
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from IPython.display import Markdown, display
 from ..records.folders import published_folder
 from ..report.loading import benchmark_title, setup_title
 from ..report.statistics import SIGNIFICANT
-from ..report.text import NOTHING, code_span, literal, markdown_table, p_text
+from ..report.text import NOTHING, code_span, literal, markdown_table, p_text, read_csv
 
 Line = Mapping[str, str]
 
@@ -132,8 +131,5 @@ def _seeds(count: str, setup: str) -> str:
 
 
 def _lines(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as stream:
-        return [{name: literal(value or "") for name, value in row.items() if name}
-                for row in csv.DictReader(stream)]
+    return [{name: literal(value or "") for name, value in row.items() if name}
+            for row in read_csv(path)]

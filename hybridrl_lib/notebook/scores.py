@@ -9,9 +9,9 @@ from matplotlib.ticker import MaxNLocator
 
 from ..records.run_folder import RunFolder
 from ..report.comparisons import make_comparisons
+from ..report.group_signal import right_samples, signal_lines
 from ..report.loading import Experiment, benchmark_title, load_experiment, setup_title
 from ..report.scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks
-from ..report.statistics import group_signal, pass_at_k
 from ..report.style import figure_text, style
 from ..report.table2 import make_table2
 from ..report.text import literal, markdown_table, percent, signed
@@ -84,15 +84,11 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
     A group has a signal if some of its G answers are right and some wrong
     (`statistics.group_signal`).
     """
-    drawn: dict[str, list[int]] = {}
-    for row in _test_rows(record):
-        if "samples" in row:
-            drawn.setdefault(row["benchmark"], []).append(sum(row["samples"]["strict"]))
-            samples = len(row["samples"]["strict"])
+    rows = record.lines("eval.jsonl")
+    drawn, samples = right_samples(rows, "test")
     if not drawn:
         print("No answers were sampled in this run (evaluation.samples=0).")
         return
-    group = min(group_size, samples)
     figure, panels = new_panels(2.5, columns=len(drawn))
     for panel, (name, right) in zip(np.atleast_1d(panels), drawn.items(), strict=True):
         counts = np.bincount(right, minlength=samples + 1)
@@ -104,11 +100,8 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
         for axis in (panel.xaxis, panel.yaxis):  # counts
             axis.set_major_locator(MaxNLocator(integer=True))
     show(figure, alt="Histogram of right samples a problem; gray: all wrong or all right")
-    for name, right in drawn.items():
-        c = np.array(right)
-        print(f"{printable(benchmark_title(name).title)}: pass@1 {np.mean(c) / samples:.1%}, "
-              f"pass@{group} {np.mean(pass_at_k(samples, c, group)):.1%}, "
-              f"groups of {group} with signal {np.mean(group_signal(samples, c, group)):.0%}")
+    for line in signal_lines(rows, group_size, "test"):
+        print(printable(line))
 
 
 def _test_rows(record: RunFolder) -> list[dict]:

@@ -19,8 +19,8 @@ from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils.logging import tqdm as transformers_tqdm
 
 from ..config.sections import ModelSettings
-from ..system.downloads import fetch_description, fetch_weights
 from ..system.errors import UsageError, UserError, reason
+from ..system.hub import fetch_description, fetch_weights
 from ..system.paths import is_place, tiny_model_folder
 from . import adapters, attention
 from .device import choose_device, choose_precision
@@ -58,7 +58,7 @@ def load_policy(settings: ModelSettings,
         say(f"the tokenizer of {name} has no chat template: questions are asked as plain text, "
             "'Problem: ... Solution:'")
     if on_hub:
-        source = str(fetch_weights(name, Path(source).name, say))
+        source = str(fetch_weights(name, Path(source).name))
     model = _load_model(source, arguments, base)
     if on_hub:  # what a saved adapter says of its base: not a folder of this machine
         model.name_or_path = model.config._name_or_path = name

@@ -53,8 +53,8 @@ def make_folder(path: Path) -> None:
         sync(path.parent)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part.
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Writes a file so that a reader sees the old one or the new one, never a part; returns it.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -62,7 +62,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         make_folder(path.parent)
-        temporary.write_bytes(text.encode())
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -70,6 +70,7 @@ def write_whole(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise disk_error(path, error) from error
+    return path
 
 
 def write_folder(final: Path, write: Callable[[Path], Any]) -> None:

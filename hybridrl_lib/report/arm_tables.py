@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..records.files import write_whole
 from ..setups import SETUPS
 from .arm_figures import draw_diagnostics, draw_forest, draw_pass_at_k
 from .arm_notes import means_of, notes, unlike_rates, verdict_notes
@@ -23,7 +24,6 @@ from .text import (
     percent,
     plain_table,
     tex,
-    write,
 )
 
 COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "difference", "diff_low",
@@ -45,13 +45,13 @@ def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], basel
         The files, and as text for a terminal the scores and what each arm used.
     """
     texts = arms_texts(experiment, arms, baseline, tuned, alone)
-    files = [write(folder / name, text) for name, text in texts.items()]
+    files = [write_whole(folder / name, text) for name, text in texts.items()]
     with style():
         figures = {"forest": draw_forest(experiment, arms, baseline, marked_titles(arms, baseline)),
                    "pass_at_k": draw_pass_at_k(experiment, baseline),
                    **{f"diagnostics_{method}": draw_diagnostics(experiment, method)
                       for method in dict.fromkeys(SETUPS[arm.setup].method for arm in arms)}}
-        files += [write(folder / "figures" / f"{name}.{kind}", as_bytes(figure, kind))
+        files += [write_whole(folder / "figures" / f"{name}.{kind}", as_bytes(figure, kind))
                   for name, figure in figures.items() if figure is not None
                   for kind in ("svg", "png")]
     metrics = metrics_of(experiment)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .loading import Experiment, Run
-from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, pass_ks, score
-from .statistics import SIGNIFICANT, Difference, Interval, holm, mean_interval, paired_difference
+from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, paired_family, pass_ks, score
+from .statistics import SIGNIFICANT, Difference, Interval, mean_interval
 
 BUDGET = ("rollouts", "updates", "demonstration_tokens")  # what an equal budget is equal in
 SAME = 1.05  # times the baseline's: within it a part of the budget counts as equal
@@ -81,21 +81,17 @@ def make_arms(experiment: Experiment, baseline: str, factors: Mapping[str, float
     found: dict[str, dict[tuple[str, str], tuple[Difference, float]]] = {
         name: {} for name in experiment.setups}
     for metric in score_metrics(experiment):
-        family: list[tuple[str, str, Difference]] = []
-        for benchmark in experiment.benchmarks:
-            theirs = score(experiment, baseline, benchmark, metric)
-            for name in experiment.setups:
-                mine = score(experiment, name, benchmark, metric)
-                if mine is None:
-                    continue
+        measured = {(name, benchmark): score(experiment, name, benchmark, metric)
+                    for benchmark in experiment.benchmarks for name in experiment.setups}
+        for (name, benchmark), mine in measured.items():
+            if mine is not None:
                 scores[name][benchmark, metric] = mean_interval(mine.values)
-                shared = sorted(set(mine.ids) & set(theirs.ids)) if theirs else []
-                if shared and name not in (baseline, "base") and metric != EXACT_MATCH_LENIENT:
-                    family.append((name, benchmark, paired_difference(mine.at(shared),
-                                                                      theirs.at(shared))))
-        for (name, benchmark, difference), p in zip(
-                family, holm(d.p_value for _, _, d in family), strict=True):
-            found[name][benchmark, metric] = (difference, p)
+        if metric == EXACT_MATCH_LENIENT:
+            continue
+        for (name, benchmark), both in paired_family(
+                (key, mine, measured.get((baseline, key[1]))) for key, mine in measured.items()
+                if key[0] not in (baseline, "base")).items():
+            found[name][benchmark, metric] = both
     return [Arm(name, factors.get(name, 1.0), used(experiment.of(name)), scores[name], found[name])
             for name in experiment.setups]
 

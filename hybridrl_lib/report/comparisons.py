@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from ..setups import SETUPS, paper_setups
 from .loading import Experiment, benchmark_title, paper_value, setup_title
-from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, score
-from .statistics import SIGNIFICANT, Difference, gap_interval, holm, paired_difference
+from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, paired_family, score
+from .statistics import SIGNIFICANT, Difference, gap_interval
 from .text import NOTHING, bullets, csv_text, markdown_table, number, p_text, percent, plus, signed
 
 # Lenient beside strict: what training adds to the strict score may be the form of the answer alone.
@@ -73,17 +73,11 @@ def make_comparisons(experiment: Experiment) -> list[Comparison]:
     """All pairs by metric and benchmark; Holm's family is all of one metric, both benchmarks."""
     comparisons = []
     for metric in METRICS:
-        family = []
-        for benchmark in experiment.benchmarks:
-            for first, second in pairs(experiment):
-                one = score(experiment, first, benchmark, metric)
-                other = score(experiment, second, benchmark, metric)
-                shared = sorted(set(one.ids) & set(other.ids)) if one and other else []
-                if shared:
-                    family.append((benchmark, first, second,
-                                   paired_difference(one.at(shared), other.at(shared))))
-        adjusted = holm(difference.p_value for *_, difference in family)
-        for (benchmark, first, second, difference), p_holm in zip(family, adjusted, strict=True):
+        family = paired_family(
+            ((benchmark, first, second), *(score(experiment, setup, benchmark, metric)
+                                           for setup in (first, second)))
+            for benchmark in experiment.benchmarks for first, second in pairs(experiment))
+        for (benchmark, first, second), (difference, p_holm) in family.items():
             paper = _paper_difference(first, second, benchmark, metric)
             comparisons.append(
                 Comparison(benchmark, metric, first, second, difference, p_holm, paper))

@@ -1,15 +1,17 @@
 """What RL begins with: how often the base model solves the training problems, before any update."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .loading import Answers, Experiment, benchmark_title
+from .loading import Experiment, benchmark_title
 from .statistics import group_signal, pass_at_k
 from .text import csv_text, markdown_table, percent
 
 BASE = "base"
 VERDICTS = ("strict", "lenient")
+PARTS = {"train": "training", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,52 @@ def make_signals(experiment: Experiment) -> tuple[Signal, ...]:
         asked = runs[0][0].config.get("settings", {}).get("rl", {}).get("group_size", 8)
         group = min(asked, *(answers.samples for _, answers in runs))
         for verdict in VERDICTS:
-            scores = [_scores(answers, verdict, group) for _, answers in runs]
+            scores = [signal_of(answers.samples, answers.right if verdict == "strict"
+                                else answers.right_lenient, group) for _, answers in runs]
             found.append(Signal(benchmark, verdict, len(runs[0][1].ids),
                                 sum(answers.samples for _, answers in runs), group,
                                 *np.mean(scores, axis=0).tolist()))
     return tuple(found)
 
 
-def _scores(answers: Answers, verdict: str, group: int) -> tuple[float, float, float]:
-    """Pass@1, Pass@G and the share of groups with signal, of one run."""
-    right = answers.right if verdict == "strict" else answers.right_lenient
-    return (float(np.mean(pass_at_k(answers.samples, right, 1))),
-            float(np.mean(pass_at_k(answers.samples, right, group))),
-            float(np.mean(group_signal(answers.samples, right, group))))
+def signal_of(samples: int, right: Sequence[int], group: int) -> tuple[float, float, float]:
+    """Pass@1, Pass@G, and the fraction of groups with signal: means over problems.
+
+    Args:
+        samples, right: m, and how many of them are correct for each problem.
+        group: G, at most m.
+    """
+    return (float(np.mean(pass_at_k(samples, right, 1))),
+            float(np.mean(pass_at_k(samples, right, group))),
+            float(np.mean(group_signal(samples, right, group))))
+
+
+def right_samples(rows: Iterable[dict], part: str) -> tuple[dict[str, list[int]], int]:
+    """({benchmark: correct samples of each problem}, m) from the lines of an eval.jsonl."""
+    right: dict[str, list[int]] = {}
+    samples = 0
+    for row in rows:
+        if row["part"] == part and row["checkpoint"] == "last" and "samples" in row:
+            right.setdefault(row["benchmark"], []).append(sum(row["samples"]["strict"]))
+            samples = len(row["samples"]["strict"])
+    return right, samples
+
+
+def signal_lines(rows: Iterable[dict], group_size: int, part: str = "train") -> list[str]:
+    """One line per benchmark: what RL can learn from the sampled answers to these problems.
+
+    Args:
+        rows: the lines of an eval.jsonl.
+    """
+    right, samples = right_samples(rows, part)
+    group = min(group_size, samples)
+    lines = []
+    for benchmark, counts in right.items():
+        one, solved, signal = signal_of(samples, counts, group)
+        lines.append(f"{benchmark_title(benchmark).title}, {PARTS[part]} problems: Pass@1 "
+                     f"{one:.1%}, Pass@{group} {solved:.1%}, groups of {group} with signal "
+                     f"{signal:.1%}")
+    return lines
 
 
 def signals_csv(signals: tuple[Signal, ...]) -> str:

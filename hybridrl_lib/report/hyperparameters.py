@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from ..config.fields import show
+from ..config.presets import describe, load_settings, parse_overrides, settings_from_dict
 from ..setups import SETUPS
 from ..system.errors import UserError
 from .loading import Experiment, Run, setup_title
@@ -66,7 +68,7 @@ def hyperparameters_markdown(experiment: Experiment) -> str:
                   *FIXED, *(STEPS if "answer_and_steps" in values.get("rl.reward", "") else ())]),
               "## All settings\n",
               markdown_table(["setting", "value", "meaning"], _setting_rows(configs[0], values))]
-    mixed = [key for key in keys if len({_show(entry.get(key)) for entry in flat}) > 1]
+    mixed = [key for key in keys if len({show(entry.get(key)) for entry in flat}) > 1]
     if mixed:
         parts.append(bullets([f"The runs do not agree on {', '.join(map(code_span, mixed))}: "
                               "all their values are shown, and the setups are not compared like "
@@ -137,8 +139,6 @@ def changes_of(runs: Iterable[Run], tuned: bool = False) -> list[str]:
     Args:
         tuned: leaves out learning rates, which are then shown elsewhere.
     """
-    from ..config.presets import parse_overrides
-
     found: dict[str, set[str]] = {}
     for run in runs:
         setup, both = SETUPS.get(run.setup), _beside_preset(run)
@@ -161,8 +161,6 @@ def changed(run: Run) -> float:
 
 def _beside_preset(run: Run) -> dict[str, tuple[str, str]] | None:
     """{key: (value of the run, that of its preset and setup)}; None for another version's."""
-    from ..config.presets import describe, load_settings, settings_from_dict
-
     try:
         mine = settings_from_dict(run.config.get("settings") or {})
         usual = load_settings(str(run.config.get("preset")), smoke=False,
@@ -181,7 +179,7 @@ def own_settings_of(experiment: Experiment, setup: str, baseline: str) -> list[s
         return None
     mine, theirs = (_flatten(runs[0].config.get("settings") or {}) for runs in pair)
     entropy = [SETUPS[name].entropy for name in (setup, baseline)]
-    return [*(code_span(f"{key}={_show(value)}") for key, value in mine.items()
+    return [*(code_span(f"{key}={show(value)}") for key, value in mine.items()
               if key in theirs and value != theirs[key] and not key.endswith("learning_rate")),
             *(("the term −γH",) if entropy == [True, False] else ())]
 
@@ -190,11 +188,9 @@ def _setting_rows(config: dict[str, Any], values: dict[str, str]) -> list[list[s
     """(key, value, meaning); records of another version may hold keys that have no meaning here."""
     meanings: dict[str, str] = {}
     try:
-        from ..config.presets import describe, settings_from_dict
-
         meanings = {key: meaning
                     for key, _, meaning in describe(settings_from_dict(config["settings"]))}
-    except (ImportError, UserError):
+    except UserError:
         pass
     return [[code_span(key), value, meanings.get(key, NOTHING)] for key, value in values.items()]
 
@@ -205,15 +201,4 @@ def _flatten(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _one_or_all(found: list[Any]) -> str:
-    return " / ".join(dict.fromkeys(map(_show, found)))
-
-
-def _show(value: Any) -> str:
-    """A value as one would type it after --set."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "(" + ", ".join(map(str, value)) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return " / ".join(dict.fromkeys(map(show, found)))

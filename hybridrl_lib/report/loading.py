@@ -4,7 +4,6 @@ A run that is not finished, or whose record is broken, is left out with a note: 
 keep the reader from the others, nor pass unseen.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -16,7 +15,6 @@ import numpy as np
 
 from ..problems.benchmarks import BENCHMARKS, get_benchmark
 from ..problems.problem import Benchmark
-from ..records.files import DamagedLine, log_bytes, parse_lines
 from ..records.folders import is_plain_name
 from ..records.run_folder import RunFolder
 from ..setups import SETUPS, paper_setups
@@ -179,81 +177,54 @@ def _load_run(folder: Path) -> Run | None:
     Raises:
         BrokenRecord: a file cannot be read.
     """
-    manifest = _read_json(folder / "manifest.json")
-    if manifest is None or manifest.get("complete") is not True:
-        return None
-    seed = folder.name.removeprefix("seed-")
-    if not seed.isdecimal():
-        raise BrokenRecord(f"{folder.name} is no seed's folder")
-    if not is_plain_name(folder.parent.name):
-        raise BrokenRecord("its folder is not named like a setup")
+    record = RunFolder(folder)
     try:
-        altered = RunFolder(folder).altered()
-    except UserError as error:
-        raise BrokenRecord(str(error)) from None
-    for name in altered:
-        raise BrokenRecord(f"{name} is not the file that its manifest names")
-    return Run(
-        setup=folder.parent.name, seed=int(seed), manifest=manifest,
-        config=_read_json(folder / "config.json") or {},
-        metrics=_read_steps(folder / "metrics.jsonl"),
-        probe=_read_steps(folder / "probe.jsonl"),
-        answers=_read_answers(folder / "eval.jsonl"))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise BrokenRecord(f"{path.name} is not JSON") from None
-    if not isinstance(content, dict):
-        raise BrokenRecord(f"{path.name} is not a JSON object")
-    return content
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; its last one may be cut off, since a log is written line by line.
-
-    Raises:
-        BrokenRecord: a line before the last is not a JSON object, or a packed log is damaged.
-    """
-    try:
-        return parse_lines(log_bytes(path) or b"")
-    except DamagedLine as line:
-        raise BrokenRecord(f"line {line} of {path.name} is not a JSON object") from None
+        manifest = record.read("manifest.json")
+        if manifest is None or manifest.get("complete") is not True:
+            return None
+        seed = folder.name.removeprefix("seed-")
+        if not seed.isdecimal():
+            raise BrokenRecord(f"{folder.name} is not the folder of a seed")
+        if not is_plain_name(folder.parent.name):
+            raise BrokenRecord("its folder is not named like a setup")
+        for name in record.altered():
+            raise BrokenRecord(f"{name} differs from the checksum in its manifest")
+        return Run(
+            setup=folder.parent.name, seed=int(seed), manifest=manifest,
+            config=record.read("config.json") or {},
+            metrics=_read_steps(record, "metrics.jsonl"), probe=_read_steps(record, "probe.jsonl"),
+            answers=_read_answers(record, "eval.jsonl"))
     except UserError as error:
         raise BrokenRecord(str(error)) from None
 
 
-def _read_steps(path: Path) -> list[dict[str, Any]]:
+def _read_steps(record: RunFolder, name: str) -> list[dict[str, Any]]:
     """The lines of a log over training, each with a step and an epoch."""
-    lines = read_lines(path)
+    lines = record.lines(name)
     for line in lines:
         if not all(isinstance(line.get(key), int | float) for key in ("step", "epoch")):
-            raise BrokenRecord(f"a line of {path.name} has no step or no epoch")
+            raise BrokenRecord(f"a line of {name} has no step or no epoch")
         if line.get("stage") and not is_plain_name(line["stage"]):
-            raise BrokenRecord(f"a line of {path.name} is of no stage")
+            raise BrokenRecord(f"a line of {name} has a malformed stage")
     return lines
 
 
-def _read_answers(path: Path) -> dict[tuple[str, str, str], Answers]:
+def _read_answers(record: RunFolder, name: str) -> dict[tuple[str, str, str], Answers]:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for line in read_lines(path):
+    for line in record.lines(name):
         try:
             key = (line["checkpoint"], line["part"], line["benchmark"])
         except KeyError as missing:
-            raise BrokenRecord(f"a line of {path.name} has no {missing}") from None
+            raise BrokenRecord(f"a line of {name} has no {missing}") from None
         if not all(map(is_plain_name, key)):  # they become headings, titles and cells
-            raise BrokenRecord(f"a line of {path.name} is of no benchmark")
+            raise BrokenRecord(f"a line of {name} has a malformed benchmark")
         groups.setdefault(key, []).append(line)
     try:
         return {key: _gather(lines) for key, lines in groups.items()}
     except (KeyError, TypeError) as error:
-        raise BrokenRecord(f"a line of {path.name} lacks a verdict: {error}") from None
+        raise BrokenRecord(f"a line of {name} lacks a verdict: {error}") from None
     except ValueError as error:
-        raise BrokenRecord(f"{path.name}: {error}") from None
+        raise BrokenRecord(f"{name}: {error}") from None
 
 
 def _gather(lines: list[dict[str, Any]]) -> Answers:

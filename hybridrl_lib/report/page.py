@@ -1,6 +1,5 @@
 """report.md: the tables and pictures on one page, with what the runs were."""
 
-import csv
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from ..system.errors import UserError
 from .loading import Experiment, agreed, benchmark_title, probe_problems, setup_title
 from .scores import EXACT_MATCH
 from .table2 import Table2
-from .text import NOTHING, bracket, literal, markdown_table, number
+from .text import NOTHING, bracket, literal, markdown_table, number, read_csv
 
 OF_THE_PROBE = ("reward", "kl", "entropy", "lengths", "correctness")
 CAPTIONS = {
@@ -166,10 +165,11 @@ def beside_published(experiment: Experiment, table: Table2, published: Path) -> 
     """
     path = published / "table2.csv" if published.is_dir() else published
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = {(line["setup"], line["benchmark"]): line for line in csv.DictReader(file)
-                     if line["metric"] == EXACT_MATCH}
+        lines = {(line["setup"], line["benchmark"]): line for line in read_csv(path)
+                 if line["metric"] == EXACT_MATCH}
     except (OSError, KeyError):
+        lines = {}
+    if not lines:
         raise UserError(f"There is no published table in {published}; name a folder with a "
                         "table2.csv or leave it out.") from None
     rows = []

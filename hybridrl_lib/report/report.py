@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..records.files import write_whole
 from .comparisons import (
     comparisons_csv,
     comparisons_markdown,
@@ -26,7 +27,7 @@ from .table2 import (
     table2_tex,
     table_notes,
 )
-from .text import plain_table, write
+from .text import plain_table
 
 __all__ = ["Experiment", "load_experiment", "make_report", "make_table2", "make_texts"]
 
@@ -57,10 +58,10 @@ def make_report(experiment_folder: Path, out_folder: Path | None = None,
                 if name.endswith(".md") and name != "hyperparameters.md"]
     if published is not None:
         sections.insert(1, beside_published(experiment, table, Path(published)))
-    written = [write(out / name, text) for name, text in texts.items()]
+    written = [write_whole(out / name, text) for name, text in texts.items()]
     pictures, names = _draw(experiment, out / "figures")
     written += pictures
-    written.append(write(out / "report.md", report_markdown(experiment, sections, names)))
+    written.append(write_whole(out / "report.md", report_markdown(experiment, sections, names)))
     print(f"Exact match, greedy, percent [95 % interval], experiment {experiment.name}:\n")
     print(plain_table(*summary_rows(experiment, table)) + "\n")
     for note in table_notes(experiment, table):
@@ -99,6 +100,6 @@ def _draw(experiment: Experiment, folder: Path) -> tuple[list[Path], list[str]]:
             figure = draw(experiment)
             if figure is not None:
                 names.append(name)
-                written += [write(folder / f"{name}.{kind}", as_bytes(figure, kind))
+                written += [write_whole(folder / f"{name}.{kind}", as_bytes(figure, kind))
                             for kind in ("svg", "png")]
     return written, names

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from .loading import Answers, Experiment, Run
-from .statistics import pass_at_k
+from .statistics import Difference, holm, paired_difference, pass_at_k
 
+Key = TypeVar("Key")
 PASS_AT = (1, 2, 4, 8)
 
 # metric -> what it says; the k of Pass@k come from the experiment's settings
@@ -75,6 +77,22 @@ def score(experiment: Experiment, setup: str, benchmark: str, metric: str) -> Sc
     largest = max(len(answers.ids) for _, answers, _ in columns)
     return Scores(tuple(run.seed for run, _, _ in columns), ids, np.stack(rows),
                   largest - len(ids))
+
+
+def paired_family(pairs: Iterable[tuple[Key, Scores | None, Scores | None]]
+                  ) -> dict[Key, tuple[Difference, float]]:
+    """{key: (first minus second, paired over their common problems; p after Holm's correction)}.
+
+    Holm's family is all pairs. A pair that lacks scores or common problems is left out.
+    """
+    found = {}
+    for key, first, second in pairs:
+        shared = sorted(set(first.ids) & set(second.ids)) if first and second else []
+        if shared:
+            found[key] = paired_difference(first.at(shared), second.at(shared))
+    adjusted = holm(difference.p_value for difference in found.values())
+    return {key: (difference, p) for (key, difference), p in zip(found.items(), adjusted,
+                                                                 strict=True)}
 
 
 def _values(answers: Answers, metric: str) -> np.ndarray | None:

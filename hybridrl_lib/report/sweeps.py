@@ -6,12 +6,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..records.files import write_whole
 from .arms import used
 from .comparisons import difference_text
 from .hyperparameters import changed, changes_of
 from .loading import Experiment, benchmark_title, setup_title
-from .scores import EXACT_MATCH, score
-from .statistics import SIGNIFICANT, Difference, Interval, holm, mean_interval, paired_difference
+from .scores import EXACT_MATCH, paired_family, score
+from .statistics import SIGNIFICANT, Difference, Interval, mean_interval
 from .style import as_bytes, legend_below, new_figure, style
 from .text import (
     NOTHING,
@@ -22,7 +23,6 @@ from .text import (
     number,
     percent,
     plain_table,
-    write,
 )
 
 METRICS = {EXACT_MATCH: "exact match", "pass@1": "Pass@1"}
@@ -44,11 +44,11 @@ def report_sweep(folder: Path, parameter: str, title: str, setup: str,
         The files, and the table as text for a terminal.
     """
     cells = _cells(setup, experiments)
-    files = [write(folder / name, text)
+    files = [write_whole(folder / name, text)
              for name, text in sweep_texts(parameter, title, setup, experiments).items()]
     with style():
         figure = draw_sweep(title, experiments, cells)
-        files += [write(folder / "figures" / f"sweep.{kind}", as_bytes(figure, kind))
+        files += [write_whole(folder / "figures" / f"sweep.{kind}", as_bytes(figure, kind))
                   for kind in ("svg", "png")]
     return files, plain_table(*_table(setup, experiments, cells))
 
@@ -93,16 +93,12 @@ def differences(setup: str, experiments: Mapping[str, Experiment]
     family. Nothing for a value that was tested on other problems."""
     usual, found = usual_value(setup, experiments), {}
     for metric in METRICS:
-        family: dict[Key, Difference] = {}
-        for value, experiment in experiments.items():
-            for benchmark in experiment.benchmarks:
-                mine, theirs = (score(one, setup, benchmark, metric)
-                                for one in (experiment, experiments[usual]))
-                if value != usual and mine and theirs and set(mine.ids) == set(theirs.ids):
-                    family[value, benchmark, metric] = paired_difference(
-                        mine.at(theirs.ids), theirs.values)
-        corrected = holm(difference.p_value for difference in family.values())
-        found |= dict(zip(family, zip(family.values(), corrected, strict=True), strict=True))
+        pairs = [((value, benchmark, metric), *(score(one, setup, benchmark, metric)
+                                                for one in (experiment, experiments[usual])))
+                 for value, experiment in experiments.items() if value != usual
+                 for benchmark in experiment.benchmarks]
+        found |= paired_family(pair for pair in pairs if pair[1] and pair[2]
+                               and set(pair[1].ids) == set(pair[2].ids))
     return found
 
 

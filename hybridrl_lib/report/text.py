@@ -1,12 +1,10 @@
-"""Numbers as text, tables as CSV, Markdown and LaTeX, and files written whole or not at all."""
+"""Numbers as text, and tables as CSV, Markdown, LaTeX, and plain text."""
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..records.files import sync
 from ..system.errors import printable
 
 NOTHING = "–"
@@ -61,6 +59,14 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return out.getvalue()
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 # Entities, since Markdown's readers do not agree on backslashes; MathJax would find &#36; again.
 _MARKDOWN = str.maketrans({**{sign: f"&#{ord(sign)};" for sign in "<>&|`*[]\\~#"}, "$": "＄"})
 
@@ -88,12 +94,18 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]],
                      + " |" for line in lines) + "\n"
 
 
-def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: the first column to the left, the others to the right."""
-    widths = [max(len(line[index]) for line in (header, *rows)) for index in range(len(header))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]),
-                   *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+def plain_table(header: Sequence[str], rows: Sequence[Sequence[str]],
+                right: Iterable[int] | None = None) -> str:
+    """A table for the terminal.
+
+    Args:
+        right: columns of numbers, aligned to the right; default: all but the first.
+    """
+    right = set(range(1, len(header)) if right is None else right)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join("  ".join(
+        cell.rjust(width) if index in right else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in (header, *rows))
 
 
@@ -110,18 +122,3 @@ _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_
 def tex(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
     return "".join(_TEX.get(character, character) for character in text)
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    """Writes a file under a temporary name and renames it, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -1,21 +1,27 @@
-"""`entropy_control`: bonus and target, Clip-Cov and KL-Cov, against literal references."""
+"""`entropy_control`: the adaptive weight, Clip-Cov, and KL-Cov, against literal references."""
 
 import pytest
 import torch
-from small_training import Fixed, distance, small_settings, watch, watch_rollouts
+from small_training import (
+    Fixed,
+    distance,
+    flat,
+    not_refused,
+    rows_of,
+    small_settings,
+    take_first_step,
+    trained,
+    watch,
+    watch_rollouts,
+)
 from textbook import all_scores, coin_rewards, gradient, plain_grpo, plain_scores, problems_of
 
+from hybridrl_lib.config.methods import METHODS
 from hybridrl_lib.config.presets import get_setup
 from hybridrl_lib.learning.entropy_control import covariances
-from hybridrl_lib.methods.registry import make_method, method_class
 from hybridrl_lib.setups import SETUPS
-from hybridrl_lib.system.errors import UsageError
 
 ONE = ("rl.updates_per_rollout=1", "rl.beta=0")
-
-
-def flat(weights):
-    return torch.cat([weight.detach().flatten() for _, weight in sorted(weights.items())])
 
 
 def tokens_of(trainer, groups):
@@ -32,32 +38,32 @@ def tokens_of(trainer, groups):
     return scores, advantages, torch.cat(weights) / len(scores)
 
 
-def test_the_bonus_is_the_papers_term(make_trainer):
-    """The setup with entropy regularization and gamma = c, to the bit."""
-    found = []
-    for setup, overrides in (("rl_entropy", ("rl.gamma=0.3",)),
-                             ("rl", ("entropy_control.kind=bonus",
-                                     "entropy_control.coefficient=0.3"))):
-        trainer = make_trainer(setup, *overrides, "rl.learning_rate=0.01", folder=setup)
-        trainer.train()
-        found.append(flat(trainer.weights()))
-        assert trainer.folder.lines("metrics.jsonl")[0]["gamma"] == 0.3
+def test_the_adaptive_weight_is_not_in_sft(make_trainer):
+    """An SFT stage samples nothing, so there is no entropy of RL to keep up."""
+    found = [flat(trained(make_trainer, "sft", f"entropy_control.kind={kind}",
+                          "entropy_control.target=100", folder=kind))
+             for kind in ("none", "adaptive")]
     assert torch.equal(*found)
 
 
-def test_the_bonus_is_none_of_sft(make_trainer):
-    """Where nothing is sampled there is no entropy of RL to keep up."""
+def test_the_adaptive_weight_is_that_of_the_papers_term(make_trainer):
+    """A step with weight c has the gradient of rl.gamma = c, bit for bit."""
     found = []
-    for kind in ("none", "bonus"):
-        trainer = make_trainer("sft", f"entropy_control.kind={kind}", folder=kind)
-        trainer.train()
-        found.append(flat(trainer.weights()))
+    for setup, *overrides in (("rl_entropy", "rl.gamma=0.3"),
+                              ("rl", "entropy_control.kind=adaptive", "entropy_control.target=100",
+                               "entropy_control.largest=0.3")):
+        trainer = make_trainer(setup, *overrides, folder=setup)
+        trainer.entropy_control.coefficient = 0.3
+        seen = watch(trainer)
+        take_first_step(trainer)
+        assert rows_of(trainer)[0]["gamma"] == 0.3
+        found.append(seen.gradients[0])
     assert torch.equal(*found)
 
 
-def test_the_coefficient_seeks_the_target(make_trainer):
-    """c rises by `change` below the target and falls above it, within 0 and `largest`; the bonus
-    acts below it alone."""
+def test_the_adaptive_weight_seeks_its_target(make_trainer):
+    """c rises by `change` below the target and falls above it, within 0 and `largest`; it is in the
+    loss only below the target."""
     trainer = make_trainer("rl", "entropy_control.kind=adaptive", "entropy_control.target=0.5",
                            "entropy_control.change=0.1", "entropy_control.largest=0.25")
     control, used, held = trainer.entropy_control, [], []
@@ -68,7 +74,8 @@ def test_the_coefficient_seeks_the_target(make_trainer):
     assert held == pytest.approx([0.1, 0.2, 0.25, 0.25, 0.15, 0.25, 0.15, 0.05, 0, 0])
 
 
-def test_the_coefficient_survives_a_resumption_and_is_recorded(make_trainer):
+def test_the_adaptive_weight_is_recorded_and_resumed(make_trainer):
+    """It is in the checkpoint, and every step records the weight that its loss had."""
     def trainer():
         return make_trainer("rl", "entropy_control.kind=adaptive", "entropy_control.target=100",
                             "training.epochs=4", "training.checkpoint_every=2",
@@ -76,7 +83,7 @@ def test_the_coefficient_survives_a_resumption_and_is_recorded(make_trainer):
 
     first = trainer()
     first.train()
-    rows = first.folder.lines("metrics.jsonl")
+    rows = rows_of(first)
     assert [row["entropy_control/coefficient"] for row in rows] == pytest.approx(
         [0, 0.001, 0.002, 0.003])
     assert [row["gamma"] for row in rows] == [row["entropy_control/coefficient"] for row in rows]
@@ -87,7 +94,7 @@ def test_the_coefficient_survives_a_resumption_and_is_recorded(make_trainer):
 
 
 def test_the_covariance_is_over_all_tokens(make_trainer, monkeypatch):
-    """Of the update, groups without signal included."""
+    """Its means are over the whole update, groups without signal included."""
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("rl_clip_cov", *ONE)
     seen = watch(trainer)
@@ -102,8 +109,8 @@ def test_the_covariance_is_over_all_tokens(make_trainer, monkeypatch):
     assert covariances(x, a).mean() == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-def test_clip_cov_takes_the_gradient_from_what_it_marks(make_trainer, monkeypatch):
-    """With the whole share every token within the bounds is detached: the literal loss."""
+def test_clip_cov_detaches_what_it_marks(make_trainer, monkeypatch):
+    """With a share of 1, every token within the bounds is detached: the literal loss."""
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("rl_clip_cov", *ONE, "entropy_control.clip_share=1",
                            "entropy_control.clip_low=0.05", "entropy_control.clip_high=0.6")
@@ -122,7 +129,7 @@ def test_clip_cov_takes_the_gradient_from_what_it_marks(make_trainer, monkeypatc
 
 
 def test_kl_cov_charges_the_tokens_of_largest_covariance(make_trainer, monkeypatch):
-    """In the second update; the first has no log-ratio and is that of GRPO."""
+    """In the second update; the first has no log-ratio, so it is that of GRPO."""
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("rl_kl_cov", "rl.beta=0", "rl.learning_rate=0.003",
                            "entropy_control.kl_share=0.2", "entropy_control.kl_weight=3",
@@ -142,22 +149,24 @@ def test_kl_cov_charges_the_tokens_of_largest_covariance(make_trainer, monkeypat
 
 
 def test_kl_cov_charges_answers_without_an_advantage_too(make_trainer):
-    """Without beta a group of equal rewards is left out, unless some of its tokens are marked."""
+    """Without beta a group of equal rewards is skipped, unless some of its tokens are marked."""
     trainer = make_trainer("rl_kl_cov", "rl.beta=0", "entropy_control.kl_share=1",
                            verifier=Fixed([1, 0, 0, 1] * 2 + [0] * 8))
     kept, learner = [], trainer.learner
-    backward = learner._backward
+    accumulate = learner.accumulate
 
-    def noted(update, keep, mine, totals):
-        kept.append((update.old is not None, len(keep), len(update.sequences)))
-        return backward(update, keep, mine, totals)
+    def noted(update, totals):
+        found = accumulate(update, totals)
+        kept.append((update.old is not None, bool(learner.has_gradient(update).all())))
+        return found
 
-    learner._backward = noted
+    learner.accumulate = noted
     trainer.train()
-    assert {(moved, keep == whole) for moved, keep, whole in kept} == {(False, False), (True, True)}
+    assert set(kept) == {(False, False), (True, True)}
 
 
 def test_the_first_update_of_kl_cov_is_grpos(make_trainer, monkeypatch):
+    """|log pi - log pi_old| has no gradient yet, so nothing is marked."""
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("rl_kl_cov", "rl.beta=0")
     seen = watch(trainer)
@@ -170,25 +179,28 @@ def test_the_first_update_of_kl_cov_is_grpos(make_trainer, monkeypatch):
     assert distance(seen.gradients[0], gradient(trainer, loss)) < 2e-5
 
 
-@pytest.mark.parametrize("kind", ["clip_cov", "kl_cov"])
-def test_micro_batches_change_nothing(make_trainer, kind):
-    """The released code's covariance is that of the micro-batch, and moves with it."""
-    found = []
-    for tokens in (4096, 60):
-        trainer = make_trainer(
-            "rl", f"entropy_control.kind={kind}", f"training.micro_batch_tokens={tokens}",
-            "entropy_control.clip_share=0.1", "entropy_control.kl_share=0.1",
-            "entropy_control.clip_low=0.1", folder=str(tokens))
-        seen = watch(trainer)
-        trainer.train()
-        found.append(seen)
-    assert found[0].micro_batches[0] < found[1].micro_batches[0]
-    for one, other in zip(found[0].gradients[:2], found[1].gradients[:2], strict=True):
-        assert distance(one, other) < 1e-4
+def test_micro_batches_change_nothing(make_trainer):
+    """The covariance is that of the update; the released code's depends on the micro-batch."""
+    wrong = {}
+    for kind in ("clip_cov", "kl_cov"):
+        found = []
+        for tokens in (4096, 60):
+            trainer = make_trainer(
+                "rl", f"entropy_control.kind={kind}", f"training.micro_batch_tokens={tokens}",
+                "entropy_control.clip_share=0.1", "entropy_control.kl_share=0.1",
+                "entropy_control.clip_low=0.1", folder=f"{kind}-{tokens}")
+            found.append(watch(trainer))
+            take_first_step(trainer)
+        assert found[0].micro_batches[0] < found[1].micro_batches[0]
+        apart = [distance(*pair) for pair in zip(found[0].gradients, found[1].gradients,
+                                                 strict=True)]
+        if len(apart) != 2 or max(apart) >= 1e-4:
+            wrong[kind] = apart
+    assert not wrong
 
 
 def test_the_choice_follows_from_the_runs_seed(make_trainer):
-    """The same run chooses the same tokens; another seed, step or update chooses others."""
+    """The same run chooses the same tokens; another seed, step, or update chooses others."""
     control = make_trainer("rl_clip_cov", "entropy_control.clip_share=0.1").entropy_control
     covariance = torch.full((1000,), 2.0)
 
@@ -205,73 +217,77 @@ def test_the_choice_follows_from_the_runs_seed(make_trainer):
     assert not control._choose(torch.tensor([0.0, 0.5, 9.0])).any()
 
 
-def test_groups_without_signal_alone_are_nothing_to_learn_from(make_trainer):
+def test_groups_without_signal_alone_teach_nothing(make_trainer):
+    """No token has an advantage, so nothing moves."""
     trainer = make_trainer("rl_clip_cov", "rl.beta=0", verifier=Fixed([1]))
-    before = flat(trainer.weights()).clone()
+    before = flat(trainer)
     trainer.train()
-    assert torch.equal(flat(trainer.weights()), before)
+    assert torch.equal(flat(trainer), before)
 
 
-KINDS = ("bonus", "adaptive", "clip_cov", "kl_cov")
+KINDS = ("adaptive", "clip_cov", "kl_cov")
 SAMPLING = [setup for setup in SETUPS.values() if "rl" in setup.stages]
 FIRST = ({setup.method: setup.name for setup in reversed(SAMPLING)}
-         | {"switching": "switching_rl_first"}).values()
+         | {"switching": "switching_rl_first"})
 # RL with its own entropy term switched off, and updates in which kl_cov can act.
 OPEN = ("rl.gamma=0", "rl.updates_per_rollout=2")
 
 
-@pytest.mark.parametrize("setup", SAMPLING, ids=lambda setup: setup.name)
-def test_every_setup_that_samples_takes_every_kind(setup):
-    """RAFT alone has no advantages."""
-    for kind in KINDS:
-        settings = small_settings(*OPEN, "rl.max_new_tokens=56", f"entropy_control.kind={kind}",
-                                  setup=setup.name)
-        if setup.method == "raft" and kind.endswith("cov"):
-            with pytest.raises(UsageError, match="no advantages"):
-                make_method(setup, settings)
-        else:
-            assert make_method(setup, settings).settings.entropy_control.kind == kind
+def test_every_setup_that_samples_takes_every_kind():
+    """Only RAFT refuses two of them, since it has no advantages."""
+    wrong = []
+    for setup in SAMPLING:
+        for kind in KINDS:
+            given = (*OPEN, "rl.max_new_tokens=56", f"entropy_control.kind={kind}")
+            if setup.method == "raft" and kind != "adaptive":
+                wrong += not_refused(setup.name, {given: "entropy_control.kind"})
+            elif small_settings(*given, setup=setup.name).entropy_control.kind != kind:
+                wrong.append((setup.name, kind))
+    assert not wrong and len(SAMPLING) > 30
 
 
-@pytest.mark.parametrize("setup", FIRST)
-def test_it_works_with_every_method(make_trainer, make_policy, setup):
-    """Demonstrations beside rollouts, token advantages, an SFT update of its own optimizer."""
-    adapter = method_class(get_setup(setup).method).adapters[0]
-    for kind in ("adaptive", "kl_cov") if setup != "raft" else ("adaptive",):
-        trainer = make_trainer(setup, *OPEN, f"entropy_control.kind={kind}",
-                               "entropy_control.target=100", "training.epochs=4",
-                               f"model.adapter={adapter}", policy=make_policy(adapter=adapter),
-                               folder=kind)
+def test_it_works_with_every_method(make_trainer, make_policy):
+    """Also with demonstrations in the update, token advantages, and a second optimizer."""
+    for method, setup in FIRST.items():
+        adapter = METHODS[method].adapters[0]
+        for kind in ("adaptive", "kl_cov") if setup != "raft" else ("adaptive",):
+            trainer = trained(
+                make_trainer, setup, *OPEN, f"entropy_control.kind={kind}",
+                "entropy_control.target=100", f"model.adapter={adapter}",
+                f"training.epochs={6 if method == 'sasr' else 2}", "pear.samples=1"
+                if method == "pear" else "rl.gamma=0", policy=make_policy(adapter=adapter),
+                folder=f"{setup}-{kind}")
+            rows = [row for row in rows_of(trainer) if "reward" in row]
+            column = "coefficient" if kind == "adaptive" else "covariance"
+            assert rows and all(f"entropy_control/{column}" in row for row in rows), (setup, kind)
+    assert set(FIRST) == set(METHODS)
+
+
+def test_a_separate_sft_update_has_no_entropy_term_of_rl(make_trainer):
+    """In mifo, relift, and sasr an SFT update is not RL, whose entropy the control keeps up."""
+    for setup in ("mifo", "relift", "sasr"):
+        own = "sasr.gamma=1" if setup == "sasr" else f"{setup}.batch_size=2"
+        more = ("sft.gamma=0", "rl.gamma=0") if setup == "relift" else ()
+        trainer = make_trainer(setup, own, *more, "entropy_control.kind=adaptive",
+                               "entropy_control.target=100", "training.epochs=10",
+                               verifier=Fixed([0]), folder=setup)
+        updates, accumulate = [], trainer.learner.accumulate
+        trainer.learner.accumulate = lambda update, totals, a=accumulate, u=updates: (
+            u.append(update) or a(update, totals))
         trainer.train()
-        rows = [row for row in trainer.folder.lines("metrics.jsonl") if "reward" in row]
-        column = "coefficient" if kind == "adaptive" else "covariance"
-        assert rows and all(f"entropy_control/{column}" in row for row in rows)
+        taught = [update for update in updates if update.demonstrations]
+        assert taught and not any(update.entropy.any() for update in taught), setup
+        assert any(update.entropy.any() for update in updates), setup
 
 
-@pytest.mark.parametrize("setup", ["mifo", "relift", "sasr"])
-def test_sft_beside_rl_has_no_bonus(make_trainer, setup):
-    """An SFT update is no RL: what RL's entropy is kept up by would change its loss unasked."""
-    own = ("sasr.measure_every=1",) if setup == "sasr" else (f"{setup}.batch_size=2",)
-    own += ("relift.gamma=0",) if setup == "relift" else ()
-    trainer = make_trainer(setup, *own, "entropy_control.kind=bonus", "training.epochs=6",
-                           verifier=Fixed([0]), folder=setup)
-    updates, accumulate = [], trainer.learner.accumulate
-    trainer.learner.accumulate = lambda update, totals: (
-        updates.append(update) or accumulate(update, totals))
-    trainer.train()
-    taught = [update for update in updates if update.demonstrations]
-    assert taught and not any(update.entropy.any() for update in taught)
-    assert any(update.entropy.any() for update in updates)
-
-
-@pytest.mark.parametrize(("setup", "overrides", "words"), [
-    ("rl_kl_cov", ("rl.updates_per_rollout=1",),
-     "entropy_control.kind cannot be 'kl_cov': in the first update"),
-    ("rl_entropy", ("entropy_control.kind=bonus",),
-     "rl_entropy has an entropy term of its own; set rl.gamma=0"),
-    ("raft", ("entropy_control.kind=clip_cov",), "the method raft has no advantages"),
-    ("rl", ("entropy_control.kind=covariance",), "one of none, bonus"),
-    ("rl_clip_cov", ("entropy_control.clip_low=5",), "no covariance could lie between")])
-def test_wrong_settings_are_one_sentence(make_trainer, setup, overrides, words):
-    with pytest.raises(UsageError, match=words):
-        make_trainer(setup, *overrides)
+def test_wrong_settings_name_the_key():
+    """Combinations that cannot work are refused before anything is loaded."""
+    for setup, overrides in (
+            ("rl_kl_cov", "rl.updates_per_rollout=1"), ("raft", "entropy_control.kind=clip_cov"),
+            ("rl_entropy", "entropy_control.kind=adaptive"),
+            ("rl", "entropy_control.kind=covariance")):
+        assert not not_refused(setup, {overrides: "entropy_control.kind"})
+    assert not not_refused("rl_clip_cov", {
+        "entropy_control.clip_low=5": "entropy_control.clip_low"})
+    assert get_setup("rl_entropy").entropy  # rl.gamma=0 makes room for the adaptive weight
+    small_settings("entropy_control.kind=adaptive", "rl.gamma=0", setup="rl_entropy")

@@ -1,4 +1,4 @@
-"""Rewards: what counts as the right answer, and what does not."""
+"""Rewards: which answers count as right."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from hybridrl_lib.rewards.verifier import REASONS, Verifier, check_gold
 from hybridrl_lib.system.errors import UserError
 
 # gold, answer, equivalent?  All labeled by hand.
-LABELLED = [
+LABELED = [
     # numbers, decided without a worker
     ("18", "18", True),
     ("18", "18.0", True),
@@ -124,7 +124,7 @@ ODD_GOLDS = (
 
 @pytest.fixture(scope="module")
 def verifier():
-    """One verifier for all tests, since starting its worker is what takes the time."""
+    """One verifier for all tests, because starting its worker takes most of the time."""
     with Verifier(time_limit=30.0) as shared:
         yield shared
 
@@ -134,27 +134,30 @@ def verdict(verifier, gold, text, finished=True):
     return verifier.verify([gold], [text], [finished])[0]
 
 
-@pytest.mark.parametrize(("gold", "answer", "equal"), LABELLED)
-def test_labeled_pairs(verifier, gold, answer, equal):
-    """The whole chain, fast path and worker, agrees with a person on every labeled pair."""
-    assert verdict(verifier, gold, rf"So it is \boxed{{{answer}}}.").strict is equal
+def test_labeled_pairs(verifier):
+    """The full check, fast path and worker, agrees with a person on every labeled pair."""
+    wrong = [row for row in LABELED
+             if verdict(verifier, row[0], rf"So it is \boxed{{{row[1]}}}.").strict is not row[2]]
+    assert not wrong
 
 
-@pytest.mark.parametrize(("gold", "answer", "equal"), LABELLED)
-def test_fast_path_is_certain_or_silent(gold, answer, equal):
+def test_fast_path_is_certain_or_silent():
     """The fast path never contradicts the label: it may only leave a pair to the worker."""
-    assert decide(gold, answer) in (None, *(("right",) if equal else ("wrong", "unparsable")))
+    wrong = [(gold, answer) for gold, answer, equal in LABELED if decide(gold, answer) not in (
+        None, *(("right",) if equal else ("wrong", "unparsable")))]
+    assert not wrong
 
 
 def test_fast_path_takes_the_answers_of_a_small_model():
-    """What a small model boxes is decided without asking a worker."""
-    for answer in ("", "12", "-3/4", r"\frac{3}{}", r"\frac{3}{4}", "1/0", "x", "3 + 4", "12 /",
-                   "3 4", "1.2.3", "12x + 3", "x = 5", "5 apples", "1,000", "(3", "3 and 4"):
-        assert decide("12", answer) is not None, answer  # fmt: skip
+    """What a small model puts into a box is decided without a worker."""
+    undecided = [answer for answer in ("", "12", "-3/4", r"\frac{3}{}", r"\frac{3}{4}", "1/0", "x", "3 + 4", "12 /",
+                   "3 4", "1.2.3", "12x + 3", "x = 5", "5 apples", "1,000", "(3", "3 and 4")
+                 if decide("12", answer) is None]  # fmt: skip
+    assert not undecided
 
 
 def test_numbers_equal_leaves_algebra_alone():
-    """None, not False, where a number might hide behind a root, or the gold is no number."""
+    """None, not False, where a root may hide a number, or the gold is not a number."""
     assert numbers_equal("4", r"2\sqrt{4}") is None
     assert numbers_equal(r"\sqrt{2}", "2") is None
     assert numbers_equal("10", r"\sum_{k=1}^{4} k") is None
@@ -162,20 +165,23 @@ def test_numbers_equal_leaves_algebra_alone():
     assert numbers_equal("1/3", "") is False
 
 
-@pytest.mark.parametrize("gold", ODD_GOLDS)
-def test_gold_equals_itself(verifier, gold):
-    """Every spelling found in the real data is accepted as gold and is its own right answer."""
-    check_gold(gold, "p")
-    assert verdict(verifier, gold, rf"\boxed{{{gold}}}").strict
-    assert verifier.can_parse(canonical(gold))
+def test_gold_equals_itself(verifier):
+    """Every notation found in the real data is accepted as gold and is its own right answer."""
+    for gold in ODD_GOLDS:
+        check_gold(gold, "p")
+    wrong = [gold for gold in ODD_GOLDS if not (
+        verdict(verifier, gold, rf"\boxed{{{gold}}}").strict
+        and verifier.can_parse(canonical(gold)))]
+    assert not wrong
 
 
-@pytest.mark.parametrize("gold", ["", "  ", "?", r"\frac{3}{", r"\frac{}{2}", r"\boxed{5", "5\0",
-                                  r"\begin{pmatrix} 1", "9" * 5000, None])  # fmt: skip
-def test_bad_gold_names_the_problem(gold):
-    """A gold that cannot be parsed stops the run and says which problem it belongs to."""
-    with pytest.raises(UserError, match="test/algebra/7.json"):
-        check_gold(gold, "test/algebra/7.json")
+def test_bad_gold_names_the_problem():
+    """A gold that cannot be parsed stops the run, and the error names its problem."""
+    for gold in ("", "  ", "?", r"\frac{3}{", r"\frac{}{2}", r"\boxed{5", "5\0",
+                 r"\begin{pmatrix} 1", "9" * 5000, None):
+        with pytest.raises(UserError, match="test/algebra/7.json"):
+            check_gold(gold, "test/algebra/7.json")
+            pytest.fail(f"{gold!r} was accepted")
 
 
 def test_bad_gold_never_rewards(verifier):
@@ -185,52 +191,46 @@ def test_bad_gold_never_rewards(verifier):
             verdict(verifier, gold, rf"\boxed{{{answer}}}")
 
 
-@pytest.mark.parametrize(
-    ("text", "boxes"),
-    [
-        (r"a \boxed{5} b \boxed{\frac{1}{2}}", ["5", r"\frac{1}{2}"]),
-        (r"\boxed { 5 }", ["5"]),
-        (r"\fbox{5}", ["5"]),
-        (r"\boxed{\{1,2\}}", [r"\{1,2\}"]),
-        (r"\boxed{\boxed{5}}", [r"\boxed{5}"]),
-        (r"stray } and { \boxed{5}", ["5"]),
-        (r"\boxed{", []),
-        (r"\boxed{ then \boxed{5}", ["5"]),
-        ("no box", []),
-        (r"\boxed{}", [""]),
-    ],
-)
-def test_extract_boxes(text, boxes):
+def test_extract_boxes():
     """Balanced braces, escaped braces, nesting: the boxes a reader of the typeset text sees."""
-    assert extract_boxes(text) == boxes
+    rows = {
+        r"a \boxed{5} b \boxed{\frac{1}{2}}": ["5", r"\frac{1}{2}"],
+        r"\boxed { 5 }": ["5"],
+        r"\fbox{5}": ["5"],
+        r"\boxed{\{1,2\}}": [r"\{1,2\}"],
+        r"\boxed{\boxed{5}}": [r"\boxed{5}"],
+        r"stray } and { \boxed{5}": ["5"],
+        r"\boxed{": [],
+        r"\boxed{ then \boxed{5}": ["5"],
+        "no box": [],
+        r"\boxed{}": [""],
+    }
+    assert {text: extract_boxes(text) for text in rows} == rows
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"\boxed{3} #### 4", "3"),
-        (r"\boxed{3} \boxed{4} 5", "4"),
-        ("3 + 4 = 7\n#### 7", "7"),
-        ("#### 7\nThat is 8.", "7"),
-        ("#### 1,080 dollars", "1,080 dollars"),
-        ("it costs $1,080.50.", "1,080.50"),
-        ("it falls to -3", "-3"),
-        ("10-3", "3"),
-        ("about 3/4", "3/4"),
-        (r"so $\frac{3}{4}$", r"\frac{3}{4}"),
-        ("1 1/2", "1 1/2"),
-        ("x2 is 50%", "50%"),
-        ("nothing", None),
-    ],
-)
-def test_extract_lenient(text, answer):
-    """Lenient takes the last box, else the last ####, else the last number (paper.md §2)."""
-    assert extract_lenient(text) == answer
+def test_extract_lenient():
+    """The lenient rule takes the last box, or else the last ####, or else the last number."""
+    rows = {
+        r"\boxed{3} #### 4": "3",
+        r"\boxed{3} \boxed{4} 5": "4",
+        "3 + 4 = 7\n#### 7": "7",
+        "#### 7\nThat is 8.": "7",
+        "#### 1,080 dollars": "1,080 dollars",
+        "it costs $1,080.50.": "1,080.50",
+        "it falls to -3": "-3",
+        "10-3": "3",
+        "about 3/4": "3/4",
+        r"so $\frac{3}{4}$": r"\frac{3}{4}",
+        "1 1/2": "1 1/2",
+        "x2 is 50%": "50%",
+        "nothing": None,
+    }
+    assert {text: extract_lenient(text) for text in rows} == rows
 
 
-@pytest.mark.parametrize(
-    ("gold", "text", "finished", "strict", "lenient", "reason"),
-    [
+def test_strict_and_lenient(verifier):
+    """Both verdicts and the reason, also for hacks: unfinished, several boxes, no real box."""
+    rows = [
         ("5", r"\boxed{5}", True, True, True, "right"),
         ("5", r"\boxed{5} or \boxed{5.0}", True, True, True, "right"),
         ("5", r"\boxed{\boxed{5}}", True, True, True, "right"),
@@ -250,17 +250,18 @@ def test_extract_lenient(text, answer):
         ("5", r"\boxed{}", True, False, False, "unparsable"),
         ("5", r"\boxed{5} \boxed{6", True, False, True, "unparsable"),
         ("5", r"\boxed{5", True, False, True, "unparsable"),
-    ],
-)  # fmt: skip
-def test_strict_and_lenient(verifier, gold, text, finished, strict, lenient, reason):
-    """The two verdicts and the reason, with the hacks: unfinished, several boxes, no real box."""
-    found = verdict(verifier, gold, text, finished)
-    assert (found.strict, found.lenient, found.reason) == (strict, lenient, reason)
-    assert reason in REASONS
+    ]
+    wrong = []
+    for gold, text, finished, *expected in rows:
+        found = verdict(verifier, gold, text, finished)
+        if [found.strict, found.lenient, found.reason] != expected:
+            wrong.append((text[:40], finished, expected, found))
+    assert not wrong
+    assert {row[-1] for row in rows} <= set(REASONS)
 
 
 def test_counts_and_order():
-    """Verdicts come in the order of the completions, and every one is counted, cached or not."""
+    """Verdicts are in the order of the completions, and each is counted, cached or not."""
     golds = ["1", r"\sqrt{2}", "3", r"\sqrt{2}", "5"] * 2
     texts = [r"\boxed{1}", r"\boxed{2^{1/2}}", "3", r"\boxed{\sqrt{3}}", r"\boxed{5}"] * 2
     ended = [True, True, True, True, False] * 2
@@ -273,7 +274,7 @@ def test_counts_and_order():
 
 
 def test_lengths_must_agree(verifier):
-    """Rows that do not line up are a mistake of the caller, not zeros."""
+    """Lists of different lengths are an error of the caller, not zeros."""
     with pytest.raises(ValueError):
         verifier.verify(["1"], [r"\boxed{1}", r"\boxed{2}"], [True])
     with pytest.raises(ValueError):

@@ -1,4 +1,4 @@
-"""The verifier against labels given by hand, the real problems, and attempts to cheat it."""
+"""The verifier against hand-written labels, the real problems, and attempts to cheat it."""
 
 import json
 import os
@@ -27,13 +27,13 @@ from hybridrl_lib.rewards.verifier import REASONS, Verifier, check_gold
 
 ROWS = verdict_report.load_corpus()
 REAL_DATA = pytest.mark.skipif(
-    "HYBRIDRL_DATA_DIR" not in os.environ, reason="needs the real problems"
+    "HYBRIDRL_DATA_DIR" not in os.environ, reason="HYBRIDRL_DATA_DIR is not set"
 )
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    """One verifier for all tests, since starting its workers is what takes the time."""
+    """One verifier for all tests, because starting its workers takes most of the time."""
     with Verifier(workers=2, time_limit=30.0) as shared:
         yield shared
 
@@ -48,7 +48,7 @@ def ours():
 
 
 def test_corpus_is_well_formed():
-    """A row that is there twice, or lacks its label, would make the agreement mean less."""
+    """A duplicate row, or one without a label, would distort the agreement."""
     keys = {(r["gold"], verdict_report.completion(r), r.get("finished", True)) for r in ROWS}
     assert len(keys) == len(ROWS) >= 300
     for row in ROWS:
@@ -57,25 +57,27 @@ def test_corpus_is_well_formed():
 
 
 def test_disagreements_are_the_known_ones(ours):
-    """A verdict that changes is seen, for the worse or for the better (then `known` goes)."""
+    """Any verdict that changes is noticed; one that improves loses its field `known`."""
     wrong = [row for row, verdict in zip(ROWS, ours, strict=True) if verdict != row["right"]]
     assert wrong == [row for row in ROWS if "known" in row]
     assert all(row["right"] for row in wrong)  # no false accept
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if "answer" in row],
-                         ids=lambda row: ascii(row["answer"])[:30])  # fmt: skip
-def test_fast_path_is_certain_or_silent(row):
-    """The fast path decides only what it is sure of: no other verdict than the whole chain."""
-    right = row["right"] and "known" not in row
-    assert decide(row["gold"], row["answer"]) in (
-        None, *(("right",) if right else ("wrong", "unparsable"))
-    )  # fmt: skip
+def test_fast_path_is_certain_or_silent():
+    """The fast path decides only what it is sure of: it never contradicts the full check."""
+    wrong = []
+    for row in ROWS:
+        if "answer" in row:
+            right = row["right"] and "known" not in row
+            found = decide(row["gold"], row["answer"])
+            if found not in (None, *(("right",) if right else ("wrong", "unparsable"))):
+                wrong.append((row["gold"], row["answer"], found))
+    assert not wrong
 
 
 @pytest.mark.skipif(version("math-verify") != "0.9.0", reason="the page is of math-verify 0.9.0")
 def test_the_page_is_fresh(ours):
-    """The agreement that is published is that of this verifier and this corpus."""
+    """The published agreement is that of this verifier and this corpus."""
     fresh = verdict_report.page(ROWS, ours, verdict_report.math_verify_verdicts(ROWS))
     assert verdict_report.PAGE.read_text(encoding="utf-8") == fresh, (
         "run python tests/verdict_report.py --write"
@@ -86,7 +88,7 @@ def test_the_page_is_fresh(ours):
 
 
 def perturbed(gold: str) -> str:
-    """The gold with its first digit one higher; one without digits gets another answer behind."""
+    """The gold with its first digit increased by one; one without digits gets ` + 1`."""
     digit = re.search("[0-9]", gold)
     if not digit:
         return gold + " + 1"
@@ -95,27 +97,27 @@ def perturbed(gold: str) -> str:
 
 
 @REAL_DATA
-@pytest.mark.parametrize(("name", "count"), [("gsm8k", 8792), ("math500", 500)])
-def test_real_golds(verifier, name, count):
+def test_real_golds(verifier):
     """All golds parse and equal themselves and what their solution boxes, and no other answer."""
-    problems = BENCHMARKS[name].load().problems
-    assert len(problems) == count
-    golds, ended = [problem.answer for problem in problems], [True] * count
-    for problem in problems:
-        check_gold(problem.answer, problem.id)
-
-    def strict(texts):
-        return [verdict.strict for verdict in verifier.verify(golds, texts, ended)]
-
-    for texts in ([rf"\boxed{{{gold}}}" for gold in golds], [p.solution for p in problems]):
-        assert [p.id for p, right in zip(problems, strict(texts), strict=True) if not right] == []
-    other = strict([rf"\boxed{{{perturbed(gold)}}}" for gold in golds])
-    assert [p.id for p, right in zip(problems, other, strict=True) if right] == []
+    wrong = []
+    for name, count in (("gsm8k", 8792), ("math500", 500)):
+        problems = BENCHMARKS[name].load().problems
+        assert len(problems) == count
+        golds = [problem.answer for problem in problems]
+        for problem in problems:
+            check_gold(problem.answer, problem.id)
+        for expected, texts in ((True, [rf"\boxed{{{gold}}}" for gold in golds]),
+                                (True, [problem.solution for problem in problems]),
+                                (False, [rf"\boxed{{{perturbed(gold)}}}" for gold in golds])):
+            verdicts = verifier.verify(golds, texts, [True] * count)
+            wrong += [(problem.id, expected) for problem, verdict in
+                      zip(problems, verdicts, strict=True) if verdict.strict != expected]
+    assert not wrong
 
 
 @REAL_DATA
 def test_solutions_of_gsm8k_as_they_come(verifier):
-    """`#### 72` without a box is right leniently and earns nothing strictly."""
+    """`#### 72` without a box is right by the lenient rule and wrong by the strict one."""
     folder = Path(os.environ["HYBRIDRL_DATA_DIR"]) / "gsm8k"
     texts = [json.loads(line)["answer"] for name in ("train", "test")
              for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]  # fmt: skip
@@ -157,40 +159,42 @@ HACKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HACKS)
-def test_hacks_earn_nothing(verifier, name):
-    """What is cheaper than solving the problem is not rewarded: RL would find it."""
-    texts = HACKS[name]
-    verdicts = verifier.verify(["72"] * len(texts), texts, [True] * len(texts))
-    assert [text for text, v in zip(texts, verdicts, strict=True) if v.strict] == []
+def test_hacks_earn_nothing(verifier):
+    """Tricks that are cheaper than solving the problem earn nothing, or RL would find them."""
+    tried = [(name, text) for name, texts in HACKS.items() for text in texts]
+    verdicts = verifier.verify(["72"] * len(tried), [text for _, text in tried],
+                               [True] * len(tried))
+    rewarded = [hack for hack, verdict in zip(tried, verdicts, strict=True) if verdict.strict]
+    assert not rewarded
 
 
 def test_unfinished_completions_earn_nothing(verifier):
-    """A right box before the cap is no right answer: the model did not stop."""
+    """A correct box in a truncated completion is wrong, because the model did not stop."""
     for text in (r"\boxed{72}", r"\boxed{72} \boxed{72}", r"So \boxed{72}. Next question:"):
         assert verifier.verify(["72"], [text], [True])[0].strict
         assert verifier.verify(["72"], [text], [False])[0].reason == "truncated"
 
 
-def test_look_alikes_of_a_symbol_are_refused_at_once():
-    """A Cyrillic x or a full-width plus reaches no parser; an accent in words is no matter."""
+def test_look_alikes_of_a_symbol_are_rejected_without_a_worker():
+    """A Cyrillic x or a full-width plus reaches no parser; an accent in a word is fine."""
     for answer in ("\u0445+1", "\uff58+1", "x\uff0b1", "\u03c7+1"):
         assert decide("x+1", answer) == "unparsable"
     assert not has_foreign_signs("18\\text{ \u0440\u0443\u0431\u043b\u0435\u0439}")
     assert decide("\\text{Ren\u00e9}", "Ren\u00e9") == "right"
 
 
-def test_units_are_told_apart():
-    """Another unit than the gold's is wrong; none, or one the gold does not ask for, is not."""
-    for gold, answer, equal in (
+def test_units_are_compared():
+    """A unit that differs from the gold's is wrong; a missing or an additional one is fine."""
+    rows = (
         (r"5.4 \text{ cents}", r"\$5.4", False), (r"5.4 \text{ cents}", "5.4", True),
         (r"5.4 \text{ cents}", "$5.4 \\text{ cents}$", True), ("5.4", r"\$5.4", True),
         (r"90^\circ", "90 degrees", True), (r"90^\circ", "90 radians", False),
-    ):  # fmt: skip
-        assert numbers_equal(gold, answer) is equal
+    )  # fmt: skip
+    wrong = [row for row in rows if numbers_equal(*row[:2]) is not row[2]]
+    assert not wrong
 
 
-# Whatever comes -------------------------------------------------------------------------------
+# Arbitrary texts ------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(
     (*"0123456789+-*/=x^(){}[],;. %$#\n", r"\boxed{", r"\fbox{", r"\frac{", r"\sqrt", r"\text{",
@@ -217,8 +221,8 @@ def test_any_text_can_be_read(text):
             assert decide(gold, answer) in (None, "right", "wrong", "unparsable")
 
 
-def test_spaces_around_an_answer_at_the_limit_are_nothing():
-    """Found by fuzzing: an answer as long as may be became another one with a space beside it."""
+def test_spaces_around_an_answer_of_maximum_length_change_nothing():
+    """Found by fuzzing: a space around an answer of the maximum length made it a different one."""
     for answer in ("9" * MAX_ANSWER_CHARACTERS, r"\,5" * (MAX_ANSWER_CHARACTERS // 3)):
         assert canonical(f" {answer} ") == canonical(answer)
         assert is_malformed(f" {answer} ") == is_malformed(answer)
@@ -227,7 +231,7 @@ def test_spaces_around_an_answer_at_the_limit_are_nothing():
 @settings(deadline=None, max_examples=25)
 @given(text=TEXTS, gold=st.sampled_from((*GOLDS, r"\sqrt{5}", "2k+2")), boxed=st.booleans())
 def test_any_text_gets_a_verdict(verifier, text, gold, boxed):
-    """The whole chain: a known reason, and nothing unless it ended with a box."""
+    """The full check gives a known reason, and no reward without a box and an end."""
     text = rf"\boxed{{{text}}}" if boxed else text
     found, unfinished = verifier.verify([gold] * 2, [text] * 2, [True, False])
     assert found.reason in REASONS and found.strict == (found.reason == "right")
@@ -241,7 +245,7 @@ def test_any_text_gets_a_verdict(verifier, text, gold, boxed):
        spelling=st.sampled_from(("{}", "{:,}", "{}.0", "+{}", "({})", "x={}", r"\${:,}", "{} eggs",
                                  "{}.", "1+1={}", r"{}\text{{ cm}}", r"\frac{{{}}}{{1}}")))
 def test_integers_are_equal_or_not(gold, answer, same, spelling):
-    """In whatever spelling, an integer is right if and only if it is the same."""
+    """An integer is right if and only if it is the same one, however it is written."""
     answer = gold if same else answer
     spelling = spelling.lstrip("+") if answer < 0 else spelling
     assert numbers_equal(str(gold), spelling.format(answer)) is (gold == answer)

@@ -1,4 +1,4 @@
-"""The verifier survives answers made to bring it down, and whatever happens to its workers."""
+"""The verifier survives answers made to break it, and whatever happens to its workers."""
 
 import os
 import signal
@@ -38,26 +38,28 @@ MALFORMED = {
 
 @pytest.fixture()
 def worker():
-    """A worker with a limit that no honest answer comes near."""
+    """A worker with a time limit that no honest answer comes near."""
     one = Worker(time_limit=60.0)
     yield one
     one.stop()
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_answers_earn_nothing_at_once(name):
+def test_malformed_answers_earn_nothing_at_once():
     """They are unparsable, are counted, and start no worker."""
+    wrong = []
     with Verifier() as verifier:
-        for gold in ("5", r"\sqrt{2}"):
-            verdict = verifier.verify([gold], [MALFORMED[name]], [True])[0]
-            assert not verdict.strict and not verdict.lenient
-            assert verdict.reason == "unparsable"
-        assert verifier.counts["unparsable"] == 2
+        for name, text in MALFORMED.items():
+            for gold in ("5", r"\sqrt{2}"):
+                verdict = verifier.verify([gold], [text], [True])[0]
+                if verdict.strict or verdict.lenient or verdict.reason != "unparsable":
+                    wrong.append((name, gold, verdict))
+        assert not wrong
+        assert verifier.counts["unparsable"] == 2 * len(MALFORMED)
         assert all(worker.process is None for worker in verifier._pool.workers)
 
 
-def test_endless_answers_are_cut_off_and_the_rest_goes_on():
-    """Computations that no signal interrupts are killed, earn 0, and the next answer is judged."""
+def test_endless_answers_are_cut_off_and_the_rest_is_judged():
+    """Computations that no signal interrupts are killed and earn 0; the next answer is judged."""
     golds = ["5"] * len(ENDLESS) + [HARMLESS[0]]
     texts = [rf"\boxed{{{answer}}}" for answer in (*ENDLESS, HARMLESS[1])]
     with Verifier(workers=2, time_limit=3.0) as verifier:
@@ -72,7 +74,7 @@ def test_endless_answers_are_cut_off_and_the_rest_goes_on():
 
 
 def test_digits_of_any_length():
-    """A number of 1,900 digits is a wrong number, not an error."""
+    """A number with 1,900 digits is a wrong number, not an error."""
     with Verifier(time_limit=60.0) as verifier:
         text = r"\boxed{" + "9" * 1_900 + "}"
         assert [v.reason for v in verifier.verify(["5", r"\sqrt{2}"], [text] * 2, [True] * 2)] == [
@@ -97,7 +99,7 @@ def test_memory_is_limited():
 
 
 def test_answer_that_breaks_its_worker(worker, monkeypatch):
-    """Out of memory or out of stack: tried once more, then unparsable; the next one is judged."""
+    """Out of memory or stack: tried once more, then unparsable; the next answer is judged."""
     exchange = worker._exchange
 
     def die_of_it(request, seconds):
@@ -113,7 +115,7 @@ def test_answer_that_breaks_its_worker(worker, monkeypatch):
 
 
 def test_worker_killed_by_others_is_replaced(worker):
-    """An honest answer does not lose its reward because something killed the worker."""
+    """An honest answer keeps its reward even if something killed the worker."""
     assert worker.ask(*HARMLESS) == "right"
     worker.process.kill()
     worker.process.wait()
@@ -122,7 +124,7 @@ def test_worker_killed_by_others_is_replaced(worker):
 
 
 def test_worker_killed_while_it_starts_is_replaced(worker, monkeypatch):
-    """A run does not end because something killed a worker before it was ready."""
+    """A run continues even if something killed a worker before it was ready."""
     exchange, killed = worker._exchange, []
 
     def die_at_first(request, seconds):
@@ -137,7 +139,7 @@ def test_worker_killed_while_it_starts_is_replaced(worker, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_worker_that_hangs_is_replaced(worker, monkeypatch):
-    """An honest answer does not lose its reward because its worker was stopped from outside."""
+    """An honest answer keeps its reward even if its worker was stopped from outside."""
     assert worker.ask(*HARMLESS) == "right"
     exchange = worker._exchange
 
@@ -154,7 +156,7 @@ def test_worker_that_hangs_is_replaced(worker, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_interrupt_reaches_the_parent_only(worker):
-    """Ctrl-C in the terminal does not break the workers: own session, and SIGINT ignored."""
+    """Ctrl-C in a terminal does not stop the workers: own session, and SIGINT is ignored."""
     assert worker.ask(*HARMLESS) == "right"
     assert os.getsid(worker.process.pid) != os.getsid(0)
     os.kill(worker.process.pid, signal.SIGINT)
@@ -163,7 +165,7 @@ def test_interrupt_reaches_the_parent_only(worker):
 
 
 def test_interrupted_wait_leaves_no_stale_reply(worker, monkeypatch):
-    """After Ctrl-C while a reply is awaited, that reply is not taken for the next answer's."""
+    """After Ctrl-C while waiting for a reply, that reply is not taken for the next answer's."""
     assert worker.ask(*HARMLESS) == "right"
 
     def interrupted(stream):
@@ -178,14 +180,14 @@ def test_interrupted_wait_leaves_no_stale_reply(worker, monkeypatch):
 
 
 def test_late_clock_does_not_kill_the_next_answer(worker):
-    """A clock that fires after its reply has come leaves the worker alone."""
+    """A timer that fires after its reply arrived leaves the worker alone."""
     assert worker.ask(*HARMLESS) == "right"
     worker._expire(object())
     assert worker.process.poll() is None
 
 
 def test_batch_uses_all_workers_in_order():
-    """Many answers go through several workers and come back in order."""
+    """Many answers are judged by several workers and returned in order."""
     questions = [(rf"\sqrt{{{n}}}", rf"{m}^{{1/2}}") for n in (2, 3, 5) for m in (2, 3, 5)]
     pool = WorkerPool(3, time_limit=60.0)
     try:
@@ -197,7 +199,7 @@ def test_batch_uses_all_workers_in_order():
 
 
 def test_works_from_threads():
-    """Several threads may share a verifier; none of them is the main thread."""
+    """Several threads may share a verifier, none of them the main thread."""
     found = []
     with Verifier(workers=2, time_limit=60.0) as verifier:
         threads = [
@@ -265,8 +267,8 @@ def test_no_torch_in_the_workers():
     assert done.returncode == 0, done.stderr
 
 
-def test_missing_checker_is_said_in_one_sentence(monkeypatch):
-    """Without math-verify the first answer that needs it ends the run with what to do."""
+def test_a_missing_checker_is_an_error(monkeypatch):
+    """Without math-verify, the first answer that needs it ends the run with an error."""
     monkeypatch.setenv("PYTHONHOME", os.path.join(ROOT, "no-such-folder"))
     with Verifier() as verifier, pytest.raises(UserError, match="math-verify"):
         verifier.verify([HARMLESS[0]], [rf"\boxed{{{HARMLESS[1]}}}"], [True])
