@@ -128,9 +128,9 @@ def snapshot(trainer) -> dict[str, torch.Tensor]:
 
 
 def flat(trainer) -> torch.Tensor:
-    """The trained weights as they are now, in one vector; also of a dictionary of weights."""
+    """The trained weights as they are now, or a dictionary of weights, in one vector."""
     weights = trainer if isinstance(trainer, dict) else snapshot(trainer)
-    return torch.cat([weights[name].detach().flatten() for name in sorted(weights)])
+    return torch.cat([weight.detach().flatten() for weight in weights.values()])
 
 
 def first_progress(trainer) -> Progress:

@@ -23,7 +23,7 @@ def plain_mean(terms, normalization):
 
 
 def plain_grpo(policy, groups, rewards, old, reference, settings, gamma=0.0, entropy="vocabulary"):
-    """L_GRPO - gamma H of one mini-batch as the paper writes it; `old`: [(T_i,)] a completion."""
+    """L_GRPO - gamma H of one mini-batch as the paper writes it; `old`: (T_i,) per completion."""
     rl, losses, entropies, place = settings.rl, [], [], 0
     for group, reward in zip(groups, rewards, strict=True):
         gain = reward - reward.mean()
@@ -77,17 +77,17 @@ def problems_of(trainer, groups):
     return [by_prompt[tuple(group.prompt_ids)] for group in groups]
 
 
-def plain_sft(trainer, problems, normalization="token_mean"):
-    """L_SFT on the demonstrations of problems."""
-    return plain_mean([-plain_scores(trainer.policy.model,
-                                     trainer.policy.encode_prompt(p.question),
-                                     trainer.policy.encode_completion(p.solution))[0]
-                       for p in problems], normalization)
+def plain_sft(trainer, problems, normalization="token_mean", gamma=0.0):
+    """L_SFT - gamma H on the demonstrations of problems."""
+    found = [plain_scores(trainer.policy.model, trainer.policy.encode_prompt(p.question),
+                          trainer.policy.encode_completion(p.solution)) for p in problems]
+    return (plain_mean([-scores for scores, _ in found], normalization)
+            - gamma * plain_mean([entropies for _, entropies in found], normalization))
 
 
 def plain_rl(trainer, groups, rewards, old=None):
-    """L_GRPO; 0 without groups. `rewards`: G of 0 and 1 a group. `old`: log pi_old of every
-    completion, those of the policy as it is unless given."""
+    """L_GRPO; 0 without groups. `rewards`: G of 0 and 1 per group. `old`: log pi_old of every
+    completion; default: that of the policy as it is."""
     if not groups:
         return torch.zeros(())
     old = all_scores(trainer, groups) if old is None else old

@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from small_training import Coin, distance, watch, watch_rollouts
-from textbook import coin_rewards, plain_grpo, plain_mean, plain_scores, problems_of
+from small_training import (
+    Coin,
+    distance,
+    not_refused,
+    rows_of,
+    snapshot,
+    trained,
+    watch,
+    watch_rollouts,
+)
+from textbook import coin_rewards, plain_grpo, plain_scores, plain_sft, problems_of
 
 from hybridrl_lib.config.sections import ModelSettings
+from hybridrl_lib.learning.progress import Progress
 from hybridrl_lib.methods.bridge import Bridge
 from hybridrl_lib.policy.loading import load_policy
 from hybridrl_lib.policy.packing import PromptCompletion, pack
-from hybridrl_lib.system.errors import UsageError
+from hybridrl_lib.policy.sampling import sample
 
 LAM = 0.3
 SOME = (f"bridge.rl_weight={LAM}", "bridge.adapter_learning_rate=0.003",
@@ -26,7 +36,7 @@ def bridge(make_trainer, make_policy):
         if stir:
             generator = torch.Generator().manual_seed(3)
             with torch.no_grad():
-                for name, weight in trainer.weights().items():
+                for name, weight in trainer.policy.trained_weights().items():
                     if "lora_B" in name:
                         weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
         return trainer
@@ -56,8 +66,8 @@ class Watched:
 
         def noted_auxiliary(method, *arguments):
             def noted_gradient(*more):
-                self.measured.append({n: trainer.weights()[n].detach().clone()
-                                      for n in method.hat})
+                now = snapshot(trainer)
+                self.measured.append({n: now[n] for n in method.hat})
                 return gradient(method, *more)
 
             with monkeypatch.context() as inside:
@@ -77,10 +87,6 @@ class Watched:
         return [gradient for name, _, gradient in self.moves if name == optimizer]
 
 
-def snapshot(trainer):
-    return {name: weight.detach().clone() for name, weight in trainer.weights().items()}
-
-
 def flat(gradient):
     return torch.cat([gradient[name].flatten() for name in sorted(gradient)])
 
@@ -88,19 +94,17 @@ def flat(gradient):
 def plain_gradient(trainer, loss):
     trainer.policy.model.zero_grad()
     loss.backward()
-    found = {n: p.grad.clone() for n, p in trainer.weights().items() if p.grad is not None}
+    found = {n: p.grad.clone() for n, p in trainer.policy.trained_weights().items()
+             if p.grad is not None}
     trainer.policy.model.zero_grad(set_to_none=True)
     return found
 
 
 def plain_losses(trainer, problems, groups, old, reference):
     """(L_SFT, L_RL) of one mini-batch at the weights as they are."""
-    taught = plain_mean([-plain_scores(trainer.policy.model,
-                                       trainer.policy.encode_prompt(p.question),
-                                       trainer.policy.encode_completion(p.solution))[0]
-                         for p in problems], "token_mean")
     rewards = coin_rewards(trainer, problems_of(trainer, groups), groups)
-    return taught, plain_grpo(trainer.policy, groups, rewards, old, reference, trainer.settings)
+    return plain_sft(trainer, problems), plain_grpo(trainer.policy, groups, rewards, old,
+                                                    reference, trainer.settings)
 
 
 def scores_under(model, groups, temperature):
@@ -115,14 +119,15 @@ def scores_under(model, groups, temperature):
     ("bridge", "reference", 0.9), ("bridge_without_gain", "reference", 0.9)])
 def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor, last):
     """Two mini-batches: in the second all three have moved, and hat's ratio is to the sampler.
-    Where lambda is annealed, those of the second step, which is the last."""
+    If lambda is annealed, those of the second step, which is the last."""
     step, lam = (0, LAM) if last is None else (1, last)
     taken = watch_rollouts(monkeypatch)
     trainer = bridge(setup, f"rl.kl_anchor={anchor}", f"training.epochs={2 * (step + 1)}",
                      "rl.learning_rate=0.04", "bridge.base_learning_rate=0.02",
                      *(() if last is None else (f"bridge.last_rl_weight={last}",)))
     seen = Watched(trainer, monkeypatch)
-    demonstrations = trainer._batch(trainer.method.stages[0], step, "demonstrations", 8)
+    stage = trainer.method.stages[0]
+    demonstrations = trainer._batch(Progress(stage, step, step + 1), "demonstrations", 8)
     trainer.train()
     groups, temperature = taken[step], trainer.settings.rl.temperature
     assert len(seen.starts) == 2 * (step + 1)
@@ -163,48 +168,39 @@ def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor, 
     assert ("hat" in wanted) == bool(seen.of("hat"))
 
 
-@pytest.mark.parametrize("more", [(), ("entropy_control.kind=clip_cov",
-                                       "entropy_control.clip_share=0.1",
-                                       "entropy_control.clip_low=0.01")])
-def test_at_the_first_update_the_gain_has_no_gradient(bridge, monkeypatch, more):
+def test_at_the_first_update_the_gain_has_no_gradient(bridge, monkeypatch):
     """hat is theta: exactly zero, so the adapter's gradient is (1 - lambda) that of SFT. Tokens
     that Clip-Cov draws are the same for both."""
-    trainer = bridge("bridge", "training.epochs=2", "rl.updates_per_rollout=1", *more)
-    seen = Watched(trainer, monkeypatch)
-    trainer.train()
-    if more:
-        assert trainer.folder.lines("metrics.jsonl")[0]["entropy_control/share"] > 0.01
-    other = bridge("bridge_without_gain", "training.epochs=2", "rl.updates_per_rollout=1",
-                   verifier=Coin())
+    once = ("training.epochs=2", "rl.updates_per_rollout=1")
+    other = bridge("bridge_without_gain", *once, verifier=Coin())
     plain = Watched(other, monkeypatch)
     other.train()
-    assert torch.equal(flat(seen.of("adapter")[0]), flat(plain.of("adapter")[0]))
-    assert flat(seen.of("adapter")[0]).norm() > 0
-    assert trainer.folder.lines("metrics.jsonl")[0]["bridge/gain"] == 0
+    for more in ((), ("entropy_control.kind=clip_cov", "entropy_control.clip_share=0.1",
+                      "entropy_control.clip_low=0.01")):
+        trainer = bridge("bridge", *once, *more, folder=f"more-{len(more)}")
+        seen = Watched(trainer, monkeypatch)
+        trainer.train()
+        row = rows_of(trainer)[0]
+        assert not more or row["entropy_control/share"] > 0.01
+        assert torch.equal(flat(seen.of("adapter")[0]), flat(plain.of("adapter")[0]))
+        assert flat(seen.of("adapter")[0]).norm() > 0 == row["bridge/gain"]
 
 
 def test_a_gain_shows_once_they_part(bridge):
     """Distance and gain are measured; without a gain nothing is."""
-    trainer = bridge("bridge")
-    trainer.train()
-    rows = trainer.folder.lines("metrics.jsonl")
+    rows = rows_of(trained(bridge, "bridge"))
     assert all(0 < row["bridge/distance"] for row in rows)
     assert rows[0]["bridge/distance"] < rows[-1]["bridge/distance"]
     assert all(row["updates/beside"] == 2 * row["updates"] for row in rows)
     assert any(row["bridge/gain"] != 0 for row in rows)
-    assert "bridge/gain" not in record_of(bridge("bridge_joint"))[0]
-
-
-def record_of(trainer):
-    trainer.train()
-    return trainer.folder.lines("metrics.jsonl")
+    assert "bridge/gain" not in rows_of(trained(bridge, "bridge_joint"))[0]
 
 
 def test_hat_learns_from_rl_alone(bridge, make_trainer, make_policy):
     """With the adapter at zero and still, the persistent copy is what RL makes of the model.
 
-    Not exactly: RL without an adapter leaves groups without signal out of its updates, and here
-    rollouts are drawn by a policy that moves another way; so one step.
+    Not exactly: RL without an adapter skips groups without signal, and here rollouts come from a
+    policy that moves in another way; so only one step.
     """
     trainer = bridge("bridge", "training.epochs=2", "rl.updates_per_rollout=1", stir=False,
                      folder="hat")
@@ -224,7 +220,7 @@ def test_hat_learns_from_rl_alone(bridge, make_trainer, make_policy):
 
 @pytest.mark.parametrize("last", [LAM, 0.9])
 def test_without_an_adapter_it_is_the_combined_loss(bridge, make_trainer, monkeypatch, last):
-    """Ablation (a): the base weights' gradient is that of `combined`, the adapter stays 0. Where
+    """Ablation (a): the base weights' gradient is that of `combined`, the adapter stays 0. If
     lambda is annealed, every update has the one of its step."""
     trainer = bridge("bridge_without_adapter", "training.epochs=4", "rl.beta=0.1",
                      *(() if last == LAM else (f"bridge.last_rl_weight={last}",)), stir=False)
@@ -235,13 +231,13 @@ def test_without_an_adapter_it_is_the_combined_loss(bridge, make_trainer, monkey
                          "rl.kl_anchor=reference", folder="plain")
     other = watch(plain)
     plain.train()
-    names = list(plain.weights())
+    names = list(plain.policy.trained_weights())
     for mine, theirs in zip(seen.of("main"), other.gradients, strict=True):
         by_name = {n.replace("base_model.model.", "").replace("base_layer.", ""): g
                    for n, g in mine.items()}
         assert distance(torch.cat([by_name[n].flatten() for n in names]), theirs) < 1e-4
     assert not seen.of("adapter") and not seen.of("hat")
-    assert all(not weight.any() for name, weight in trainer.weights().items() if "lora_B" in name)
+    assert all(not weight.any() for name, weight in trainer.policy.trained_weights().items() if "lora_B" in name)
     assert trainer.method.tensors() == {}
 
 
@@ -276,7 +272,7 @@ def test_what_is_saved_is_an_ordinary_model(bridge, tmp_path):
     trainer.train()
     before = snapshot(trainer)
     trainer.policy.save(tmp_path / "saved")
-    assert all(torch.equal(before[n], w) for n, w in trainer.weights().items())
+    assert all(torch.equal(before[n], w) for n, w in trainer.policy.trained_weights().items())
     saved = load_policy(ModelSettings(path=str(tmp_path / "saved"), device="cpu",
                                       precision="fp32"))
     batch, = pack([PromptCompletion([5, 6, 7], [8, 9, 10, saved.eos_id])], 1000, 0)

@@ -4,11 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_training import Fixed, distance, watch, watch_rollouts
+from small_training import (
+    Fixed,
+    distance,
+    first_batch,
+    give_verifier,
+    not_refused,
+    rows_of,
+    watch,
+    watch_rollouts,
+)
 from textbook import CAP, all_scores, gradient, plain_mean, plain_scores, problems_of
 
 from hybridrl_lib.rewards.verifier import Verifier
-from hybridrl_lib.system.errors import UsageError
 
 UNSOLVED, HALF, SOLVED = [0, 0, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]
 MIXED = UNSOLVED * 3 + HALF * 4 + SOLVED
@@ -31,10 +39,9 @@ class Judge(Fixed):
 
 def plain_luffy(trainer, groups, rewards, demonstrated, gamma=0.1, old=None):
     """The objective as the paper writes it, one completion at a time. `old`: log pi_old of every
-    answer; without it rho is 1. The bonus of `luffy_code` is of all tokens."""
+    answer; without it rho is 1. The entropy term of `luffy_code` is over all tokens."""
     rl, policy, losses, spread, place = trainer.settings.rl, trainer.policy, [], [], 0
-    control = trainer.settings.entropy_control
-    bonus = control.coefficient if control.kind == "bonus" else 0.0
+    bonus = rl.gamma if trainer.with_entropy else 0.0
     for group, problem, reward, shown in zip(groups, problems_of(trainer, groups), rewards,
                                              demonstrated, strict=True):
         joint = torch.tensor([*map(float, reward), float(shown)])
@@ -64,9 +71,9 @@ def mixed_run(make_trainer, setup, *overrides):
     """(trainer after its run and with its first weights, what `watch` saw, which of the first
     step's demonstrations are right): two are wrong, so that each kind of group is there."""
     trainer = make_trainer(setup, *overrides)
-    order = trainer._batch(trainer.method.stages[0], 0, "prompts", 8)
+    order = first_batch(trainer)
     wrong = {order[1].id, order[4].id}
-    trainer.judge.verifier = trainer.method.verifier = Judge(MIXED, trainer.parts.train, wrong)
+    give_verifier(trainer, Judge(MIXED, trainer.parts.train, wrong))
     seen = watch(trainer)
     trainer.train()
     trainer.load_weights(seen.weights[0])
@@ -80,7 +87,7 @@ def test_a_step_follows_the_formula(make_trainer, monkeypatch, setup):
     trainer, seen, shown = mixed_run(make_trainer, setup, *ONE_UPDATE)
     loss = plain_luffy(trainer, taken[0], [MIXED[4 * i:4 * i + 4] for i in range(8)], shown)
     assert distance(seen.gradients[0], gradient(trainer, loss)) < 2e-5
-    row = trainer.folder.lines("metrics.jsonl")[0]
+    row = rows_of(trainer)[0]
     # no advantage: the problem with nothing right at all, and the one with everything right
     assert (row["luffy/demonstration_reward"], row["luffy/demonstrations"]) == (6 / 8, 6)
     assert trainer.settings.rl.clip == (setup == "luffy") and trainer.settings.rl.beta == 0
@@ -100,48 +107,49 @@ def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch, se
                            [shown[j] for j in mine],
                            old=[old[4 * j + k] for j in mine for k in range(4)])
         assert distance(seen.gradients[i], gradient(trainer, loss)) < 2e-4
-    row = trainer.folder.lines("metrics.jsonl")[0]
+    row = rows_of(trainer)[0]
     assert row["kl/old"] > 1e-3 and (row["clip_ratio"] > 0) == (setup == "luffy")
 
 
-@pytest.mark.parametrize(("scale", "advantage"), [("group_std", 2.4742), ("none", 0.875)])
-def test_the_advantage_of_the_only_right_one_of_eight(make_trainer, scale, advantage):
+def test_the_advantage_of_the_only_right_one_of_eight(make_trainer):
     """7 answers are wrong and the demonstration is right: the paper's group."""
-    trainer = make_trainer("luffy", *ONE_UPDATE, "rl.group_size=7", f"rl.advantage_scale={scale}")
-    trainer.judge.verifier = trainer.method.verifier = Judge([0], trainer.parts.train)
-    trainer.train()
-    row = trainer.folder.lines("metrics.jsonl")[0]
-    assert row["luffy/demonstration_advantage"] == pytest.approx(advantage, abs=1e-3)
+    for scale, advantage in (("group_std", 2.4742), ("none", 0.875)):
+        trainer = make_trainer("luffy", *ONE_UPDATE, "rl.group_size=7",
+                               f"rl.advantage_scale={scale}", folder=scale)
+        give_verifier(trainer, Judge([0], trainer.parts.train))
+        trainer.train()
+        assert rows_of(trainer)[0]["luffy/demonstration_advantage"] == pytest.approx(
+            advantage, abs=1e-3)
 
 
-@pytest.mark.parametrize("gamma", [0.1, 0.3])
-def test_a_token_learns_most_where_its_probability_is_gamma(make_trainer, gamma):
+def test_a_token_learns_most_where_its_probability_is_gamma(make_trainer):
     """The gradient with respect to log pi is A gamma pi / (pi + gamma)^2."""
-    trainer = make_trainer("luffy", f"luffy.gamma={gamma}", *ONE_UPDATE)
-    trainer.judge.verifier = trainer.method.verifier = Judge([0], trainer.parts.train)
-    kept, compose = [], trainer.method.compose
-
-    def noted(step):
-        kept.extend(compose(step))
-        return kept
-
-    trainer.method.compose = noted
-    trainer.train()
-    p = torch.linspace(0.001, 0.999, 999)
-    scores = p.log().requires_grad_()
-    kept[0].demonstration_loss(0, scores, torch.zeros_like(p)).sum().backward()
-    gain = 4 / 5 / (torch.tensor([0, 0, 0, 0, 1.0]).std() + 1e-4)
-    expected = -gain * gamma * p / (p + gamma) ** 2
-    assert torch.allclose(scores.grad, expected, rtol=1e-4)
-    assert float(p[scores.grad.abs().argmax()]) == pytest.approx(gamma, abs=0.002)
+    for gamma in (0.1, 0.3):
+        trainer = make_trainer("luffy", f"luffy.gamma={gamma}", *ONE_UPDATE, folder=str(gamma))
+        give_verifier(trainer, Judge([0], trainer.parts.train))
+        kept, compose = [], trainer.method.compose
+        trainer.method.compose = lambda step, kept=kept, compose=compose: (
+            kept.extend(compose(step)) or kept)
+        trainer.train()
+        p = torch.linspace(0.001, 0.999, 999)
+        scores = p.log().requires_grad_()
+        kept[0].demonstration_loss(0, scores, torch.zeros_like(p)).sum().backward()
+        gain = 4 / 5 / (torch.tensor([0, 0, 0, 0, 1.0]).std() + 1e-4)
+        expected = -gain * gamma * p / (p + gamma) ** 2
+        assert torch.allclose(scores.grad, expected, rtol=1e-4)
+        assert float(p[scores.grad.abs().argmax()]) == pytest.approx(gamma, abs=0.002)
 
 
-def test_where_everything_is_right_nobody_learns(make_trainer):
-    trainer = make_trainer("luffy", *ONE_UPDATE)
-    trainer.judge.verifier = trainer.method.verifier = Judge([1], trainer.parts.train)
-    trainer.train()
-    row = trainer.folder.lines("metrics.jsonl")[0]
-    assert (row["updates"], row["luffy/demonstrations"]) == (0, 0)
+def test_groups_that_are_all_right_or_all_wrong_teach_nothing(make_trainer):
+    """Demonstrations included: a wrong one must not be imitated for being a demonstration."""
+    for right in (1, 0):
+        trainer = make_trainer("luffy", *ONE_UPDATE, folder=str(right))
+        problems = trainer.parts.train
+        give_verifier(trainer, Judge([right], problems,
+                                     () if right else {p.id for p in problems}))
+        trainer.train()
+        row = rows_of(trainer)[0]
+        assert (row["updates"], row["luffy/demonstrations"]) == (0, 0), right
 
 
 def test_a_demonstration_is_judged_by_the_verifier_once(make_trainer):
@@ -151,7 +159,7 @@ def test_a_demonstration_is_judged_by_the_verifier_once(make_trainer):
     problems[0] = replace(problems[0], solution=problems[1].solution)
     problems[2] = replace(problems[2], solution=problems[2].answer)
     with Verifier() as verifier:
-        trainer.method.verifier = verifier
+        give_verifier(trainer, verifier)
         trainer.method._judge(problems)
         trainer.method._judge(problems)
         assert list(trainer.method.verdicts.values()) == [0, 1, 0, 1, 1, 1, 1, 1]
@@ -159,16 +167,6 @@ def test_a_demonstration_is_judged_by_the_verifier_once(make_trainer):
     assert trainer.method.state() == {"verdicts": trainer.method.verdicts}
 
 
-def test_a_group_without_anything_right_teaches_nothing(make_trainer):
-    """Its demonstration is wrong too: it must not be imitated for being a demonstration."""
-    trainer = make_trainer("luffy", *ONE_UPDATE)
-    problems = trainer.parts.train
-    trainer.judge.verifier = trainer.method.verifier = Judge([0], problems,
-                                                             {p.id for p in problems})
-    trainer.train()
-    assert trainer.folder.lines("metrics.jsonl")[0]["updates"] == 0
-
-
-def test_wrong_settings_are_one_sentence(make_trainer):
-    with pytest.raises(UsageError, match="above 0"):
-        make_trainer("luffy", "luffy.gamma=0")
+def test_wrong_settings_name_the_key():
+    """f(x) = x / (x + gamma) needs a positive gamma."""
+    assert not not_refused("luffy", {"luffy.gamma=0": "luffy.gamma"})

@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
-from small_training import Coin, Fixed, distance, watch, watch_rollouts
+from small_training import (
+    Coin,
+    Fixed,
+    distance,
+    first_batch,
+    not_refused,
+    rows_of,
+    watch,
+    watch_rollouts,
+)
 from textbook import gradient, plain_scores
-
-from hybridrl_lib.system.errors import UsageError
 
 MIXED = [0, 0, 0, 0] * 3 + [1, 0, 0, 1] * 4 + [1, 1, 1, 1]
 HYBRIDS = [1, 1, 0, 0, 1, 1, 0, 1]
@@ -15,7 +22,7 @@ LONG = ("rl.max_new_tokens=40",)
 
 
 def watch_hybrids(trainer):
-    """A list that takes up the hybrids of every step."""
+    """A list that collects the hybrids of every step."""
     taken, sample = [], trainer.method._sample
 
     def noted(step):
@@ -78,22 +85,24 @@ def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch):
     trainer.load_weights(seen.weights[1])
     loss = plain_prefix_rft(trainer, groups[1::2], hybrids[1::2], rewards[1::2], old)
     assert distance(seen.gradients[1], gradient(trainer, loss)) < 2e-4
-    row = trainer.folder.lines("metrics.jsonl")[0]
+    row = rows_of(trainer)[0]
     assert row["prefix_rft/hybrid_reward"] == sum(HYBRIDS) / 8
     assert row["prefix_rft/prefix_length"] == sum(h.prefix for h in hybrids) / 8
 
 
-@pytest.mark.parametrize("share", [0, 1])
-def test_a_frozen_prefix_and_a_whole_one(make_trainer, monkeypatch, share):
-    taken = watch_rollouts(monkeypatch)
-    trainer = make_trainer("prefix_rft", *LONG, "rl.updates_per_rollout=1",
-                           f"prefix_rft.token_share={share}", verifier=Fixed(MIXED + HYBRIDS))
-    hybrids, seen = watch_hybrids(trainer), watch(trainer)
-    trainer.train()
-    trainer.load_weights(seen.weights[0])
-    loss = plain_prefix_rft(trainer, taken[0], hybrids[0],
-                            [MIXED[4 * i:4 * i + 4] for i in range(8)], share=share)
-    assert distance(seen.gradients[0], gradient(trainer, loss)) < 2e-5
+def test_a_frozen_prefix_and_a_whole_one(make_trainer, monkeypatch):
+    """prefix_rft.token_share at its ends."""
+    for share in (0, 1):
+        taken = watch_rollouts(monkeypatch)
+        trainer = make_trainer(
+            "prefix_rft", *LONG, "rl.updates_per_rollout=1", f"prefix_rft.token_share={share}",
+            verifier=Fixed(MIXED + HYBRIDS), folder=str(share))
+        hybrids, seen = watch_hybrids(trainer), watch(trainer)
+        trainer.train()
+        trainer.load_weights(seen.weights[0])
+        loss = plain_prefix_rft(trainer, taken[0], hybrids[0],
+                                [MIXED[4 * i:4 * i + 4] for i in range(8)], share=share)
+        assert distance(seen.gradients[0], gradient(trainer, loss)) < 2e-5, share
 
 
 class Ear(Coin):
@@ -109,13 +118,13 @@ class Ear(Coin):
 
 
 def test_a_hybrid_begins_as_the_demonstration_and_keeps_to_the_cap(make_trainer):
-    """A cap of 20 tokens cuts prefixes and the answers behind them; who is cut is not finished."""
+    """A cap of 20 tokens truncates prefixes and answers, which are then not finished."""
     ear = Ear()
     trainer = make_trainer("prefix_rft", "rl.max_new_tokens=20", "training.epochs=12",
                            verifier=ear)
     taken, policy = watch_hybrids(trainer), trainer.policy
     trainer.train()
-    order = trainer._batch(trainer.method.stages[0], 0, "prompts", 8)
+    order = first_batch(trainer)
     for hybrid, problem in zip(taken[0], order, strict=True):
         solution = policy.encode_completion(problem.solution)
         assert hybrid.sequence.prompt == policy.encode_prompt(problem.question)
@@ -128,13 +137,14 @@ def test_a_hybrid_begins_as_the_demonstration_and_keeps_to_the_cap(make_trainer)
             ids = hybrid.sequence.completion
             assert hybrid.prefix < len(ids) <= 20 and text == policy.decode(ids)
             assert ended == (ids[-1] in policy.stop_ids)
-    rows = trainer.folder.lines("metrics.jsonl")
+    rows = rows_of(trainer)
     assert [row["prefix_rft/shortest"] for row in rows] == pytest.approx(
         [0.475 * (1 + math.cos(math.pi * t / 6)) for t in range(6)])
     assert trainer.tokens["demonstrations"] == sum(h.prefix for step in taken for h in step)
 
 
-def test_wrong_settings_are_one_sentence(make_trainer):
-    for override, words in (("longest=1", "below 1"), ("token_share=2", "at most 1")):
-        with pytest.raises(UsageError, match=words):
-            make_trainer("prefix_rft", f"prefix_rft.{override}")
+def test_wrong_settings_name_the_key():
+    """Bounds of both fractions."""
+    assert not not_refused("prefix_rft", {
+        "prefix_rft.longest=1": "prefix_rft.longest",
+        "prefix_rft.token_share=2": "prefix_rft.token_share"})

@@ -4,19 +4,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_training import Fixed, distance, watch, watch_rollouts
+from small_training import (
+    Fixed,
+    distance,
+    flat,
+    not_refused,
+    rows_of,
+    take_first_step,
+    watch,
+    watch_rollouts,
+)
 from textbook import coin_rewards, gradient, plain_mean, plain_scores, problems_of
 
+from hybridrl_lib.methods.raft import kept
 from hybridrl_lib.policy.packing import PromptCompletion
-from hybridrl_lib.system.errors import UsageError
 
 
 def test_the_gradient_is_that_of_sft_on_the_right_answers(make_trainer, monkeypatch):
+    """Equal answers to a problem count once."""
     taken = watch_rollouts(monkeypatch)
     trainer = make_trainer("raft", "rl.updates_per_rollout=1", "rl.learning_rate=0.003")
     seen = watch(trainer)
     trainer.train()
-    rows = trainer.folder.lines("metrics.jsonl")
+    rows = rows_of(trainer)
     for index, row in enumerate(rows):
         groups = taken[index]
         rewards = coin_rewards(trainer, problems_of(trainer, groups), groups)
@@ -50,19 +60,20 @@ def test_the_temperature_of_sampling_is_that_of_training(make_trainer, monkeypat
     assert distance(seen.gradients[0], gradient(trainer, losses[1.0])) > 0.1
 
 
-def test_it_is_rl_with_the_reward_for_the_advantage(make_trainer, monkeypatch):
+def test_it_is_rl_with_the_reward_for_the_advantage(make_trainer):
     """The gradient of RL at ratio 1 with A = 1 for a right answer and 0 for a wrong one."""
     found = []
     for setup in ("raft", "rl"):
-        own = ["raft.deduplicate=false"] if setup == "raft" else []
-        trainer = make_trainer(setup, "rl.beta=0", "rl.updates_per_rollout=1", *own, folder=setup)
+        trainer = make_trainer(setup, "rl.beta=0", "rl.updates_per_rollout=1", folder=setup)
         seen = watch(trainer)
         if setup == "rl":
             compose = trainer.method.compose
 
             def with_rewards(step, compose=compose):
                 for rollout in step.rollouts:
-                    rollout.advantages = rollout.rewards
+                    texts = [tuple(c.token_ids) for c in rollout.group.completions]
+                    first = torch.tensor([texts.index(t) == i for i, t in enumerate(texts)])
+                    rollout.advantages = rollout.rewards * first
                 updates = compose(step)
                 right = updates[0].advantages > 0
                 tokens = sum(len(s.completion) for s, one in zip(
@@ -71,39 +82,30 @@ def test_it_is_rl_with_the_reward_for_the_advantage(make_trainer, monkeypatch):
                 return updates
 
             trainer.method.compose = with_rewards
-        trainer._one_step(_first(trainer))
+        take_first_step(trainer)
         found.append(seen.gradients[0])
     assert distance(*found) < 1e-5
 
 
-def _first(trainer):
-    trainer._begin_stage()
-    return trainer._progress()
-
-
-@pytest.mark.parametrize(("overrides", "kept"), [
-    ((), [1, 2, 4]), (("raft.deduplicate=false",), [1, 2, 1, 4]),
-    (("raft.most=2",), [1, 2]), (("raft.most=3", "raft.deduplicate=false"), [1, 2, 1])])
-def test_copies_and_the_cap(make_trainer, overrides, kept):
-    method = make_trainer("raft", *overrides).method
+def test_equal_answers_are_learned_once():
+    """In the order of sampling; wrong ones are left out."""
     answers = [PromptCompletion([9], [number]) for number in (1, 2, 3, 1, 4)]
-    group = SimpleNamespace(sequences=answers, rewards=torch.tensor([1.0, 1, 0, 1, 1]))
-    assert [answer.completion[0] for answer in method.kept(group)] == kept
+    rollout = SimpleNamespace(sequences=answers, rewards=torch.tensor([1.0, 1, 0, 1, 1]))
+    assert [answer.completion[0] for answer in kept(rollout)] == [1, 2, 4]
 
 
 def test_without_a_right_answer_nothing_moves(make_trainer):
+    """No update is taken."""
     trainer = make_trainer("raft", verifier=Fixed([0]))
-    before = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
+    before = flat(trainer)
     trainer.train()
-    assert all(torch.equal(before[name], w) for name, w in trainer.weights().items())
-    row = trainer.folder.lines("metrics.jsonl")[0]
+    assert torch.equal(flat(trainer), before)
+    row = rows_of(trainer)[0]
     assert (row["updates"], row["raft/right"], row["raft/kept"]) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("rl.beta=0.1", "rl.beta cannot be '0.1': the method raft has no KL"),
-    ("rl.overlong_share=0.2", "the method raft has no advantages that a punishment"),
-    ("raft.most=0", "at least 1"), ("rl.dynamic_sampling_rounds=2", "without signal too")])
-def test_wrong_settings_are_one_sentence(make_trainer, override, words):
-    with pytest.raises(UsageError, match=words):
-        make_trainer("raft", override)
+def test_wrong_settings_name_the_key():
+    """It has neither a KL nor advantages, and it reads every group."""
+    assert not not_refused("raft", {
+        override: override.partition("=")[0] for override in
+        ("rl.beta=0.1", "rl.overlong_share=0.2", "rl.dynamic_sampling_rounds=2")})

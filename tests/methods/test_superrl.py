@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
-from small_training import Fixed, distance, watch, watch_rollouts
+from small_training import (
+    Fixed,
+    distance,
+    not_refused,
+    rows_of,
+    take_first_step,
+    trained,
+    watch,
+    watch_rollouts,
+)
 from textbook import all_scores, gradient, plain_rl, plain_sft, problems_of
-
-from hybridrl_lib.system.errors import UsageError
 
 UNSOLVED, HALF, SOLVED = [0, 0, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1]
 MIXED = UNSOLVED * 3 + HALF * 4 + SOLVED
@@ -17,29 +24,29 @@ ONE_UPDATE = ("rl.updates_per_rollout=1", "rl.beta=0")
 def one_step(make_trainer, monkeypatch, setup, rewards, *overrides):
     """(trainer at the first step's weights, its groups, its gradients, its row)."""
     taken = watch_rollouts(monkeypatch)
-    trainer = make_trainer(setup, *ONE_UPDATE, *overrides, verifier=Fixed(rewards))
+    trainer = make_trainer(setup, *ONE_UPDATE, *overrides, verifier=Fixed(rewards),
+                           folder=f"{setup}-{len(rewards)}-{sum(rewards)}")
     seen = watch(trainer)
-    trainer.train()
+    take_first_step(trainer)
     if seen.weights:
         trainer.load_weights(seen.weights[0])
-    return trainer, taken[0], seen.gradients, trainer.folder.lines("metrics.jsonl")[0]
+    return trainer, taken[0], seen.gradients, rows_of(trainer)[0]
 
 
-@pytest.mark.parametrize(("setup", "sft", "rl"), [
-    ("superrl", (0, 1, 2), (3, 4, 5, 6, 7)),
-    ("superrl_advantage", (0, 1, 2, 7), (3, 4, 5, 6)),  # the solved one goes to SFT too
-    ("superrl_code", (), range(8)),  # one right answer opens the gate of the whole update
-])
-def test_each_problem_has_one_loss_and_keeps_its_share(make_trainer, monkeypatch, setup, sft, rl):
+def test_each_problem_has_one_loss_and_keeps_its_share(make_trainer, monkeypatch):
     """3 of 8 problems are unsolved, one is always solved."""
-    trainer, groups, gradients, row = one_step(make_trainer, monkeypatch, setup, MIXED)
-    problems, share = problems_of(trainer, groups), len(sft) / 8
-    rewards = [MIXED[4 * i:4 * i + 4] for i in range(8)]
-    loss = (1 - share) * plain_rl(trainer, [groups[i] for i in rl], [rewards[i] for i in rl])
-    if sft:
-        loss = loss + share * plain_sft(trainer, [problems[i] for i in sft])
-    assert distance(gradients[0], gradient(trainer, loss)) < 2e-5
-    assert (row["superrl/closed"], row["superrl/sft_share"]) == (len(sft), share)
+    for setup, sft, rl in (
+            ("superrl", (0, 1, 2), (3, 4, 5, 6, 7)),
+            ("superrl_advantage", (0, 1, 2, 7), (3, 4, 5, 6)),  # the solved one goes to SFT too
+            ("superrl_code", (), range(8))):  # one right answer opens the gate of the whole update
+        trainer, groups, gradients, row = one_step(make_trainer, monkeypatch, setup, MIXED)
+        problems, share = problems_of(trainer, groups), len(sft) / 8
+        rewards = [MIXED[4 * i:4 * i + 4] for i in range(8)]
+        loss = (1 - share) * plain_rl(trainer, [groups[i] for i in rl], [rewards[i] for i in rl])
+        if sft:
+            loss = loss + share * plain_sft(trainer, [problems[i] for i in sft])
+        assert distance(gradients[0], gradient(trainer, loss)) < 2e-5, setup
+        assert (row["superrl/closed"], row["superrl/sft_share"]) == (len(sft), share)
 
 
 @pytest.mark.parametrize(("setup", "rewards", "closed"), [
@@ -65,23 +72,21 @@ def test_both_updates_of_a_step_follow_the_formula(make_trainer, monkeypatch, se
         if closed[i]:
             loss = loss + share * plain_sft(trainer, [problems[j] for j in closed[i]])
         assert distance(seen.gradients[i], gradient(trainer, loss)) < 2e-4
-    row = trainer.folder.lines("metrics.jsonl")[0]
+    row = rows_of(trainer)[0]
     assert row["superrl/closed"] == sum(map(len, closed)) and row["clip_ratio"] > 0
 
 
-@pytest.mark.parametrize("setup", ["superrl", "superrl_code"])
-def test_without_a_solved_problem_it_is_sft(make_trainer, monkeypatch, setup):
-    trainer, groups, gradients, row = one_step(make_trainer, monkeypatch, setup, UNSOLVED)
-    loss = plain_sft(trainer, problems_of(trainer, groups))
-    assert distance(gradients[0], gradient(trainer, loss)) < 2e-5
-    assert row["superrl/sft_share"] == 1
-
-
-@pytest.mark.parametrize(("setup", "rewards"), [
-    ("superrl", SOLVED), ("superrl_code", SOLVED), ("superrl_drop", SOLVED + UNSOLVED)])
-def test_equal_rewards_and_an_open_gate_teach_nothing(make_trainer, monkeypatch, setup, rewards):
-    _, _, gradients, row = one_step(make_trainer, monkeypatch, setup, rewards)
-    assert not gradients and row["updates"] == 0
+def test_groups_of_equal_rewards(make_trainer, monkeypatch):
+    """Unsolved ones are learned by SFT; solved ones, or dropped ones, teach nothing."""
+    for setup in ("superrl", "superrl_code"):
+        trainer, groups, gradients, row = one_step(make_trainer, monkeypatch, setup, UNSOLVED)
+        loss = plain_sft(trainer, problems_of(trainer, groups))
+        assert distance(gradients[0], gradient(trainer, loss)) < 2e-5, setup
+        assert row["superrl/sft_share"] == 1
+    for setup, rewards in (("superrl", SOLVED), ("superrl_code", SOLVED),
+                           ("superrl_drop", SOLVED + UNSOLVED)):
+        _, _, gradients, row = one_step(make_trainer, monkeypatch, setup, rewards)
+        assert not gradients and row["updates"] == 0, setup
 
 
 def test_the_control_leaves_unsolved_problems_out_of_the_mean(make_trainer, monkeypatch):
@@ -97,16 +102,15 @@ def test_the_control_leaves_unsolved_problems_out_of_the_mean(make_trainer, monk
 
 
 def test_a_loss_that_is_not_finite_leaves_the_learned_weights(make_trainer):
-    """NaN would send s to its floor, and infinity switch that loss off for the rest of the run."""
+    """NaN would send s to its floor, and infinity would switch that loss off until the end."""
     trainer = make_trainer("superrl_log_sigma", *ONE_UPDATE, verifier=Fixed(MIXED))
     score, before = trainer.policy.score, dict(trainer.method.sigma)
     for bad in (math.nan, math.inf):
         trainer.policy.score = lambda *given, bad=bad, **more: tuple(
             bad * one for one in score(*given, **more))
-        trainer.learner.new_optimizer()
-        trainer._one_step(trainer._progress())
+        take_first_step(trainer)
         assert trainer.method.sigma == before
-    assert trainer.folder.lines("metrics.jsonl")[-1]["updates_not_finite"] == 1
+    assert rows_of(trainer)[-1]["updates_not_finite"] == 1
 
 
 def test_learned_weights_follow_their_own_gradient(make_trainer, monkeypatch):
@@ -130,19 +134,16 @@ def test_learned_weights_follow_their_own_gradient(make_trainer, monkeypatch):
 
 
 def test_a_sigma_stops_at_its_floor(make_trainer):
-    """Where L_RL is 0 its s falls at every step: without a floor exp(-2 s) would grow for ever."""
-    trainer = make_trainer("superrl_log_sigma", *ONE_UPDATE, "training.epochs=8",
-                           "superrl.sigma_learning_rate=0.9", verifier=Fixed(SOLVED))
-    trainer.train()
-    rows = trainer.folder.lines("metrics.jsonl")
+    """Where L_RL is 0 its s falls at every step: without a floor exp(-2 s) would grow forever."""
+    trainer = trained(make_trainer, "superrl_log_sigma", *ONE_UPDATE, "training.epochs=8",
+                      "superrl.sigma_learning_rate=0.9", verifier=Fixed(SOLVED))
+    rows = rows_of(trainer)
     assert [row["superrl/sigma_rl"] for row in rows] == pytest.approx([0, -0.891, -1.77309, -2])
     assert trainer.method.sigma["rl"] == -2
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("superrl.gate=random", "one of reward, advantage"),
-    ("superrl.sigma_rl=-3", "below superrl.sigma_floor"),
-    ("superrl.mixing=log_sigma superrl.unsolved=drop", "there is no gate then")])
-def test_wrong_settings_are_one_sentence(make_trainer, override, words):
-    with pytest.raises(UsageError, match=words):
-        make_trainer("superrl", *override.split())
+def test_wrong_settings_name_the_key():
+    """An unknown gate; a weight below its floor; log_sigma together with a gate."""
+    assert not not_refused("superrl", {
+        "superrl.gate=random": "superrl.gate", "superrl.sigma_rl=-3": "superrl.sigma_rl",
+        ("superrl.mixing=log_sigma", "superrl.unsolved=drop"): "superrl.mixing"})

@@ -150,9 +150,10 @@ def test_fast_path_is_certain_or_silent():
 
 def test_fast_path_takes_the_answers_of_a_small_model():
     """What a small model puts into a box is decided without a worker."""
-    undecided = [answer for answer in ("", "12", "-3/4", r"\frac{3}{}", r"\frac{3}{4}", "1/0", "x", "3 + 4", "12 /",
-                   "3 4", "1.2.3", "12x + 3", "x = 5", "5 apples", "1,000", "(3", "3 and 4")
-                 if decide("12", answer) is None]  # fmt: skip
+    undecided = [answer for answer in ("", "12", "-3/4", r"\frac{3}{}", r"\frac{3}{4}", "1/0", "x",
+                                       "3 + 4", "12 /", "3 4", "1.2.3", "12x + 3", "x = 5",
+                                       "5 apples", "1,000", "(3", "3 and 4")
+                 if decide("12", answer) is None]
     assert not undecided
 
 

@@ -1,7 +1,7 @@
-"""No code comes in with a model, data, settings or a checkpoint: each attack is tried.
+"""No code comes in with a model, data, settings, or a checkpoint: each attack is tried.
 
-The payloads of `hostile.py` would create a file if they were run. What SECURITY.md promises about
-them names this file.
+The payloads of `hostile.py` create a file if they are run. SECURITY.md names this file for what it
+promises about them.
 """
 
 import json
@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import struct
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,17 @@ def trace(tmp_path):
 
 
 @pytest.fixture()
-def folder(model_folders, tmp_path):
-    """A model folder of the test's own, whole and harmless so far."""
-    return Path(shutil.copytree(model_folders["qwen2"], tmp_path / "model"))
+def new_folder(model_folders, tmp_path):
+    """new_folder() -> another copy of a complete and harmless model folder."""
+    numbers = count()
+    return lambda: Path(shutil.copytree(model_folders["qwen2"],
+                                        tmp_path / f"model-{next(numbers)}"))
+
+
+@pytest.fixture()
+def folder(new_folder):
+    """One such folder."""
+    return new_folder()
 
 
 def change(path: Path, **entries) -> None:
@@ -55,9 +64,10 @@ def load(path: Path):
 
 
 def sentence_of(path: Path) -> str:
-    """What a user reads who names this model: one sentence."""
+    """The one-sentence error for this model."""
     with pytest.raises(UserError) as caught:
         load(path)
+        pytest.fail(f"{path} was loaded")
     code, sentence = explain(caught.value)
     assert code == 1 and sentence.endswith(".") and "\n" not in str(caught.value)
     return sentence
@@ -67,7 +77,7 @@ def sentence_of(path: Path) -> str:
 
 
 def test_the_payloads_work(tmp_path):
-    """Without this every test below could pass because its attack is a dud."""
+    """Without this, every test below could pass because its attack does nothing."""
     pickle.loads(pickle.dumps(Pickled(tmp_path / "pickle"))).close()
     exec(python_code(tmp_path / "code"))
     torch.save(Pickled(tmp_path / "torch"), tmp_path / "file.pt")
@@ -75,34 +85,35 @@ def test_the_payloads_work(tmp_path):
     assert all((tmp_path / name).exists() for name in ("pickle", "code", "torch"))
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pkl", "model.pt", "model.ckpt"])
-def test_pickled_weights_are_refused(folder, trace, name):
-    """A pickle runs what it likes: a folder with nothing else is refused, whatever its name."""
-    (folder / "model.safetensors").unlink()
-    torch.save(Pickled(trace), folder / name)
-    assert "safetensors" in sentence_of(folder)
+def test_pickled_weights_are_refused(new_folder, trace):
+    """A pickle can run any code: a folder with nothing else is refused, whatever its name."""
+    for name in ("pytorch_model.bin", "model.pkl", "model.pt", "model.ckpt"):
+        folder = new_folder()
+        (folder / "model.safetensors").unlink()
+        torch.save(Pickled(trace), folder / name)
+        assert "safetensors" in sentence_of(folder), name
 
 
-def test_pickles_beside_safetensors_are_not_opened(folder, trace):
-    """Many real folders hold both kinds: the safe one is read, the other left alone."""
+def test_pickles_next_to_safetensors_are_not_opened(folder, trace):
+    """Many real folders have both kinds: the safe one is read, the other is ignored."""
     torch.save(Pickled(trace), folder / "pytorch_model.bin")
     (folder / "vocab.pkl").write_bytes(pickle.dumps(Pickled(trace)))
     (folder / "training_args.bin").write_bytes(pickle.dumps(Pickled(trace)))
     load(folder)
 
 
-@pytest.mark.parametrize("shard", ["evil.bin", "../evil.safetensors", "/tmp/evil.safetensors"])
-def test_an_index_names_safetensors_of_its_own_folder_only(folder, trace, shard):
+def test_an_index_names_safetensors_of_its_own_folder_only(folder, trace):
     """The list of shards is a file too: it cannot point to a pickle or out of the folder."""
     (folder / "model.safetensors").unlink()
     torch.save(Pickled(trace), folder / "evil.bin")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(
-        {"metadata": {}, "weight_map": {"model.norm.weight": shard}}))
-    assert "files of the same folder" in sentence_of(folder)
+    for shard in ("evil.bin", "../evil.safetensors", "/tmp/evil.safetensors"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            {"metadata": {}, "weight_map": {"model.norm.weight": shard}}))
+        assert "model.safetensors.index.json" in sentence_of(folder), shard
 
 
 def test_config_cannot_name_a_pickle(folder, trace):
-    """transformers_weights in config.json picks the file of the weights."""
+    """transformers_weights in config.json chooses the file of the weights."""
     torch.save(Pickled(trace), folder / "evil.bin")
     change(folder / "config.json", transformers_weights="evil.bin")
     assert "safetensors" in sentence_of(folder)
@@ -120,59 +131,59 @@ CODE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model",
         "AutoTokenizer": ["mine.Tokenizer", "mine.Tokenizer"]}
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_code_beside_a_config_is_not_run(folder, trace, known):
-    """auto_map names classes in the folder: a known architecture is loaded without them, another
-    one is refused in a sentence."""
+def test_code_next_to_a_config_is_not_run(folder, trace):
+    """auto_map names classes in the folder: a known architecture loads without them; an unknown
+    one is refused."""
     (folder / "mine.py").write_text(python_code(trace))
-    change(folder / "config.json", auto_map=CODE, **({} if known else {"model_type": "mine"}))
-    if known:
-        load(folder)
-    else:
-        assert "trust_remote_code" not in sentence_of(folder), "an option that there is not"
+    change(folder / "config.json", auto_map=CODE)
+    load(folder)
+    change(folder / "config.json", model_type="mine")
+    assert "trust_remote_code" not in sentence_of(folder), "there is no such option here"
 
 
-@pytest.mark.parametrize("named", ["Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
-def test_code_beside_a_tokenizer_is_not_run(folder, trace, named):
-    """The same for auto_map in tokenizer_config.json, with a class that there is or is not."""
+def test_code_next_to_a_tokenizer_is_not_run(folder, trace):
+    """The same for auto_map in tokenizer_config.json, with known and unknown classes."""
     (folder / "mine.py").write_text(python_code(trace))
-    change(folder / "tokenizer_config.json", auto_map=CODE, tokenizer_class=named)
-    try:
-        load(folder)
-    except UserError:
-        sentence_of(folder)
+    for named in ("Tokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"):
+        change(folder / "tokenizer_config.json", auto_map=CODE, tokenizer_class=named)
+        try:
+            load(folder)
+        except UserError:
+            sentence_of(folder)
 
 
-@pytest.mark.parametrize("kind", template_escapes(Path("x")))
-def test_chat_templates_stay_in_their_sandbox(folder, trace, kind):
+def test_chat_templates_stay_in_their_sandbox(folder, trace):
     """A chat template is a program: one that reaches for more is refused when it is loaded."""
-    (folder / "chat_template.jinja").write_text(template_escapes(trace)[kind])
-    try:
-        policy = load(folder)
-    except UserError:
-        assert "chat template" in sentence_of(folder)
-    else:  # Jinja put nothing in the place of what it would not give
-        assert "class" not in policy.tokenizer.decode(policy.encode_prompt("1 + 1"))
+    for kind, template in template_escapes(trace).items():
+        (folder / "chat_template.jinja").write_text(template)
+        try:
+            policy = load(folder)
+        except UserError:
+            assert "chat template" in sentence_of(folder), kind
+        else:  # Jinja replaced what it refused by nothing
+            assert "class" not in policy.tokenizer.decode(policy.encode_prompt("1 + 1")), kind
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation",
-                                 "_attn_implementation_internal"])
-def test_kernels_of_a_config_are_not_fetched(folder, key):
-    """A config may name code on the hub, and trust_remote_code does not keep it out."""
-    change(folder / "config.json", text_config={key: "kernels-community/mine"})
-    assert "kernels-community/mine" in sentence_of(folder)
+def test_kernels_of_a_config_are_not_fetched(new_folder):
+    """A config may name code on the hub, which trust_remote_code=False does not block."""
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        folder = new_folder()
+        change(folder / "config.json", text_config={key: "kernels-community/mine"})
+        assert "kernels-community/mine" in sentence_of(folder), key
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json",
-                                  "generation_config.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b"{", b'{"model_type": 3}', b""])
-def test_broken_files_of_a_model(folder, name, content):
-    """Nonsense in any file of a model folder: a sentence or a policy, never a traceback."""
-    (folder / name).write_bytes(content)
-    try:
-        load(folder)
-    except UserError:
-        assert "model" in sentence_of(folder)
+def test_broken_files_of_a_model(folder):
+    """Nonsense in any file of a model folder: one sentence or a policy, never a traceback."""
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json",
+                 "generation_config.json", "model.safetensors"):
+        before = (folder / name).read_bytes() if (folder / name).exists() else b""
+        for content in (b"[]", b"\xff\xfe", b"{", b'{"model_type": 3}', b""):
+            (folder / name).write_bytes(content)
+            try:
+                load(folder)
+            except UserError:
+                assert folder.name in sentence_of(folder), (name, content)
+        (folder / name).write_bytes(before)
 
 
 # GGUF -------------------------------------------------------------------------------------------
@@ -207,17 +218,17 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_gguf(tmp_path, kind):
+def test_malformed_gguf(tmp_path):
     """Sizes and types in a GGUF file are anyone's: one sentence, no memory for 2^62 entries."""
     pytest.importorskip("gguf")
     file = tmp_path / "model.gguf"
-    file.write_bytes(MALFORMED[kind])
-    assert "model.gguf" in sentence_of(file)
+    for kind, content in MALFORMED.items():
+        file.write_bytes(content)
+        assert "model.gguf" in sentence_of(file), kind
 
 
-def test_code_beside_a_gguf_file_is_not_run(tmp_path, trace):
-    """The folder of a GGUF file is a folder of downloads: nothing else in it is believed."""
+def test_code_next_to_a_gguf_file_is_not_run(tmp_path, trace):
+    """The folder of a GGUF file may be a folder of downloads: nothing else in it is trusted."""
     pytest.importorskip("gguf")
     (tmp_path / "mine.py").write_text(python_code(trace))
     for name in ("config.json", "tokenizer_config.json"):
@@ -231,7 +242,7 @@ def test_code_beside_a_gguf_file_is_not_run(tmp_path, trace):
 
 
 def forge(trainer, name: str, write) -> Path:
-    """Replaces a file of the newest checkpoint, and its checksum with it, as an attacker would."""
+    """Replaces a file of the newest checkpoint and its checksum, as an attacker would."""
     _, checkpoint = trainer.checkpoints.found()[0]
     write(checkpoint / name)
     checksums = read_checksums(checkpoint)
@@ -241,25 +252,32 @@ def forge(trainer, name: str, write) -> Path:
 
 
 def test_a_pickle_in_a_checkpoint_is_not_run(make_trainer, trace):
-    """optimizer.pt is torch's format, which is a pickle: it is read as tensors only, and whatever
-    is no checkpoint of this project is a sentence."""
+    """optimizer.pt has torch's format, which is a pickle: it is read as tensors only."""
     trainer = make_trainer("sft", "training.checkpoint_every=2")
     trainer.train()
     forge(trainer, "optimizer.pt", lambda path: torch.save(Pickled(trace), path))
-    with pytest.raises(UserError, match="optimizer.pt .*more than tensors") as caught:
+    with pytest.raises(UserError, match="optimizer.pt") as caught:
         make_trainer("sft", "training.checkpoint_every=2").train()
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "state.json", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x04]"])
-def test_forged_checkpoint(make_trainer, name, content):
-    """A checkpoint that its checksums call whole and nobody can read is named, with what to do."""
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_forged_checkpoint(make_trainer):
+    """A checkpoint with correct checksums that cannot be read is named."""
     trainer = make_trainer("sft", "training.checkpoint_every=2")
     trainer.train()
-    checkpoint = forge(trainer, name, lambda path: path.write_bytes(content))
-    with pytest.raises(UserError, match=f"checkpoint {checkpoint.name}"):
-        make_trainer("sft", "training.checkpoint_every=2").train()
+    _, checkpoint = trainer.checkpoints.found()[0]
+    for name in ("optimizer.pt", "state.json", "weights.safetensors"):
+        before = (checkpoint / name).read_bytes()
+        for content in (b"", b"{}", b"\x80\x04]"):
+            forge(trainer, name, lambda path, content=content: path.write_bytes(content))
+            with pytest.raises(UserError, match=checkpoint.name):
+                make_trainer("sft", "training.checkpoint_every=2").train()
+                pytest.fail(f"{name} with {content} was read")
+        forge(trainer, name, lambda path, before=before: path.write_bytes(before))
+    again = make_trainer("sft", "training.checkpoint_every=2")
+    again.train()
+    assert again.resumed_from, "the files that were put back are read"
 
 
 # YAML -------------------------------------------------------------------------------------------
@@ -270,7 +288,7 @@ def yaml_attack(trace: Path) -> str:
 
 
 def test_python_tags_in_settings_are_not_run(trace):
-    """`--set` and a notebook's `settings` are read as YAML: only plain values are."""
+    """`--set` and a notebook's `settings` are read as YAML, but only plain values are accepted."""
     for key in ("rl.beta", "rl.group_size", "data.benchmarks", "training.epochs", "model.path",
                 "model.revision", "model.gradient_checkpointing"):
         attack = f"{key}={yaml_attack(trace)}"
@@ -282,7 +300,7 @@ def test_python_tags_in_settings_are_not_run(trace):
 
 
 def test_python_tags_in_a_preset_are_not_run(trace, tmp_path, monkeypatch):
-    """A preset is a file that people pass on."""
+    """A preset is a file that people share."""
     monkeypatch.setattr(config, "PRESET_FOLDER", tmp_path)
     config.read_preset.cache_clear()
     (tmp_path / "tiny.yaml").write_text(f"rl:\n  beta: {yaml_attack(trace)}\n")
@@ -294,7 +312,7 @@ def test_python_tags_in_a_preset_are_not_run(trace, tmp_path, monkeypatch):
 
 
 def test_python_tags_in_a_record_are_not_run(trace):
-    """The settings of somebody's config.json are data as well."""
+    """The settings in somebody's config.json are data as well."""
     with pytest.raises(UserError, match="rl.beta"):
         settings_from_dict({"rl": {"beta": yaml_attack(trace)}})
 
@@ -302,24 +320,25 @@ def test_python_tags_in_a_record_are_not_run(trace):
 # Data and answers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", [gsm8k.SOURCE, math500.SOURCE], ids=["gsm8k", "math500"])
-def test_scripts_and_pickles_in_a_data_folder_are_not_read(tmp_path, monkeypatch, trace, source):
-    """Only JSON lines are read, as text: a loading script or a pickle is no data set."""
+def test_scripts_and_pickles_in_a_data_folder_are_not_read(tmp_path, monkeypatch, trace):
+    """Only JSON lines are read, as text: a loading script or a pickle is not a data set."""
     monkeypatch.setenv("HYBRIDRL_DATA_DIR", str(tmp_path))
-    (tmp_path / source.folder).mkdir()
-    for name in (source.folder, "dataset", *source.splits):
-        (tmp_path / source.folder / f"{name}.py").write_text(python_code(trace))
-        (tmp_path / source.folder / f"{name}.pkl").write_bytes(pickle.dumps(Pickled(trace)))
-    with pytest.raises(UserError, match="jsonl"):
-        load_rows(source)
-    for split in source.splits:
-        (tmp_path / source.folder / f"{split}.jsonl").write_bytes(pickle.dumps(Pickled(trace)))
-    with pytest.raises(UserError, match="JSON"):
-        load_rows(source)
+    for source in (gsm8k.SOURCE, math500.SOURCE):
+        folder = tmp_path / source.folder
+        folder.mkdir()
+        for name in (source.folder, "dataset", *source.splits):
+            (folder / f"{name}.py").write_text(python_code(trace))
+            (folder / f"{name}.pkl").write_bytes(pickle.dumps(Pickled(trace)))
+        with pytest.raises(UserError, match="jsonl"):
+            load_rows(source)
+        for split in source.splits:
+            (folder / f"{split}.jsonl").write_bytes(pickle.dumps(Pickled(trace)))
+        with pytest.raises(UserError, match="JSON"):
+            load_rows(source)
 
 
 def test_a_folder_named_like_a_hub_data_set_is_not_run(tmp_path, monkeypatch, trace):
-    """`datasets` looks for a folder openai/gsm8k where it stands before it asks the hub."""
+    """`datasets` looks for a local folder openai/gsm8k before it asks the hub."""
     monkeypatch.delenv("HYBRIDRL_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / gsm8k.SOURCE.path
@@ -340,17 +359,17 @@ def test_an_answer_is_not_evaluated(trace):
         for gold in ("5", r"\frac{x}{2}"):
             texts = [rf"\boxed{{{answer}}}" for answer in answers] + answers
             verifier.verify([gold] * len(texts), texts, [True] * len(texts))
-            assert verifier.counts["worker_restarts"] == 0, "each was parsed, to its end"
+            assert verifier.counts["worker_restarts"] == 0, "each was parsed to its end"
 
 
 def test_the_shipped_model_holds_no_code():
-    """What everybody loads first: JSON, text and safetensors."""
+    """The model that everybody loads first has JSON, text, and safetensors only."""
     assert {path.suffix for path in tiny_model_folder().rglob("*") if path.is_file()} <= {
         ".json", ".safetensors", ".md", ".jinja", ".txt"}
 
 
 def test_every_reader_in_the_code_is_a_safe_one():
-    """A new torch.load, YAML loader or eval() comes in with the safe choice, or not at all."""
+    """A new torch.load or YAML loader has to be the safe one."""
     for path in (ROOT / "hybridrl_lib").rglob("*.py"):
         code = path.read_text(encoding="utf-8")
         for word in ("pickle", "yaml.load(", "yaml.unsafe_load", "yaml.full_load", "marshal",
@@ -362,11 +381,12 @@ def test_every_reader_in_the_code_is_a_safe_one():
 
 
 def test_every_test_that_is_promised_exists():
-    """SECURITY.md names what holds its promises: a renamed test would leave it an empty word."""
+    """SECURITY.md names the tests of its promises: a renamed test would leave it empty."""
     promised = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    files = set(re.findall(r"`(tests/\w+\.py)`", promised))
-    own = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_trust*.py")}
-    assert own < files and all((ROOT / name).is_file() for name in files)
+    files = set(re.findall(r"`(tests/[\w/]+\.py)`", promised))
+    own = {f"tests/system/{path.name}" for path in Path(__file__).parent.glob("test_trust*.py")}
+    missing = sorted(own - files) + [name for name in files if not (ROOT / name).is_file()]
+    assert own and not missing
     defined = {name for file in files for name in re.findall(
         r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)}
     names = set(re.findall(r"`(test_\w+)`", promised))
