@@ -1,9 +1,9 @@
 """The memory model against what is measured: every phase of a run, at its caps.
 
 Models are built from a shape with random weights. Each one is a process of its own; its phases are
-those of `hybridrl_lib.machine.memory_estimate`, and the peak is measured afresh in each. What is estimated
-and measured alike is what the run adds to a process that has imported everything and has already
-trained a model of a few weights. See README.md beside this file.
+those of `hybridrl_lib.machine.memory_estimate`, and each phase has its own peak. Both the estimate
+and the measurement are what the run adds to a process that has imported everything and has already
+trained a model of a few weights. See README.md in this folder.
 """
 
 import argparse

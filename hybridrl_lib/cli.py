@@ -82,8 +82,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 1, (f"The disk is full ({error.strerror}); free some space or set "
                    "HYBRIDRL_RESULTS_DIR to another folder, then rerun the command.")
     if isinstance(error, OSError) and error.filename is not None:
-        return 1, (f"Could not access {error.filename} ({error.strerror}); check that it exists and "
-                   "can be read and written.")
+        return 1, (f"Could not access {error.filename} ({error.strerror}); check that it exists "
+                   "and can be read and written.")
     first = (str(error).strip().splitlines() or [""])[0][:300]
     if memory := out_of_memory(error):
         return 1, str(memory)
@@ -134,7 +134,7 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
 
 def add_jobs(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--jobs", type=positive_number, metavar="J",
-                        help=f"{what} at a time; default: one per GPU, or one per core without GPUs")
+                        help=f"{what} at a time; default: one per GPU, else one per core")
 
 
 def add_executor(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +146,7 @@ def add_executor(parser: argparse.ArgumentParser) -> None:
 
 def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", metavar="NAME",
-                        help="folder of the records under results/runs/; default: the preset's name")
+                        help="folder of the records in results/runs/; default: the preset's name")
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -223,8 +223,8 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_preset(parser)
     add_seeds(parser)
     parser.add_argument("--methods", nargs="+", action="extend", default=[], metavar="NAME",
-                        help="setups, or methods, each with its control; default: the paper's setups "
-                             "and all methods")
+                        help="setups, or methods, each with its control; default: the paper's "
+                             "setups and all methods")
     parser.add_argument("--grid", type=factor_list, default=GRID, metavar="FACTORS",
                         help="factors of the preset's learning rates that are tried on validation "
                              "problems, for every arm; 1 tunes nothing; default: "
@@ -264,11 +264,14 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT",
+    parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT",
                         help="a name under results/runs/ or results/published/, or a folder")
+    parser.add_argument("--docs", action="store_true",
+                        help="instead, rewrite the tables of README.md and docs/ of this checkout "
+                             "from the published pages")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="where to write; default: the experiment's folder, or results/runs/NAME "
-                             "for a published one given by name")
+                        help="where to write; default: the experiment's folder, or "
+                             "results/runs/NAME for a published one given by name")
 
 
 # rerun ------------------------------------------------------------------------------------------
@@ -300,8 +303,8 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help="a name under results/runs/")
     parser.add_argument("--to", type=Path, metavar="FOLDER",
-                        help="default: results/published; the folder of the experiment's name there "
-                             "is created or replaced")
+                        help="default: results/published; the folder of the experiment's name "
+                             "there is created or replaced")
 
 
 # list, doctor, pretrain-tiny --------------------------------------------------------------------
@@ -312,7 +315,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="check only this one; exit code 1 if it will not work here")
+    parser.add_argument("--preset", help="check only this one; exit code 1 if it does not fit")
     add_json(parser)
 
 
@@ -326,7 +329,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
     "run": (run_command, add_run, "train and evaluate one setup",
             "hybridrl run sft_then_rl --preset tiny --seed 1 --set rl.beta=0.04"),
     "reproduce": (reproduce_command, add_reproduce,
-                  "execute the notebooks of all setups and seeds through papermill, then the report",
+                  "run the notebooks of all setups and seeds through papermill, then the report",
                   "hybridrl reproduce --preset tiny --seeds 3 --jobs 2"),
     "compare": (compare_command, add_compare,
                 "tune, train, and test methods in the same way, and compare them with SFT -> RL",
@@ -344,7 +347,7 @@ COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
                 "hybridrl publish tiny --to results/published"),
     "list": (list_command, add_json, "show setups, methods, and presets with their costs",
              "hybridrl list --json"),
-    "doctor": (doctor_command, add_doctor, "show what this machine has, and which presets will run on it",
+    "doctor": (doctor_command, add_doctor, "show what this machine has and which presets fit",
                "hybridrl doctor --preset smollm2"),
     "pretrain-tiny": (pretrain_command, add_pretrain, "train the tiny base model",
                       "hybridrl pretrain-tiny --out my-tiny --seed 0"),

@@ -34,7 +34,7 @@ class Setup:
     shares: tuple[float, ...] = ()
 
     def __post_init__(self):
-        # The name becomes a folder and part of pages, the title a cell in Markdown, HTML, and LaTeX.
+        # The name becomes a folder and part of pages, the title a cell in Markdown and LaTeX.
         if not re.fullmatch(r"\w[\w.+-]*", self.name) or re.search(r"[<>&|`$\[\]\\\x00-\x1f]",
                                                                 self.title):
             raise ValueError(f"The setup {self.name!r} ({self.title!r}) needs a plain name, and a "

@@ -1,44 +1,79 @@
-"""Processes that leave a made-up record in place of `hybridrl run`, for commands that start it."""
+"""Made-up records in place of training, for the commands that start `hybridrl run`."""
 
-import sys
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
-# Takes the arguments of `hybridrl run`.
-RUN = f"""
-import json, sys
-sys.path.append({str(Path(__file__).parent)!r})
-import synthetic_records
-from hybridrl_lib.config import load_settings, settings_to_dict
-from hybridrl_lib.records import NUMERICS_VERSION, RunFolder, experiment_folder
-from hybridrl_lib.setups import get_setup
-arguments = sys.argv[1:]
-setup, seed = arguments[1], int(arguments[arguments.index("--seed") + 1])
-experiment = arguments[arguments.index("--experiment") + 1]
-chosen = arguments[arguments.index("--set") + 1:] if "--set" in arguments else []
-settings = settings_to_dict(load_settings("tiny", chosen, setup=get_setup(setup)))
-synthetic_records.GAIN.setdefault(setup, 2.5)
-folder = experiment_folder(experiment)
-synthetic_records.build_experiment(folder, [setup], [seed], {{"tiny_word": 8, "tiny_symbolic": 6}},
-                                   {{"tiny_word": 4}}, epochs=2)
-run = RunFolder(folder / setup / ("seed-0" if setup == "base" else f"seed-{{seed}}"))
-rate = settings["rl"]["learning_rate"]
-run.write("config.json", {{"setup": setup, "seed": seed, "preset": "tiny", "settings": settings,
-                          "numerics_version": NUMERICS_VERSION}})
-run.append("validation.jsonl", {{"step": 1, "strict": 0.9}})
-run.append("validation.jsonl", {{"step": 2, "strict": 0.3 + (rate > 1.5e-4) * (setup == "rl") / 3}})
-"""
+from synthetic_records import build_experiment
+
+from hybridrl_lib.config.presets import get_setup, load_settings, settings_to_dict
+from hybridrl_lib.experiments.jobs import Job
+from hybridrl_lib.records.folders import experiment_folder
+from hybridrl_lib.records.run_folder import NUMERICS_VERSION, RunFolder, run_folder
 
 
-def make_up_runs(monkeypatch, module) -> list[tuple[str, ...]]:
-    """Makes `module.run_job` give such processes; returns the commands that they stand for."""
-    commands, begin = [], module.run_job
+@dataclass
+class Ended:
+    """A process that has already ended."""
 
-    def noted(*arguments):
-        job = begin(*arguments)
-        command = job.command[job.command.index("hybridrl_lib.cli") + 1:]
-        commands.append(command)
-        return replace(job, command=(sys.executable, "-c", RUN, *command))
+    returncode: int
 
-    monkeypatch.setattr(module, "run_job", noted)
-    return commands
+    def poll(self) -> int:
+        return self.returncode
+
+    def wait(self) -> int:
+        return self.returncode
+
+    def interrupt(self) -> None:
+        """Nothing is left to stop."""
+
+    def end(self) -> None:
+        """Nothing is left to kill."""
+
+
+@dataclass
+class MadeUp:
+    """What was started.
+
+    Attributes:
+        commands: the words after `hybridrl` of every job.
+        fails: {name of a job: what it prints before it fails}.
+    """
+
+    commands: list[tuple[str, ...]] = field(default_factory=list)
+    fails: dict[str, str] = field(default_factory=dict)
+
+    def start(self, job: Job, environment: dict[str, str], slot: int) -> Ended:
+        """Stands in for the process of a job."""
+        words = job.command[job.command.index("hybridrl_lib.cli") + 1:]
+        self.commands.append(words)
+        job.log.write_text(self.fails.get(job.name, ""), encoding="utf-8")
+        if job.name in self.fails:
+            return Ended(1)
+        make_up(words)
+        return Ended(0)
+
+
+def make_up_runs(monkeypatch) -> MadeUp:
+    """Lets `compare` and `sweep` find made-up records where they would train."""
+    made_up = MadeUp()
+    monkeypatch.setattr("hybridrl_lib.experiments.plan.start_for",
+                        lambda gpus, cluster: made_up.start)
+    return made_up
+
+
+def make_up(words: tuple[str, ...]) -> RunFolder:
+    """Leaves the record of `hybridrl run ...`."""
+    setup, seed = words[1], int(words[words.index("--seed") + 1])
+    experiment = words[words.index("--experiment") + 1]
+    chosen = words[words.index("--set") + 1:] if "--set" in words else ()
+    settings = settings_to_dict(load_settings("tiny", chosen, setup=get_setup(setup)))
+    folder = experiment_folder(experiment)
+    build_experiment(folder, [setup], [seed], {"tiny_word": 8, "tiny_symbolic": 6},
+                     {"tiny_word": 4}, epochs=2)
+    run = run_folder(folder, setup, 0 if setup == "base" else seed)
+    rate = settings["rl"]["learning_rate"]
+    run.write("config.json", {"setup": setup, "seed": seed, "preset": "tiny",
+                              "settings": settings, "numerics_version": NUMERICS_VERSION})
+    run.append("validation.jsonl", {"step": 1, "strict": 0.9})
+    run.append("validation.jsonl",
+               {"step": 2, "strict": 0.3 + (rate > 1.5e-4) * (setup == "rl") / 3})
+    return run

@@ -231,8 +231,13 @@ def settings_from_dict(values: dict[str, dict[str, Any]]) -> Settings:
     Raises:
         UsageError: an unknown section or key, or an impossible value.
     """
+    return build(flatten(current_keys(values)))
+
+
+def current_keys(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Recorded settings with today's keys, without those that are gone; else as they are."""
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
-        return build(flatten(values))
+        return values
     known: dict[str, dict[str, Any]] = {}
     for section, entries in values.items():
         for name, value in entries.items():
@@ -240,7 +245,7 @@ def settings_from_dict(values: dict[str, dict[str, Any]]) -> Settings:
                              or ".").partition(".")
             if new:
                 known.setdefault(place, {})[new] = value
-    return build(flatten(known))
+    return known
 
 
 def describe(settings: Settings) -> list[tuple[str, str, str]]:

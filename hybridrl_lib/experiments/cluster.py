@@ -1,7 +1,7 @@
 """Runs jobs on the nodes of a Ray cluster; jobs of a node that dies resume elsewhere.
 
 Every job is a Ray task that starts this module as a program on its node; the program runs the job's
-command and watches it. All nodes see the same folders under the same paths, and have this Python, so
+command and watches it. All nodes see the same folders under the same paths and have this Python, so
 a job leaves its log, record, and checkpoints where it would leave them here. Ray restarts a task
 whose node is gone, and the run resumes from its checkpoint.
 

@@ -66,8 +66,16 @@ def sweep_command(arguments: argparse.Namespace) -> None:
 
 
 def report_command(arguments: argparse.Namespace) -> None:
-    from ..records.folders import published_folder, results_folder
+    from ..records.folders import from_here, project_folder, published_folder, results_folder
 
+    if arguments.docs:
+        from ..report.docs import write_tables
+
+        for page in write_tables(project_folder()):
+            print(f"rewrote {from_here(page)}")
+        return
+    if arguments.experiment is None:
+        raise UsageError("Name an experiment, such as tiny, or use --docs.")
     folder, out, published = find_experiment(
         arguments.experiment, results_folder(), published_folder())
     from ..report.report import make_report

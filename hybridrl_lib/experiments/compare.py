@@ -1,4 +1,4 @@
-"""Tunes every arm in the same way, then trains and tests it with the same seeds: `hybridrl compare`.
+"""`hybridrl compare`: tunes every arm in the same way, then trains and tests it with equal seeds.
 
 An arm is a setup. Its learning rates are the preset's times one factor of a small grid, the same
 grid for all arms; the factor is chosen on validation problems with two seeds that are used for

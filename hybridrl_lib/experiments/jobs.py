@@ -1,4 +1,4 @@
-"""A queue of jobs: notebooks and training runs as processes, longest first, with plain progress lines.
+"""A queue of jobs: notebooks and training runs as processes, longest first, with progress lines.
 
 Where a process runs is not decided here: `process.py` starts it on this machine, `cluster.py` on a
 Ray cluster.

@@ -25,7 +25,7 @@ from .cluster import Cluster
 from .jobs import Job, Queue, Start
 from .process import start_here
 
-# Where and how many --------------------------------------------------------------------------------
+# Where and how many -------------------------------------------------------------------------------
 
 
 def gpus_for(preset: str, settings: Sequence[str]) -> int:
@@ -79,7 +79,7 @@ def joined(first: Path, others: str | None) -> str:
     return os.pathsep.join([str(first), *([others] if others else [])])
 
 
-# Runs of a comparison or a sweep -------------------------------------------------------------------
+# Runs of a comparison or a sweep ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

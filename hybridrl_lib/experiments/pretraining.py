@@ -260,7 +260,7 @@ tags: [tiny-v1]
 # tiny-v1: a base model for Table 2 on a CPU
 
 A Qwen2 of {parameters:,} parameters, pretrained from scratch on {tokens / 1e6:.1f} million tokens
-of generated "web" solutions to word problems and symbolic maths, with `hybridrl pretrain-tiny
+of generated "web" solutions to word problems and symbolic math, with `hybridrl pretrain-tiny
 --seed {seed}`. It stands where the paper has Qwen2.5-0.5B, and is nothing like it: its results show
 how the methods work and are no evidence for or against the paper's numbers.
 

@@ -111,8 +111,8 @@ def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequenc
         threads = environment["OMP_NUM_THREADS"]
         say(f"{len(runs)} notebooks ({', '.join(setup.name for setup in chosen)}; "
             f"seeds {', '.join(map(str, dict.fromkeys(seeds)))}), "
-            f"{plan.jobs} at a time with {threads} thread{'' if threads == '1' else 's'} each, into "
-            f"{plan.folder}; Ctrl-C stops, and the same command resumes")
+            f"{plan.jobs} at a time with {threads} thread{'' if threads == '1' else 's'} each, "
+            f"into {plan.folder}; Ctrl-C stops, and the same command resumes")
         start = start_for(plan.gpus, plan.cluster)
         failures = Queue(runs, plan.jobs, environment, say, start).run()
         pages = report_jobs(plan, [job.seed for job in runs], say)

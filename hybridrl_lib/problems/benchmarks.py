@@ -24,7 +24,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark("tiny_word", "tiny word problems", "gsm8k", _generated(load_tiny_word)),
-        Benchmark("tiny_symbolic", "tiny symbolic maths", "math500",
+        Benchmark("tiny_symbolic", "tiny symbolic math", "math500",
                   _generated(load_tiny_symbolic)),
         Benchmark("gsm8k", "GSM8K", None, load_gsm8k),
         Benchmark("math500", "MATH-500", None, load_math500),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.presets import current_keys
 from ..problems.benchmarks import BENCHMARKS, get_benchmark
 from ..problems.problem import Benchmark
 from ..records.folders import is_plain_name
@@ -189,9 +190,14 @@ def _load_run(folder: Path) -> Run | None:
             raise BrokenRecord("its folder is not named like a setup")
         for name in record.altered():
             raise BrokenRecord(f"{name} differs from the checksum in its manifest")
+        config = record.read("config.json") or {}
+        if "settings" in config:
+            config["settings"] = current_keys(config["settings"])
+        if isinstance(manifest.get("tokens"), dict):  # "behaviour" in records of numerics version 2
+            manifest["tokens"] = {name.replace("behaviour", "behavior"): count
+                                  for name, count in manifest["tokens"].items()}
         return Run(
-            setup=folder.parent.name, seed=int(seed), manifest=manifest,
-            config=record.read("config.json") or {},
+            setup=folder.parent.name, seed=int(seed), manifest=manifest, config=config,
             metrics=_read_steps(record, "metrics.jsonl"), probe=_read_steps(record, "probe.jsonl"),
             answers=_read_answers(record, "eval.jsonl"))
     except UserError as error:

@@ -113,18 +113,14 @@ def scores_under(model, groups, temperature):
                 for g in groups for c in g.completions]
 
 
-@pytest.mark.parametrize(("setup", "anchor", "last"), [
-    ("bridge", "reference", None), ("bridge", "old", None), ("bridge_one_step", "reference", None),
-    ("bridge_without_gain", "reference", None), ("bridge_joint", "reference", None),
-    ("bridge", "reference", 0.9), ("bridge_without_gain", "reference", 0.9)])
-def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor, last):
-    """Two mini-batches: in the second all three have moved, and hat's ratio is to the sampler.
-    If lambda is annealed, those of the second step, which is the last."""
+def check_every_gradient(bridge, monkeypatch, setup, anchor, last):
+    """The gradients of both mini-batches of a step; with `last`, of the second and last step."""
     step, lam = (0, LAM) if last is None else (1, last)
     taken = watch_rollouts(monkeypatch)
     trainer = bridge(setup, f"rl.kl_anchor={anchor}", f"training.epochs={2 * (step + 1)}",
                      "rl.learning_rate=0.04", "bridge.base_learning_rate=0.02",
-                     *(() if last is None else (f"bridge.last_rl_weight={last}",)))
+                     *(() if last is None else (f"bridge.last_rl_weight={last}",)),
+                     folder=f"{setup}-{anchor}-{last}")
     seen = Watched(trainer, monkeypatch)
     stage = trainer.method.stages[0]
     demonstrations = trainer._batch(Progress(stage, step, step + 1), "demonstrations", 8)
@@ -157,7 +153,8 @@ def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor, 
             wanted["adapter"] = {n: g if setup == "bridge_joint" else (1 - lam) * g_sft[n]
                                  for n, g in mixed.items() if n not in base}
         for name, expected in wanted.items():
-            assert distance(flat(seen.of(name)[index]), flat(expected)) < 2e-4, (name, index)
+            apart = distance(flat(seen.of(name)[index]), flat(expected))
+            assert apart < 2e-4, (setup, anchor, last, name)
     rates = {name: rate for name, rate, _ in seen.moves}
     assert rates["main"] == pytest.approx(rates["adapter"] * 0.02 / 0.003)
     if "hat" in wanted:
@@ -166,6 +163,17 @@ def test_every_gradient_follows_the_formula(bridge, monkeypatch, setup, anchor, 
         hat = seen.measured[1 if setup == "bridge" else 0]
         assert distance(flat(hat), flat({n: theta[n] for n in hat})) > 1e-3, "they have parted"
     assert ("hat" in wanted) == bool(seen.of("hat"))
+
+
+def test_every_gradient_follows_the_formula(bridge, monkeypatch):
+    """Two mini-batches: in the second all three have moved, and hat's ratio is to the sampler.
+    If lambda is annealed, every step has its own."""
+    for case in (("bridge", "reference", None), ("bridge", "old", None),
+                 ("bridge_one_step", "reference", None),
+                 ("bridge_without_gain", "reference", None), ("bridge_joint", "reference", None),
+                 ("bridge", "reference", 0.9), ("bridge_without_gain", "reference", 0.9)):
+        with monkeypatch.context() as patch:
+            check_every_gradient(bridge, patch, *case)
 
 
 def test_at_the_first_update_the_gain_has_no_gradient(bridge, monkeypatch):
@@ -218,44 +226,46 @@ def test_hat_learns_from_rl_alone(bridge, make_trainer, make_policy):
     assert distance(moved, wanted) < 1e-2
 
 
-@pytest.mark.parametrize("last", [LAM, 0.9])
-def test_without_an_adapter_it_is_the_combined_loss(bridge, make_trainer, monkeypatch, last):
+def test_without_an_adapter_it_is_the_combined_loss(bridge, make_trainer, monkeypatch):
     """Ablation (a): the base weights' gradient is that of `combined`, the adapter stays 0. If
     lambda is annealed, every update has the one of its step."""
-    trainer = bridge("bridge_without_adapter", "training.epochs=4", "rl.beta=0.1",
-                     *(() if last == LAM else (f"bridge.last_rl_weight={last}",)), stir=False)
-    seen = Watched(trainer, monkeypatch)
-    trainer.train()
-    plain = make_trainer("combined", f"combined.first={1 - LAM}", f"combined.last={1 - last}",
-                         "combined.schedule=linear", *SOME[2:], "training.epochs=4", "rl.beta=0.1",
-                         "rl.kl_anchor=reference", folder="plain")
-    other = watch(plain)
-    plain.train()
-    names = list(plain.policy.trained_weights())
-    for mine, theirs in zip(seen.of("main"), other.gradients, strict=True):
-        by_name = {n.replace("base_model.model.", "").replace("base_layer.", ""): g
-                   for n, g in mine.items()}
-        assert distance(torch.cat([by_name[n].flatten() for n in names]), theirs) < 1e-4
-    assert not seen.of("adapter") and not seen.of("hat")
-    assert all(not weight.any() for name, weight in trainer.policy.trained_weights().items() if "lora_B" in name)
-    assert trainer.method.tensors() == {}
+    for last in (LAM, 0.9):
+        with monkeypatch.context() as patch:
+            trainer = bridge("bridge_without_adapter", "training.epochs=4", "rl.beta=0.1",
+                             *(() if last == LAM else (f"bridge.last_rl_weight={last}",)),
+                             stir=False, folder=f"bridge-{last}")
+            seen = Watched(trainer, patch)
+            trainer.train()
+        plain = make_trainer("combined", f"combined.first={1 - LAM}", f"combined.last={1 - last}",
+                             "combined.schedule=linear", *SOME[2:], "training.epochs=4",
+                             "rl.beta=0.1", "rl.kl_anchor=reference", folder=f"plain-{last}")
+        other = watch(plain)
+        plain.train()
+        names = list(plain.policy.trained_weights())
+        for mine, theirs in zip(seen.of("main"), other.gradients, strict=True):
+            by_name = {n.replace("base_model.model.", "").replace("base_layer.", ""): g
+                       for n, g in mine.items()}
+            assert distance(torch.cat([by_name[n].flatten() for n in names]), theirs) < 1e-4
+        assert not seen.of("adapter") and not seen.of("hat")
+        assert all(not weight.any() for name, weight in snapshot(trainer).items()
+                   if "lora_B" in name)
+        assert trainer.method.tensors() == {}
 
 
 def test_one_step_ahead_starts_from_theta_every_time(bridge, monkeypatch):
-    """Where hat follows theta, it is one RL step away at every update, and nothing is kept."""
+    """hat is one RL step away from theta at every update, and a checkpoint does not keep it."""
     trainer = bridge("bridge_one_step", "rl.updates_per_rollout=1")
     seen = Watched(trainer, monkeypatch)
     trainer.train()
-    rows = trainer.folder.lines("metrics.jsonl")
+    rows = rows_of(trainer)
     assert trainer.method.tensors() == {} and len(seen.of("hat")) == len(rows)
-    persistent = record_of(bridge("bridge", "rl.updates_per_rollout=1"))
+    persistent = rows_of(trained(bridge, "bridge", "rl.updates_per_rollout=1"))
     assert rows[-1]["bridge/distance"] < persistent[-1]["bridge/distance"]
 
 
 def test_the_reference_is_the_model_as_loaded(bridge, make_policy):
     """Base weights are trained: switching the adapter off would give a model that has moved."""
-    trainer = bridge("bridge", stir=False)
-    trainer.train()
+    trainer = trained(bridge, "bridge", stir=False)
     batch, = pack([PromptCompletion([5, 6, 7], [8, 9, trainer.policy.eos_id])], 1000, 0)
     with torch.no_grad():
         loaded = make_policy().score(batch)[0]
@@ -266,13 +276,19 @@ def test_the_reference_is_the_model_as_loaded(bridge, make_policy):
     assert (off - loaded).abs().max() > 1e-3
 
 
-def test_what_is_saved_is_an_ordinary_model(bridge, tmp_path):
-    """The adapter is in the saved weights; the policy itself keeps it apart and can go on."""
-    trainer = bridge("bridge")
-    trainer.train()
+def test_sampler_and_saved_model_see_both(bridge, tmp_path):
+    """Sampled log-probabilities are those of base weights and adapter together, and so is the
+    ordinary model that is saved; the policy itself keeps the two apart."""
+    trainer = trained(bridge, "bridge")
+    group, = sample(trainer.policy, [[5, 6, 7]], samples=4, max_new_tokens=8, temperature=1.0)
+    for completion in group.completions:
+        exact = plain_scores(trainer.policy.model, group.prompt_ids, completion.token_ids)[0]
+        torch.testing.assert_close(torch.tensor(completion.log_probabilities), exact.detach(),
+                                   atol=1e-4, rtol=1e-4)
     before = snapshot(trainer)
     trainer.policy.save(tmp_path / "saved")
-    assert all(torch.equal(before[n], w) for n, w in trainer.policy.trained_weights().items())
+    after = snapshot(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
     saved = load_policy(ModelSettings(path=str(tmp_path / "saved"), device="cpu",
                                       precision="fp32"))
     batch, = pack([PromptCompletion([5, 6, 7], [8, 9, 10, saved.eos_id])], 1000, 0)
@@ -284,30 +300,16 @@ def test_what_is_saved_is_an_ordinary_model(bridge, tmp_path):
     assert (mine - off).abs().max() > 1e-3, "the adapter must matter in this test"
 
 
-def test_the_sampler_sees_both(bridge):
-    """Log-probabilities of sampled answers are those of base weights and adapter together."""
-    from hybridrl_lib.policy.sampling import sample
-
-    trainer = bridge("bridge")
-    trainer.train()
-    group, = sample(trainer.policy, [[5, 6, 7]], samples=4, max_new_tokens=8, temperature=1.0)
-    for completion in group.completions:
-        exact = plain_scores(trainer.policy.model, group.prompt_ids, completion.token_ids)[0]
-        torch.testing.assert_close(torch.tensor(completion.log_probabilities), exact.detach(),
-                                   atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("override", "words"), [
-    ("model.adapter=none", "the method bridge works with lora"),
-    ("model.precision=fp16", "three optimizers share a backward pass"),
-    ("bridge.rl_weight=1", "below 1"), ("bridge.adapter=half", "gain")])
-def test_wrong_settings_are_one_sentence(make_trainer, override, words):
-    with pytest.raises(UsageError, match=words):
-        make_trainer("bridge", override)
+def test_wrong_settings_name_the_key():
+    """It needs an adapter, and three optimizers share a backward pass."""
+    assert not not_refused("bridge", {
+        override: override.partition("=")[0] for override in
+        ("model.adapter=none", "model.precision=fp16", "bridge.rl_weight=1",
+         "bridge.adapter=half")})
 
 
 def test_a_loss_that_is_not_finite_moves_nothing_that_it_is_in(bridge):
-    """Its gradient may be finite all the same. hat, whose loss is fine, goes on."""
+    """Even if its gradient is finite. hat, whose loss is fine, takes its step."""
     trainer = bridge("bridge", "rl.updates_per_rollout=1", "training.epochs=4")
     learner, method = trainer.learner, trainer.method
     accumulate, calls = learner.accumulate, []
@@ -333,4 +335,4 @@ def test_a_loss_that_is_not_finite_moves_nothing_that_it_is_in(bridge):
     assert all(torch.equal(before[name], after[0][name]) for name in before)
     assert any(not torch.equal(hat[name], method.hat[name]) for name in hat)
     assert any(not torch.equal(before[name], after[1][name]) for name in before)
-    assert trainer.folder.lines("metrics.jsonl")[0]["updates_not_finite"] == 1
+    assert rows_of(trainer)[0]["updates_not_finite"] == 1

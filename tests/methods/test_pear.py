@@ -1,4 +1,4 @@
-"""`pear`: the weights, whose demonstrations, the update, and what it says of the weights' drift."""
+"""`pear`: the weights, the demonstrations, the update, and the drift of the model's weights."""
 
 import math
 from dataclasses import replace
@@ -6,13 +6,28 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import write_model
-from small_training import SMALL, Coin, Fixed, distance, watch
+from small_training import (
+    SMALL,
+    Coin,
+    Fixed,
+    distance,
+    flat,
+    not_refused,
+    rows_of,
+    snapshot,
+    trained,
+    watch,
+)
 from textbook import gradient, plain_mean, plain_scores
 
 from hybridrl_lib.config.methods import PEARSettings
+from hybridrl_lib.config.sections import ModelSettings
+from hybridrl_lib.experiments.run import run
 from hybridrl_lib.methods.pear import log_weights
+from hybridrl_lib.methods.pear_demonstrations import behavior_policy
 from hybridrl_lib.methods.weight_changes import weight_changes
-from hybridrl_lib.system.errors import UsageError, UserError
+from hybridrl_lib.policy.loading import load_policy
+from hybridrl_lib.system.errors import UserError
 
 WIDE = ("pear.delta_low=-9", "pear.delta_high=9", "pear.log_weight_low=-9",
         "pear.log_weight_high=9")
@@ -20,7 +35,7 @@ OPEN = PEARSettings(delta_low=-9, delta_high=9, log_weight_low=-99, log_weight_h
 
 
 def literal(delta, own):
-    """log G token by token, as the sheet of formulas has it."""
+    """log G token by token, as the formulas have it."""
     delta = [min(max(d, own.delta_low), own.delta_high) for d in delta]
     length, result = len(delta), []
     for t in range(1, length + 1):
@@ -41,20 +56,23 @@ def literal(delta, own):
 # The weights --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 3, 8, 11])
-@pytest.mark.parametrize(("level", "size"), [("token", 4), ("sequence", 4), ("block", 4),
-                                             ("block", 1), ("block", 50)])
-def test_the_weights_are_those_of_the_formula(level, size, length):
+def test_the_weights_are_those_of_the_formula():
     """The suffix leaves t itself out, a short last block is a block, T is the answer's length."""
-    delta = torch.randn(length, generator=torch.Generator().manual_seed(length))
-    for own in (replace(OPEN, level=level, block_size=size, gamma=0.9),
-                replace(OPEN, level=level, block_size=size, delta_low=-0.5, delta_high=0.2,
-                        log_weight_low=-0.7, log_weight_high=0.6)):
-        torch.testing.assert_close(log_weights(delta, own), literal(delta.tolist(), own),
-                                   atol=1e-5, rtol=1e-5)
+    wrong = []
+    for level, size in (("token", 4), ("sequence", 4), ("block", 4), ("block", 1), ("block", 50)):
+        for length in (1, 3, 8, 11):
+            delta = torch.randn(length, generator=torch.Generator().manual_seed(length))
+            for own in (replace(OPEN, level=level, block_size=size, gamma=0.9),
+                        replace(OPEN, level=level, block_size=size, delta_low=-0.5, delta_high=0.2,
+                                log_weight_low=-0.7, log_weight_high=0.6)):
+                expected = literal(delta.tolist(), own)
+                if not torch.allclose(log_weights(delta, own), expected, atol=1e-5, rtol=1e-5):
+                    wrong.append((own, length))
+    assert not wrong
 
 
 def test_blocks_of_one_token_are_the_token_level():
+    """Exactly."""
     delta = torch.randn(20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(log_weights(delta, replace(OPEN, level="block", block_size=1)),
                        log_weights(delta, replace(OPEN, level="token")))
@@ -79,51 +97,49 @@ def first_update(make_trainer, *overrides, setup="pear", **more):
     trainer.train()
     trainer.load_weights(seen.weights[0])
     return (trainer, seen.gradients[0], list(trainer.method.demonstrations.values()),
-            trainer.folder.lines("metrics.jsonl")[0])
+            rows_of(trainer)[0])
 
 
-@pytest.fixture()
-def other(tmp_path):
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
     """A behavior model with the same tokenizer and other weights than the student."""
-    return str(write_model(tmp_path / "other", "qwen2", seed=1))
+    return str(write_model(tmp_path_factory.mktemp("pear") / "other", "qwen2", seed=1))
 
 
 def scores(model, demonstration):
     return plain_scores(model, demonstration.sequence.prompt, demonstration.sequence.completion)[0]
 
 
-@pytest.mark.parametrize("overrides", [
-    ("pear.gamma=0.9", *WIDE), ("pear.level=block", "pear.block_size=3", *WIDE),
-    ("pear.level=sequence",), (), ("pear.normalization=weights", *WIDE),
-    ("pear.centered=true", "pear.normalization=weights", *WIDE),
-    ("pear.normalization=weights", "sft.loss_normalization=sequence_mean", *WIDE)])
-def test_an_update_follows_the_formula(make_trainer, make_policy, other, overrides):
+def test_an_update_follows_the_formula(make_trainer, other):
     """sum_t G_t * -log pi, with G by teacher forcing of the same tokens under both models."""
-    from hybridrl_lib.config.sections import ModelSettings
-    from hybridrl_lib.policy.loading import load_policy
-
-    trainer, measured, demonstrations, row = first_update(
-        make_trainer, f"pear.behavior={other}", "pear.samples=2", *overrides)
     writer = load_policy(ModelSettings(path=other, device="cpu", precision="fp32"))
-    own, losses, weights = trainer.settings.method, [], []
-    for demonstration in demonstrations:
-        mine = scores(trainer.policy.model, demonstration)
-        theirs = scores(writer.model, demonstration).detach()
-        torch.testing.assert_close(demonstration.behavior, theirs, atol=1e-4, rtol=1e-5)
-        delta = (mine - theirs).detach()
-        if own.centered:
-            delta = delta - delta.mean()
-        weights.append(literal(delta.tolist(), own).exp())
-        losses.append(-weights[-1] * mine)
-    normalization = trainer.settings.sft.loss_normalization
-    loss = plain_mean(losses, normalization)
-    if own.normalization == "weights":
-        loss = loss / plain_mean(weights, normalization)
-    assert distance(measured, gradient(trainer, loss)) < 2e-5
-    assert row["loss/sft"] == pytest.approx(loss.item(), rel=1e-4)
-    assert row["pear/weight"] == pytest.approx(float(torch.cat(weights).mean()), rel=1e-4)
-    assert 0 < row["pear/effective"] <= 1
-    assert len({round(float(w), 4) for w in torch.cat(weights)}) > 3, "the weights must differ"
+    for number, overrides in enumerate((
+            ("pear.gamma=0.9", *WIDE), ("pear.level=block", "pear.block_size=3", *WIDE),
+            ("pear.level=sequence",), (), ("pear.normalization=weights", *WIDE),
+            ("pear.centered=true", "pear.normalization=weights", *WIDE),
+            ("pear.normalization=weights", "sft.loss_normalization=sequence_mean", *WIDE))):
+        trainer, measured, demonstrations, row = first_update(
+            make_trainer, f"pear.behavior={other}", "pear.samples=2", *overrides,
+            folder=f"run-{number}")
+        own, losses, weights = trainer.settings.method, [], []
+        for demonstration in demonstrations:
+            mine = scores(trainer.policy.model, demonstration)
+            theirs = scores(writer.model, demonstration).detach()
+            torch.testing.assert_close(demonstration.behavior, theirs, atol=1e-4, rtol=1e-5)
+            delta = (mine - theirs).detach()
+            if own.centered:
+                delta = delta - delta.mean()
+            weights.append(literal(delta.tolist(), own).exp())
+            losses.append(-weights[-1] * mine)
+        normalization = trainer.settings.sft.loss_normalization
+        loss = plain_mean(losses, normalization)
+        if own.normalization == "weights":
+            loss = loss / plain_mean(weights, normalization)
+        assert distance(measured, gradient(trainer, loss)) < 2e-5, overrides
+        assert row["loss/sft"] == pytest.approx(loss.item(), rel=1e-4)
+        assert row["pear/weight"] == pytest.approx(float(torch.cat(weights).mean()), rel=1e-4)
+        assert 0 < row["pear/effective"] <= 1
+        assert len({round(float(w), 4) for w in torch.cat(weights)}) > 3, "the weights must differ"
 
 
 def test_a_policy_that_is_the_behavior_model_does_plain_sft(make_trainer, model_folders):
@@ -141,12 +157,10 @@ def test_a_policy_that_is_the_behavior_model_does_plain_sft(make_trainer, model_
 
 
 def test_the_weights_follow_the_policy(make_trainer, other):
-    """They are taken anew at each update: those of the first would be stale at the second."""
-    trainer = make_trainer("pear", f"pear.behavior={other}", "training.epochs=6",
-                           "sft.learning_rate=0.01", *WIDE)
-    trainer.train()
-    rows = [row["pear/weight"] for row in trainer.folder.lines("metrics.jsonl")
-            if row["stage"] == "sft"]
+    """They are computed at each update: those of the first would be stale at the second."""
+    trainer = trained(make_trainer, "pear", f"pear.behavior={other}", "training.epochs=6",
+                      "sft.learning_rate=0.01", *WIDE)
+    rows = [row["pear/weight"] for row in rows_of(trainer) if row["stage"] == "sft"]
     assert len(rows) == 3 and len(set(rows)) == 3
 
 
@@ -154,8 +168,8 @@ def test_the_weights_follow_the_policy(make_trainer, other):
 
 
 def test_demonstrations_are_the_first_right_answers(make_trainer, other):
-    """Of two answers a problem the verdicts are 01, 10, 00, 11, over and over: a problem with 00
-    is left out of SFT and counted. Two trainers agree; another seed writes other answers."""
+    """The verdicts of two answers per problem are 01, 10, 00, 11, repeated: a problem with 00 is
+    left out of SFT and counted. Two trainers agree; another seed writes other answers."""
     found = []
     for seed in (0, 0, 1):
         trainer = make_trainer("pear", f"pear.behavior={other}", "pear.samples=2",
@@ -164,7 +178,7 @@ def test_demonstrations_are_the_first_right_answers(make_trainer, other):
         trainer.train()
         found.append({name: tuple(d.sequence.completion)
                       for name, d in trainer.method.demonstrations.items()})
-        row = trainer.folder.lines("metrics.jsonl")[0]
+        row = rows_of(trainer)[0]
         assert row["pear/problems_without"] == 8 - len(found[-1])
         assert row["pear/demonstrations"] == len(found[-1])
         taught = sum(map(len, found[-1].values()))
@@ -192,7 +206,7 @@ def test_no_right_answer_at_all_is_a_stage_without_updates(make_trainer):
     """And no crash: RL still runs, from the base model."""
     trainer = make_trainer("pear", "pear.behavior_epochs=1", verifier=Fixed([0]))
     trainer.train()
-    first, *others = trainer.folder.lines("metrics.jsonl")
+    first, *others = rows_of(trainer)
     assert (first["updates"], first["pear/problems_without"]) == (0, 8)
     assert first["updates/beside"] == 1 and not any("updates/beside" in row for row in others)
     assert trainer.tokens["behavior_demonstrations"] > 0 == trainer.tokens["demonstrations"]
@@ -201,10 +215,8 @@ def test_no_right_answer_at_all_is_a_stage_without_updates(make_trainer):
 
 def test_the_behavior_model_of_the_run_is_its_base_model_after_sft(make_trainer):
     """More epochs make the reference solutions likelier; the student is not touched."""
-    from hybridrl_lib.methods.pear_demonstrations import behavior_policy
-
     trainer = make_trainer("pear")
-    before = {name: weight.clone() for name, weight in trainer.weights().items()}
+    before = flat(trainer)
     problem = trainer.parts.train[0]
     prompt, solution = (trainer.policy.encode_prompt(problem.question),
                         trainer.policy.encode_completion(problem.solution))
@@ -218,7 +230,7 @@ def test_the_behavior_model_of_the_run_is_its_base_model_after_sft(make_trainer)
         assert taught.tokens == epochs * sum(len(trainer.policy.encode_completion(p.solution))
                                              for p in trainer.parts.train)
     assert likely[0] < likely[1] == likely[2]
-    assert all(torch.equal(before[name], weight) for name, weight in trainer.weights().items())
+    assert torch.equal(flat(trainer), before)
 
 
 def test_the_arms_rate_leaves_the_demonstrations_as_they_are(make_trainer):
@@ -237,7 +249,7 @@ def test_the_arms_rate_leaves_the_demonstrations_as_they_are(make_trainer):
 
 
 def test_the_monitors_measure_what_rl_did(make_trainer):
-    """Drift, sparsity and alignment of RL's move, from the weights of three moments."""
+    """Drift, sparsity, and alignment of RL's move, from the weights at three moments."""
     trainer = make_trainer("pear", "training.epochs=4", "pear.behavior_epochs=1",
                            "rl.learning_rate=0.01", verifier=Coin())
     first = flat(trainer)
@@ -251,30 +263,24 @@ def test_the_monitors_measure_what_rl_did(make_trainer):
     trainer.train()
     middle = next(weights for stage, step, weights in moments if (stage, step) == ("rl", 0))
     moved = flat(trainer) - middle
-    row = trainer.folder.lines("metrics.jsonl")[-1]
+    row = rows_of(trainer)[-1]
     assert row["pear/drift"] == pytest.approx(float(moved.norm() / middle.norm()), rel=1e-5)
     assert row["pear/sparsity"] == pytest.approx(float((moved.abs() < 1e-5).float().mean()))
     assert row["pear/alignment"] == pytest.approx(
         float(torch.cosine_similarity(middle - first, moved, dim=0)), abs=1e-5)
     assert row["pear/drift"] > 1e-4 and 0 <= row["pear/sparsity"] < 1
-    sizes = [weight.numel() for weight in trainer.weights().values()]
+    sizes = [weight.numel() for weight in snapshot(trainer).values()]
     assert row["pear/drift_by_tensor"] == {
         name: pytest.approx(float(mine.norm() / before.norm()), rel=1e-3)
-        for name, mine, before in zip(trainer.weights(), moved.split(sizes), middle.split(sizes),
+        for name, mine, before in zip(snapshot(trainer), moved.split(sizes), middle.split(sizes),
                                       strict=True)}
 
-def flat(trainer):
-    return torch.cat([w.detach().flatten() for w in trainer.weights().values()]).clone()
 
-
-def test_weights_that_did_not_move_have_no_direction():
+def test_weights_that_did_not_move_or_were_zero():
+    """No direction; no drift of a tensor that was 0, such as an adapter's second half."""
     weights = {"one": torch.ones(3)}
     assert weight_changes(weights, weights, weights) == {
         "drift": 0.0, "drift_by_tensor": {"one": 0.0}, "sparsity": 1.0}
-
-
-def test_a_tensor_that_was_zero_has_no_drift():
-    """An adapter's second half begins at 0; to divide by it would end the run."""
     zero, one = {"a": torch.zeros(2), "b": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)}
     assert weight_changes(zero, zero, one)["drift_by_tensor"] == {"b": 0.0}
 
@@ -282,20 +288,16 @@ def test_a_tensor_that_was_zero_has_no_drift():
 # Refusals -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("pear.behavior=none", "human solutions have no log-probabilities"),
-    ("pear.gamma=0", "above 0"), ("pear.level=word", "token"), ("pear.delta_low=0.1", "at most 0"),
-    ("pear.block_size=0", "at least 1"), ("pear.behavior=/nowhere", "no such file or folder"),
-    ("pear.behavior=./nowhere", "no such file"), ("pear.behavior=no.gguf", "no such file")])
-def test_wrong_settings_are_one_sentence(make_trainer, override, words):
-    with pytest.raises(UsageError, match=words):
-        make_trainer("pear", override)
-
-
-def test_a_block_as_long_as_an_answer_is_refused(make_trainer):
-    """Every weight would be 1: the control arm under PEAR's name."""
-    with pytest.raises(UsageError, match="pear.block_size cannot be '16'.*a single block"):
-        make_trainer("pear", "pear.level=block", "pear.block_size=16", "rl.max_new_tokens=16")
+def test_wrong_settings_name_the_key():
+    """Also a behavior model that is not there, and blocks as long as an answer, with which every
+    weight would be 1: the control arm under PEAR's name."""
+    assert not not_refused("pear", {
+        f"pear.{name}={value}": f"pear.{name}" for name, value in (
+            ("behavior", "none"), ("gamma", 0), ("level", "word"), ("delta_low", 0.1),
+            ("block_size", 0), ("behavior", "/nowhere"), ("behavior", "./nowhere"),
+            ("behavior", "no.gguf"))})
+    assert not not_refused("pear", {("pear.level=block", "pear.block_size=16",
+                                     "rl.max_new_tokens=16"): "pear.block_size"})
 
 
 def test_the_behavior_models_path_names_no_home(monkeypatch, tmp_path):
@@ -304,10 +306,8 @@ def test_the_behavior_models_path_names_no_home(monkeypatch, tmp_path):
     assert PEARSettings(behavior=str(tmp_path / "model")).behavior == "~/model"
 
 
-def test_a_behavior_model_that_is_not_there_binds_nobody(model_folders, other, monkeypatch):
-    """It is looked for before anything is recorded: the command with the right name then runs."""
-    from hybridrl_lib.experiments.run import run
-
+def test_a_behavior_model_that_is_not_there_leaves_no_record(model_folders, other, monkeypatch):
+    """It is looked for before anything is recorded, so the command with the right name runs."""
     monkeypatch.setattr("hybridrl_lib.experiments.run.Verifier", Coin)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = [*SMALL, "pear.samples=2", f"model.path={model_folders['qwen2']}"]
@@ -317,12 +317,11 @@ def test_a_behavior_model_that_is_not_there_binds_nobody(model_folders, other, m
     assert run("pear", settings=[*settings, f"pear.behavior={other}"]).is_complete
 
 
-def test_another_tokenizer_is_one_sentence(make_trainer, other):
-    """Log-probabilities of other tokens would be divided by each other."""
-    from pathlib import Path
-
-    path = Path(other) / "tokenizer.json"
+def test_another_tokenizer_is_refused(make_trainer, tmp_path):
+    """Log-probabilities of different tokens would be divided by each other."""
+    folder = write_model(tmp_path / "renamed", "qwen2", seed=1)
+    path = folder / "tokenizer.json"
     path.write_text(path.read_text(encoding="utf-8").replace('" apples"', '" pears"'),
                     encoding="utf-8")
-    with pytest.raises(UserError, match="another tokenizer"):
-        make_trainer("pear", f"pear.behavior={other}")
+    with pytest.raises(UserError, match="pear.behavior|tokenizer"):
+        make_trainer("pear", f"pear.behavior={folder}")

@@ -18,6 +18,7 @@ from PIL import Image
 from synthetic_records import build_experiment, write_jsonl
 
 from hybridrl_lib.config.presets import KEYS
+from hybridrl_lib.records.files import write_whole
 from hybridrl_lib.report import figures
 from hybridrl_lib.report.comparisons import pairs
 from hybridrl_lib.report.hyperparameters import (
@@ -32,7 +33,7 @@ from hybridrl_lib.report.race import make_race, race_markdown
 from hybridrl_lib.report.report import make_report, make_texts
 from hybridrl_lib.report.style import MARKERS, line_style, palette, style
 from hybridrl_lib.report.table2 import interval_notes, make_table2, table_notes
-from hybridrl_lib.report.text import number, percent, plus, tex, write
+from hybridrl_lib.report.text import number, percent, plus, tex
 from hybridrl_lib.setups import SETUPS, Setup, paper_setups, setups_with_notebook
 from hybridrl_lib.system.errors import UserError
 
@@ -542,7 +543,7 @@ def test_best_checkpoint_that_is_the_last_one_counts(own_records):
     record = json.loads((run / "manifest.json").read_text())
     assert best().interval.seeds == 2
     for step, strict, seeds in ((216, 0.5, 3), (108, 0.5, 2), (216, -1.0, 2), (216, 0.0, 3)):
-        write(run / "manifest.json", json.dumps(
+        write_whole(run / "manifest.json", json.dumps(
             record | {"steps": 216, "best_on_validation": {"strict": strict, "step": step}}))
         assert best().interval.seeds == seeds, (step, strict)
     strict = [line["greedy"]["strict"] for seed in range(3) for line in
@@ -580,6 +581,6 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     """Protects earlier results from a failing write: no partial file is left."""
     target = tmp_path / "table2.csv"
     target.mkdir()
-    with pytest.raises(OSError):
-        write(target, "new")
+    with pytest.raises(UserError, match="table2.csv"):
+        write_whole(target, "new")
     assert list(tmp_path.iterdir()) == [target]

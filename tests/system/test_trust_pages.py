@@ -1,7 +1,7 @@
-"""What a model, a data set or a record says is shown on a page and never becomes part of it.
+"""What a model, a data set, or a record says is shown on a page and never becomes part of it.
 
-The pages are made by the project's own functions over a hostile record, by nbconvert from a
-notebook, and from the report's Markdown; where there is a Chromium, they are opened in it.
+The pages are made by the project's own functions from a hostile record, by nbconvert from a
+notebook, and from the report's Markdown; if Chromium is installed, they are opened in it.
 """
 
 import base64
@@ -19,7 +19,6 @@ from IPython.core.formatters import DisplayFormatter
 from IPython.display import Image
 from synthetic_records import build_experiment
 
-from hybridrl_lib import notebook
 from hybridrl_lib.cli import main
 from hybridrl_lib.notebook import (
     answers,
@@ -31,24 +30,6 @@ from hybridrl_lib.notebook import (
     scores,
     tables,
     wellness,
-)
-from hybridrl_lib.notebook import (
-    answers as answers_module,
-)
-from hybridrl_lib.notebook import (
-    curves as curves_module,
-)
-from hybridrl_lib.notebook import (
-    findings as findings_module,
-)
-from hybridrl_lib.notebook import (
-    scores as scores_module,
-)
-from hybridrl_lib.notebook import (
-    tables as tables_module,
-)
-from hybridrl_lib.notebook import (
-    wellness as wellness_module,
 )
 from hybridrl_lib.notebook.live_view import LiveRun
 from hybridrl_lib.records.run_folder import RunFolder
@@ -128,7 +109,7 @@ def hostile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(hostile, tmp_path_factory):
-    """The report of the hostile experiment, with itself as the published one beside it."""
+    """The report of the hostile experiment, with itself as the published one."""
     out = tmp_path_factory.mktemp("report")
     experiment = load_experiment(hostile)
     (out / "table2.csv").write_text(table2_csv(make_table2(experiment)))
@@ -173,32 +154,31 @@ def collect_outputs(hostile: Path, report: Path) -> list:
     with pytest.MonkeyPatch.context() as patch:
         for module in (answers, tables, curves, scores, findings, wellness):
             patch.setattr(module, "display", collect)
-        for module in (answers, tables, curves, scores, live_view, notebook.place,
-                       notebook.questions):
+        for module in (answers, tables, curves, scores, live_view, place, questions):
             patch.setattr(module, "print", lambda *words, **_: printed.append(
                 " ".join(map(str, words)) + "\n"), raising=False)
-        answers_module.show_completions(record)
-        answers_module.show_answers(record)
-        answers_module.show_tokens([[TEXT]], [[0.5]], [TEXT])
-        tables_module.show_rows([TEXT], [[TEXT]])
-        scores_module.show_scores(record)
-        scores_module.show_reasons(record)
-        scores_module.show_reasons(broken)
-        scores_module.show_signal(broken)
-        wellness_module.show_health(record)
-        wellness_module.show_health(RunFolder(hostile / "rl" / "seed-8"))
-        curves_module.plot_run(record)
-        curves_module.plot_against(evil, "rl")
-        curves_module.plot_against(record, NAME)
-        curves_module.plot_against(record, "absent" + NAME)
-        findings_module.show_claims(report)
+        answers.show_completions(record)
+        answers.show_answers(record)
+        answers.show_tokens([[TEXT]], [[0.5]], [TEXT])
+        tables.show_rows([TEXT], [[TEXT]])
+        scores.show_scores(record)
+        scores.show_reasons(record)
+        scores.show_reasons(broken)
+        scores.show_signal(broken)
+        wellness.show_health(record)
+        wellness.show_health(RunFolder(hostile / "rl" / "seed-8"))
+        curves.plot_run(record)
+        curves.plot_against(evil, "rl")
+        curves.plot_against(record, NAME)
+        curves.plot_against(record, "absent" + NAME)
+        findings.show_claims(report)
         for path in sorted(report.glob("*.md")):
-            tables_module.show_table(path)
+            tables.show_table(path)
         for kind in sorted(("reward", "kl", "table2")):
-            tables_module.show_picture(hostile, kind)
+            tables.show_picture(hostile, kind)
         patch.setattr(findings, "published_folder", lambda: report.parent)
-        findings_module.show_findings("rl", report.name)
-        findings_module.show_findings("rl", NAME)
+        findings.show_findings("rl", report.name)
+        findings.show_findings("rl", NAME)
         (report.parent / NAME).mkdir(exist_ok=True)
         for name in ("table2.csv", "differences.csv"):
             lines = (report / name).read_text().splitlines()
@@ -206,8 +186,8 @@ def collect_outputs(hostile: Path, report: Path) -> list:
             (report.parent / NAME / name).write_text("\n".join(
                 [lines[0], *(f'{line},"{text}"'.replace("tiny_word", f'"tiny{text}"')
                              for line in lines[1:])]))
-        findings_module.show_findings("rl", NAME)
-        findings_module.show_claims(report.parent / NAME)
+        findings.show_findings("rl", NAME)
+        findings.show_claims(report.parent / NAME)
         (report / f"{NAME}.txt").write_text("")
         place.list_files(report)
         questions.check(TEXT, TEXT, "no", hint=TEXT)
@@ -227,7 +207,7 @@ def collect_outputs(hostile: Path, report: Path) -> list:
 
 
 def test_no_view_makes_an_element_of_it(page):
-    """Whatever a model or a record's maker wrote, the page has the project's own elements only."""
+    """Whatever a model or a record's author wrote, the page only has the project's elements."""
     book = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
     kinds = set()
     for output in book.cells[0].outputs:
@@ -244,7 +224,7 @@ def test_no_view_makes_an_element_of_it(page):
 
 
 def test_markdown_of_the_report_holds_no_html(report):
-    """report.md is read on the web, in editors and notebooks: no tag, link or formula gets in."""
+    """report.md is read on the web and in editors: no tag, link, or formula gets into it."""
     for path in report.glob("*.md"):
         text = path.read_text(encoding="utf-8")
         outside = "".join(text.split("`")[::2])
@@ -254,7 +234,7 @@ def test_markdown_of_the_report_holds_no_html(report):
 
 
 def test_tables_of_the_report_keep_their_columns(report):
-    """A `|` or a line break in a name would move every number of a row to another column."""
+    """A `|` or a line break in a name would move the numbers of a row to other columns."""
     for path in report.glob("*.md"):
         rows = 0
         for line in path.read_text(encoding="utf-8").split("\n"):
@@ -266,19 +246,18 @@ def test_tables_of_the_report_keep_their_columns(report):
                 rows = 0
 
 
-def test_runs_with_hostile_names_are_left_out_and_said(hostile):
-    """One bad folder keeps the reader neither from the others nor from knowing of it."""
+def test_runs_with_hostile_names_are_left_out_and_named(hostile):
+    """One bad folder does not hide the other runs, and is named."""
     experiment = load_experiment(hostile)
     assert experiment.setups == ("base", "sft", "rl")
     assert {(run.setup, run.seed) for run in experiment.runs if run.setup == "rl"} == {
         ("rl", 0), ("rl", 1)}
-    left_out = [note for note in experiment.notes if note.startswith("Left out")]
-    assert len(left_out) == 6
+    assert len(experiment.notes) >= 6, "one for each folder that was left out"
     assert not Tags("".join(experiment.notes) + experiment.name).found
 
 
 def test_terminal_gets_no_control_characters(hostile, tmp_path, capsys):
-    """A name could move the cursor, set the window's title or hide what is written."""
+    """A name could move the cursor, set the window's title, or hide what is written."""
     assert main(["report", str(hostile), "--out", str(tmp_path)]) == 0
     assert main(["report", str(hostile / "absent\x1b]0;title\x07")]) == 1
     assert main(["run", "sft", "--experiment", "a\x1b[2Jb"]) == 1
@@ -288,14 +267,16 @@ def test_terminal_gets_no_control_characters(hostile, tmp_path, capsys):
     assert errors.count("\n") == 3
 
 
-@pytest.mark.parametrize("setup", SETUPS.values(), ids=lambda setup: setup.name)
-def test_titles_of_setups_are_plain(setup):
-    """They stand in Markdown, HTML, LaTeX and pictures as they are."""
-    assert literal(setup.title) == setup.title and code_span(setup.name) == f"`{setup.name}`"
+def test_titles_of_setups_are_plain():
+    """They appear unchanged in Markdown, HTML, LaTeX, and figures."""
+    wrong = [setup.name for setup in SETUPS.values()
+             if literal(setup.title) != setup.title
+             or code_span(setup.name) != f"`{setup.name}`"]
+    assert not wrong
 
 
 def test_what_runs_record_of_themselves_is_shown_unchanged():
-    """The escapes are for attacks: an ordinary record reads as before."""
+    """The escapes are for attacks: an ordinary record is not changed."""
     for text in ("Qwen/Qwen2.5-0.5B, 494,032,768 parameters, sha256 0123", "(10, 20)", "+6.7 − 1",
                  "q_proj, k_proj", "CPU: AMD EPYC 7B13, 2 cores", "hub openai/gsm8k@e53f048", "λ"):
         assert literal(text) == text == printable(text)
@@ -312,7 +293,7 @@ window.addEventListener('load', () => setTimeout(() => {
 
 
 def opened(path: Path, folder: Path) -> str:
-    """The page as Chromium has it after its scripts ran."""
+    """The page after Chromium ran its scripts."""
     if CHROMIUM is None:
         pytest.skip("no Chromium here")
     spied = folder / "spied.html"
@@ -331,7 +312,7 @@ def verdict(dom: str) -> str:
 
 
 def test_the_spy_sees_an_attack(tmp_path):
-    """Without this the tests below could pass because nothing is ever noticed."""
+    """Without this, the tests below could pass because nothing is ever noticed."""
     for number, attack in enumerate((TEXT.replace("\ud800", ""), OPEN_LINK)):
         (tmp_path / "bad.html").write_text(f"<title>page</title><body>{attack}</body>")
         folder = tmp_path / str(number)
@@ -347,7 +328,7 @@ def test_a_notebook_of_every_view_in_a_browser(page, tmp_path):
 
 
 def test_the_report_in_a_browser(report, tmp_path):
-    """report.md and its tables by a Markdown reader that lets HTML through."""
+    """report.md and its tables in a Markdown reader that allows HTML."""
     mistune = pytest.importorskip("mistune")
     read = mistune.create_markdown(escape=False, plugins=["table"])
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(report.glob("*.md")))
@@ -356,13 +337,13 @@ def test_the_report_in_a_browser(report, tmp_path):
 
 
 def test_pictures_hold_no_script(report, tmp_path):
-    """An SVG is a page: opened by itself it runs what stands in it."""
+    """An SVG is a page: if it is opened on its own, its scripts run."""
     for path in (report / "figures").glob("*.svg"):
         text = path.read_text(encoding="utf-8")
         assert "<script" not in text and "onerror" not in text and "javascript" not in text
 
 
-def test_a_missing_table_is_a_sentence(tmp_path):
-    """File names are shown in errors too."""
+def test_a_missing_table_is_an_error(tmp_path):
+    """File names are shown in errors, too."""
     with pytest.raises(UserError):
-        tables_module.show_table(tmp_path / f"{NAME}.md")
+        tables.show_table(tmp_path / f"{NAME}.md")

@@ -1,4 +1,4 @@
-"""Nothing that is written or committed names a key, a person's folder or a machine."""
+"""Nothing that is written or committed names a key, a person's folder, or a machine."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import pytest
 
 from hybridrl_lib.config.presets import load_settings
 from hybridrl_lib.experiments.jobs import Job, Queue
+from hybridrl_lib.experiments.process import start_here
 from hybridrl_lib.policy.loading import load_policy
 from hybridrl_lib.system.errors import Stopped
 from hybridrl_lib.system.paths import hide_home, without_home
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SECRET, PERSON = "hf_CanarySecretOfTheEnvironment", "canary-person-of-this-machine"
 KEYS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_KEY",
         "GITHUB_TOKEN", "HYBRIDRL_UNKNOWN")
-# Folders of people and machines, and what keys of well-known services look like.
+# Folders of people and machines, and keys of well-known services.
 PRIVATE = re.compile(
     rb"(?<![\w.:/$-])/(?:home|root|work|Users|mnt|scratch)/[\w.]|[A-Z]:\\Users\\|"
     rb"\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|"
@@ -27,18 +28,18 @@ PRIVATE = re.compile(
 
 
 def tracked() -> list[Path]:
-    """The files of the repository; those of its folder where there is no git."""
+    """The files of the repository."""
     try:
         names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True,
                                check=True).stdout.split("\0")
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no git here")
+        pytest.skip("git is not available")
 
 
 def test_nothing_committed_is_private():
-    """Notebooks with their outputs, published records, everything: no key and nobody's folder."""
-    files = [path for path in tracked() if path.parent != ROOT / "tests"]  # they hold examples
+    """Notebooks with outputs, published records, everything: no key and no person's folder."""
+    files = [path for path in tracked() if ROOT / "tests" not in path.parents]  # have examples
     assert len(files) > 100
     found = [(str(path.relative_to(ROOT)), match.group()) for path in files
              for match in PRIVATE.finditer(path.read_bytes())]
@@ -46,7 +47,7 @@ def test_nothing_committed_is_private():
 
 
 def test_the_pattern_finds_what_it_should():
-    """Without this the test above could pass because it looks for nothing."""
+    """Without this, the test above could pass because its pattern matches nothing."""
     for text in (b'"/home/ann/x"', b"/root/.cache", b"C:\\Users\\Ann", b"hf_" + b"a" * 34,
                  b"ghp_" + b"1" * 36, b"sk-" + b"a" * 40, b"-----BEGIN RSA PRIVATE KEY"):
         assert PRIVATE.search(text), text
@@ -55,7 +56,7 @@ def test_the_pattern_finds_what_it_should():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, model_folders):
-    """What `hybridrl reproduce` leaves in the folder of a person, with keys in the environment."""
+    """What `hybridrl reproduce` leaves in a person's folder, with keys in the environment."""
     home = tmp_path_factory.mktemp("homes") / PERSON
     checkout = home / "work" / "checkout"
     for part in ("hybridrl_lib", "notebooks"):
@@ -74,9 +75,11 @@ def written(tmp_path_factory, model_folders):
     return home / "results"
 
 
-def test_a_fresh_record_holds_no_key_and_no_folder_of_its_maker(written):
-    """Records, executed notebooks, their metadata, logs, checkpoints and the report are passed
-    on: none says whose folder it was made in or what was in the environment."""
+@pytest.mark.slow
+@pytest.mark.xdist_group("papermill")
+def test_a_new_record_has_no_key_and_no_folder_of_its_author(written):
+    """Records, executed notebooks, logs, checkpoints, and the report are shared: none says in whose
+    folder it was made or what was in the environment."""
     files = [path for path in written.rglob("*") if path.is_file()]
     kinds = {path.suffix for path in files}
     assert kinds >= {".json", ".jsonl", ".ipynb", ".log", ".md", ".csv", ".tex", ".svg", ".png",
@@ -87,14 +90,16 @@ def test_a_fresh_record_holds_no_key_and_no_folder_of_its_maker(written):
     assert leaks == []
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("papermill")
 def test_a_model_below_the_home_folder_is_recorded_as_such(written):
-    """The record stays repeatable: `~` is the home of whoever runs it again."""
+    """The record stays repeatable: `~` is the home folder of whoever runs it again."""
     config = (written / "tiny-smoke" / "sft" / "seed-0" / "config.json").read_text()
     assert '"path": "~/models/small"' in config
 
 
 def test_home_is_abbreviated_and_found_again(tmp_path, monkeypatch, model_folders):
-    """One setting, whether the path is given in full or with `~`: a run goes on in both cases."""
+    """A full path and one with `~` are the same setting, so a run resumes in both cases."""
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(model_folders["qwen2"], tmp_path / "model")
     full, short = (load_settings("tiny", [f"model.path={path}", "model.device=cpu"])
@@ -107,21 +112,20 @@ def test_home_is_abbreviated_and_found_again(tmp_path, monkeypatch, model_folder
     assert without_home("/data/x") == "/data/x"
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_a_saved_model_does_not_say_where_its_base_lay(tmp_path, monkeypatch, model_folders,
-                                                       adapter):
-    """transformers and PEFT put the path that a model was loaded from into what they save."""
+def test_a_saved_model_does_not_say_where_its_base_was(tmp_path, monkeypatch, model_folders):
+    """transformers and PEFT write the path that a model was loaded from into what they save."""
     monkeypatch.setenv("HOME", str(tmp_path / PERSON))
     shutil.copytree(model_folders["qwen2"], tmp_path / PERSON / "model")
-    settings = load_settings("tiny", ["model.path=~/model", f"model.adapter={adapter}"])
-    load_policy(settings.model).save(tmp_path / "saved")
-    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
-    assert len(files) > 3
-    assert [path.name for path in files if PERSON.encode() in path.read_bytes()] == []
+    for adapter in ("none", "lora"):
+        settings = load_settings("tiny", ["model.path=~/model", f"model.adapter={adapter}"])
+        load_policy(settings.model).save(tmp_path / adapter)
+        files = [path for path in (tmp_path / adapter).rglob("*") if path.is_file()]
+        assert len(files) > 3
+        assert [path.name for path in files if PERSON.encode() in path.read_bytes()] == []
 
 
 def test_logs_and_notebooks_of_a_failure_do_not_name_the_home_folder(tmp_path, monkeypatch):
-    """A traceback names files: of the log, the notebook and the reason that is printed, too."""
+    """A traceback names files: in the log, in the notebook, and in the reason that is printed."""
     home = tmp_path / PERSON
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
@@ -133,7 +137,7 @@ def test_logs_and_notebooks_of_a_failure_do_not_name_the_home_folder(tmp_path, m
     job = Job(name="failing", command=(sys.executable, "-c", code, str(home / "b")),
               folder=tmp_path, output=tmp_path / "out.ipynb", log=tmp_path / "out.log", weight=1.0)
     lines = []
-    failures = Queue([job], 1, dict(os.environ), lines.append).run()
+    failures = Queue([job], 1, dict(os.environ), lines.append, start_here(0)).run()
     assert failures == {job: "OSError: no ~/b"}
     texts = [job.log.read_text(), job.output.read_text(), *lines]
     assert "Traceback" in texts[0] and "loading ~/a" in texts[0]
@@ -141,27 +145,35 @@ def test_logs_and_notebooks_of_a_failure_do_not_name_the_home_folder(tmp_path, m
 
 
 def test_a_stopped_notebook_does_not_name_the_home_folder(tmp_path, monkeypatch):
-    """Ctrl-C leaves the logs of what was under way."""
+    """Ctrl-C leaves the logs of the jobs that were running."""
     home = tmp_path / PERSON
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     job = Job(name="long", command=(sys.executable, "-uc", (
         f"import time; print({str(home / 'a')!r}); time.sleep(600)")), folder=tmp_path,
         output=tmp_path / "out.ipynb", log=tmp_path / "out.log", weight=1.0)
-    queue = Queue([job], 1, dict(os.environ), print)
+    start = start_here(0)
 
-    def stop_once_it_has_spoken():
-        if job.log.stat().st_size:
-            raise KeyboardInterrupt
+    def stop_once_it_has_printed(*arguments):
+        process = start(*arguments)
+        poll = process.poll
 
-    monkeypatch.setattr(queue, "_tell_now_and_then", stop_once_it_has_spoken)
+        def look():
+            if job.log.stat().st_size and poll() is None:
+                process.poll = poll
+                raise KeyboardInterrupt
+            return poll()
+
+        process.poll = look
+        return process
+
     with pytest.raises(Stopped):
-        queue.run()
+        Queue([job], 1, dict(os.environ), print, stop_once_it_has_printed).run()
     assert job.log.read_text() == "~/a\n"
 
 
 def test_only_the_home_folder_is_hidden(tmp_path, monkeypatch):
-    """Folders that are spelt alike, and pictures, stay as they are."""
+    """Folders with similar names, and pictures, are not changed."""
     monkeypatch.setenv("HOME", "/home/ann")
     picture = "iVBORw0KGgoAAAANSUhEUgAAAoAAAAHg/home/ann/CAYAAAA10"
     text = (f'"text": "see\\n/home/ann/x, file:///home/ann and /home/anna/x, /home/ann-b, \x1b[31m'

@@ -1,6 +1,7 @@
 """Scores: one greedy answer and m samples a problem, each row what it says it is."""
 
 import pytest
+from hybridrl_lib.report.signal_lines import signal_lines
 from small_training import Coin, Fixed, small_settings
 
 from hybridrl_lib.experiments.run import first_per_benchmark
@@ -8,7 +9,6 @@ from hybridrl_lib.learning.judging import verdicts_of
 from hybridrl_lib.policy.completions import Completion, Group
 from hybridrl_lib.policy.sampling import sample
 from hybridrl_lib.problems.splits import load_parts
-from hybridrl_lib.report.signal_lines import signal_lines
 from hybridrl_lib.rewards.verifier import Verifier
 from hybridrl_lib.training.evaluation import accuracy, evaluate
 
