@@ -5,6 +5,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +87,9 @@ def small_settings(*overrides, setup=None):
                          smoke=False, setup=chosen)
 
 
+parts_of = cache(load_parts)  # the tiny worlds take longer to make than a small run to train
+
+
 def not_refused(setup: str | None, refused: dict[str | Sequence[str], str]) -> list:
     """The settings that are not refused with an error that names the key.
 
@@ -110,7 +114,7 @@ def make_trainer(setup, *overrides, policy, folder: Path, seed=0, verifier=None,
     """A trainer on the settings' training problems; without validation it only trains."""
     settings = small_settings(*overrides, setup=setup)
     chosen = get_setup(setup)
-    parts = ProblemParts(train=load_parts(settings.data).train if train is None else train,
+    parts = ProblemParts(train=parts_of(settings.data).train if train is None else train,
                          validation=tuple(validation), test=())
     return Trainer(policy, make_method(chosen, settings), parts, settings,
                    with_entropy=chosen.entropy, seed=seed, folder=RunFolder(folder),

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: forest plot, Pass@k against k, and each method's own diagnostics."""
+"""Figures of a comparison: forest plot, Pass@k against k, and the methods' own diagnostics."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from .style import legend_below, line_style, new_figure, show_size_of_constant
 
 GREY = "#777777"
 PANELS = 3  # in a row
-TITLE_WIDTH = 27  # letters that fit above such a panel
+TITLE_WIDTH = 27  # characters that fit above such a panel
 SFT_WEIGHT = "lambda/sft"
 TITLES = {SFT_WEIGHT: "λ, weight of the SFT loss", "kl/anchor": "KL to the loss's anchor"}
 
@@ -46,7 +46,7 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm], baseline: str,
                        markerfacecolor=look["color"] if p < SIGNIFICANT else "white")
         panel.axvline(0.0, color=GREY, linewidth=0.9)
         panel.set_title(benchmark_title(benchmark).title, loc="left")
-        panel.set(xlabel=f"points more than {setup_title(baseline)}", ylim=(len(shown) - 0.4, -0.6))
+        panel.set(xlabel=f"points above {setup_title(baseline)}", ylim=(len(shown) - 0.4, -0.6))
         panel.set_yticks(range(len(shown)), [titles[arm.setup] for arm in shown])
         panel.tick_params(axis="y", length=0)
         panel.grid(True, axis="x")
@@ -54,7 +54,8 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm], baseline: str,
         panel.spines["left"].set_visible(False)
     marks = [Line2D([], [], color="#333333", marker="o", markersize=5.5, linewidth=1.8,
                     markerfacecolor=fill, label=label)
-             for fill, label in (("#333333", f"p < {SIGNIFICANT} after Holm"), ("white", "not"))]
+             for fill, label in (("#333333", f"p < {SIGNIFICANT} after Holm"),
+                                 ("white", "not significant"))]
     if any(titles[arm.setup] != setup_title(arm.setup) for arm in shown):
         marks.append(Line2D([], [], linestyle="", label="† more than the baseline's budget"))
     legend_below(figure, marks, len(marks))
@@ -62,7 +63,7 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm], baseline: str,
 
 
 def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
-    """Pass@k against k, a panel an arm, the baseline in gray."""
+    """Pass@k against k, a panel per arm, the baseline in gray."""
     def curve(setup: str, benchmark: str) -> tuple[list[int], list[float]]:
         ks = [2 ** power for power in range(8)]
         found = [(k, score(experiment, setup, benchmark, f"pass@{k}")) for k in ks]
@@ -100,27 +101,27 @@ def draw_pass_at_k(experiment: Experiment, baseline: str) -> Figure | None:
 
 
 def _hide_empty(panels: np.ndarray, filled: int, label: str) -> None:
-    """Hides the panels (rows, columns) past those filled; each column's last has the x-label."""
+    """Hides unused panels (rows, columns); each column's last panel has the x-label."""
     for place, panel in enumerate(panels.flat):
         panel.set_visible(place < filled)
         if place < filled <= place + panels.shape[1]:
             panel.set_xlabel(label)
-            panel.tick_params(labelbottom=True)  # a shared axis has its ticks in the last row
+            panel.tick_params(labelbottom=True)  # a shared axis shows them in the last row only
 
 
 def is_own(key: str, method: str) -> bool:
-    """Whether a column of metrics.jsonl is a method's, or one that a setting of its runs adds."""
+    """Whether a column of metrics.jsonl belongs to a method, or to a setting of its runs."""
     return key == "kl/anchor" or key.partition("/")[0] in (method, "entropy_control")
 
 
 def title_of(key: str) -> str:
-    """A column in words: `relift/sft_share` is the SFT share."""
+    """A column's title: `relift/sft_share` is SFT share."""
     words = key.partition("/")[2].split("_")
     return TITLES.get(key) or " ".join(w.upper() if w in ("kl", "rl", "sft") else w for w in words)
 
 
 def limit_of(config: Mapping, method: str, key: str) -> float | None:
-    """The setting that a run's column is held against, if it has one and it is a number."""
+    """The setting that limits a run's column, if there is one and it is a number."""
     name = key.partition("/")[2]
     if method not in METHODS or name not in METHODS[method].limits:
         return None
@@ -129,10 +130,10 @@ def limit_of(config: Mapping, method: str, key: str) -> float | None:
 
 
 def draw_diagnostics(experiment: Experiment, method: str) -> Figure | None:
-    """A panel each of a method's own columns in metrics.jsonl, a line each of its runs.
+    """A panel per column that a method adds to metrics.jsonl, a line per run.
 
-    The weight of the SFT loss is among them where a method mixes the losses, or switches. Dashed:
-    the setting of the same name, if it is a limit or target (`MethodSettings.limits`).
+    Also the weight of the SFT loss, if the method changes it. Dashed: the setting of the same name,
+    if it is a limit or target (`MethodSettings.limits`).
     """
     setups = [name for name in experiment.setups if SETUPS[name].method == method]
     runs = {name: experiment.of(name) for name in setups}

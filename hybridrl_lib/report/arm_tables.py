@@ -1,4 +1,4 @@
-"""Arms beside each other, as tables and files; no torch needed."""
+"""A comparison's tables and files; no torch needed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from .text import (
     number,
     percent,
     plain_table,
-    tex,
+    tex_table,
 )
 
 COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "difference", "diff_low",
@@ -39,10 +39,10 @@ def report_arms(folder: Path, experiment: Experiment, arms: Sequence[Arm], basel
 
     Args:
         tuned: what each tuning run scored (`compare.Tuned`).
-        alone: by benchmark, the arms that were trained on it alone.
+        alone: by benchmark, the arms trained on it alone.
 
     Returns:
-        The files, and as text for a terminal the scores and what each arm used.
+        The files, and for the terminal the scores and what each arm used.
     """
     texts = arms_texts(experiment, arms, baseline, tuned, alone)
     files = [write_whole(folder / name, text) for name, text in texts.items()]
@@ -85,7 +85,7 @@ def chosen(arms: Sequence[Arm], setup: str) -> float | None:
 
 
 def arms_csv(arms: Sequence[Arm]) -> str:
-    """Long form: a line an arm, benchmark and metric; percent and percentage points."""
+    """Long form: a line per arm, benchmark, and metric; percent and percentage points."""
     rows, judged = [], (EXACT_MATCH,) if unlike_rates(arms) else None
     for arm in arms:
         for key, interval in arm.scores.items():
@@ -113,7 +113,7 @@ def header(experiment: Experiment, metrics: Sequence[str]) -> list[str]:
 
 
 def marked_titles(arms: Sequence[Arm], baseline: str) -> dict[str, str]:
-    """{setup: its title}, with a dagger where it used more than the baseline's budget."""
+    """{setup: title}, with a dagger if it used more than the baseline's budget."""
     beyond = beyond_budget(arms, baseline)
     return {arm.setup: setup_title(arm.setup) + (" †" if arm.setup in beyond else "")
             for arm in arms}
@@ -121,7 +121,7 @@ def marked_titles(arms: Sequence[Arm], baseline: str) -> dict[str, str]:
 
 def score_rows(experiment: Experiment, arms: Sequence[Arm],
                metrics: Sequence[str]) -> list[list[str]]:
-    """One row an arm: `mean [low, high]` in percent."""
+    """A row per arm: `mean [low, high]` in percent."""
     return [[setup_title(arm.setup), *(
         bracket(i.mean, i.low, i.high) if (i := arm.scores.get((benchmark, metric))) else NOTHING
         for benchmark in experiment.benchmarks for metric in metrics)]
@@ -129,8 +129,8 @@ def score_rows(experiment: Experiment, arms: Sequence[Arm],
 
 
 def difference_rows(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> list[list[str]]:
-    """One row an arm that has a difference: `+mean [low, high] (Holm's p)`, and by exact match the
-    verdict."""
+    """A row per arm that has a difference: `+mean [low, high] (Holm's p)`, and the verdict by exact
+    match."""
     titles, metrics = marked_titles(arms, baseline), metrics_of(experiment)
     return [[titles[arm.setup], *(
         difference_text(arm.differences.get((benchmark, metric)))
@@ -139,13 +139,13 @@ def difference_rows(experiment: Experiment, arms: Sequence[Arm], baseline: str) 
 
 
 def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str:
-    """A list for each metric of the arms that beat the baseline, and of those that do not; where
-    rates were chosen arm by arm, for the metric that chose them alone."""
+    """A list per metric of the arms that beat the baseline, and of those that do not. Where rates
+    differ between arms, only for the metric that chose them."""
     title, titles = setup_title(baseline), marked_titles(arms, baseline)
-    words = {"better": f"Better than {title} on a benchmark and on none worse",
+    words = {"better": f"Better than {title} on a benchmark and worse on none",
              "better and worse": f"Better than {title} on one and worse on another",
-             "worse": f"Worse than {title} on a benchmark and on none better",
-             "not told apart": f"Not shown to beat {title}, nor to lose to it"}
+             "worse": f"Worse than {title} on a benchmark and better on none",
+             "no difference": f"Not distinguishable from {title}"}
     parts = []
     for metric in metrics_of(experiment):
         if metric != EXACT_MATCH and unlike_rates(arms):
@@ -161,7 +161,7 @@ def who_beats(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str
 
 
 def used_rows(arms: Sequence[Arm], baseline: str) -> list[list[str]]:
-    """One row an arm: what it used, and each part of the budget as a multiple of the baseline's."""
+    """A row per arm: what it used, each part of the budget also relative to the baseline."""
     first = used_by(arms, baseline)
 
     def cell(arm: Arm, name: str) -> str:
@@ -189,48 +189,47 @@ def transfer_rows(alone: Mapping[str, Experiment]) -> dict[tuple[str, str, str],
 
 def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tuned: Sequence,
                   transfer: Mapping[tuple[str, str, str], Interval]) -> str:
-    """All tables, and what to know before reading them."""
+    """All tables with their notes."""
     shown, title = score_metrics(experiment), setup_title(baseline)
     wide, head = header(experiment, shown), header(experiment, metrics_of(experiment))
     parts = [f"# Comparison, experiment `{experiment.name}`\n",
-             "Test problems, last checkpoint, strict unless it says lenient; percent, mean [95 % "
+             "Test problems, last checkpoint, strict unless marked lenient; percent, mean [95 % "
              "interval].\n",
              markdown_table(wide, score_rows(experiment, arms, shown), range(1, len(wide))),
              f"## Difference to {title}\n",
              "Percentage points, paired over problems [95 % interval] (p after Holm's correction "
              f"over all arms and benchmarks of one metric); bold below {SIGNIFICANT}. The verdict "
-             "is by exact match; every metric is a family of its own, so that luck has a chance in "
-             "each.\n",
+             "is by exact match. Each metric is corrected separately.\n",
              markdown_table([*head, "verdict"], difference_rows(experiment, arms, baseline),
                             range(1, len(head))),
              who_beats(experiment, arms, baseline),
              "## What each arm used\n",
-             f"A run, mean over seeds; in brackets as a multiple of {title}'s. An arm that has "
-             "other numbers than 1.00 does not have its budget. Updates after a + are of what is "
-             "trained beside the policy.\n",
+             f"Per run, mean over seeds; in brackets relative to {title}. An arm whose numbers are "
+             "not 1.00 has another budget. Updates after a + are of other trained weights than "
+             "the policy's.\n",
              markdown_table(USED, used_rows(arms, baseline), range(1, len(USED))),
              *settings_part(experiment, baseline)]
     if tuned:
         parts += ["## Learning rates\n",
                   "On validation problems, mean over seeds: greedy exact match, which chose the "
-                  "bold factor / share of right samples in the last probe, which did not.\n",
+                  "bold factor / share of correct samples in the last probe, for comparison.\n",
                   tuning_table(arms, tuned)]
     if transfer:
         seeds = sorted({interval.seeds for interval in transfer.values()})
-        parts += ["## Transfer\n", "Greedy exact match of arms that were trained on one benchmark "
-                  "alone" + (", with the learning rates chosen on both" if tuned else "") + (
-                      "; one seed, so that the intervals are over test problems alone.\n"
+        parts += ["## Transfer\n", "Greedy exact match of arms trained on one benchmark alone"
+                  + (", with the learning rates chosen on both" if tuned else "") + (
+                      "; one seed, so the intervals are over test problems only.\n"
                      if seeds == [1] else f"; {' to '.join(map(str, seeds))} seeds.\n"),
                   transfer_table(transfer, arms)]
     elif len(experiment.benchmarks) > 1:
-        parts += ["## Transfer\n", "Not run: `--transfer N` trains every arm on each benchmark "
-                  "alone, with N of the seeds.\n"]
+        parts += ["## Transfer\n", "Not run. `--transfer N` trains every arm on each benchmark "
+                  "alone, with the first N seeds.\n"]
     return "\n".join([*parts, bullets(notes(experiment, arms, tuned))])
 
 
 def tuning_table(arms: Sequence[Arm], tuned: Sequence) -> str:
-    """Exact match on validation problems and the share of right samples in the last probe, by arm
-    and factor; the chosen one bold."""
+    """Exact match on validation problems and the share of correct samples in the last probe, by arm
+    and factor; the chosen one in bold."""
     factors = sorted({t.factor for t in tuned})
     rows = []
     for arm in arms:
@@ -246,24 +245,24 @@ def tuning_table(arms: Sequence[Arm], tuned: Sequence) -> str:
 
 
 def settings_part(experiment: Experiment, baseline: str) -> list[str]:
-    """What each arm's loss and sampling have otherwise than the baseline's, as pieces of Markdown.
+    """Settings of the loss and of sampling in which arms differ from the baseline, as Markdown.
 
-    Two arms may differ in more than how they combine SFT and RL: some papers change GRPO, too.
+    Some papers change GRPO in addition to how they combine SFT and RL.
     """
     rows = [[setup_title(setup), ", ".join(own)]
             for setup in experiment.setups if setup != baseline and SETUPS[setup].stages
             if (own := own_settings_of(experiment, setup, baseline))]
     if not rows:
         return []
-    return ["## What else differs\n", f"Settings that an arm has otherwise than "
-            f"{setup_title(baseline)}, beside its method's own and the learning rates: a paper's "
-            "other changes to GRPO count in its arm's favor or against it, too. The arms that are "
-            "not here have none.\n",
+    return ["## What else differs\n", "Settings in which an arm differs from "
+            f"{setup_title(baseline)}, apart from its method's own settings and the learning "
+            "rates. These changes to GRPO affect an arm's score too. Arms that are not listed have "
+            "none.\n",
             markdown_table(("arm", "settings"), rows)]
 
 
 def transfer_table(transfer: Mapping[tuple[str, str, str], Interval], arms: Sequence[Arm]) -> str:
-    """A row an arm, a column each pair of benchmarks; the base model, untrained, comes first."""
+    """A row per arm, a column per pair of benchmarks; the untrained base model comes first."""
     pairs = list(dict.fromkeys((trained, tested) for _, trained, tested in transfer))
     untrained = {("base", *pair): arm.scores[pair[1], EXACT_MATCH] for pair in pairs
                  for arm in arms if arm.setup == "base" and (pair[1], EXACT_MATCH) in arm.scores}
@@ -277,23 +276,18 @@ def transfer_table(transfer: Mapping[tuple[str, str, str], Interval], arms: Sequ
 
 
 def arms_tex(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> str:
-    """The scores and the differences for LaTeX with booktabs, a table a benchmark."""
+    """The scores and the differences for LaTeX with booktabs, a table per benchmark."""
     both, apart = score_metrics(experiment), metrics_of(experiment)
-    lines = [r"% needs \usepackage{booktabs}"]
+    tables = []
     for caption, metrics, rows in (
             ("Scores, percent, mean [95 % interval]", both, score_rows(experiment, arms, both)),
             ("Difference to " + setup_title(baseline) + ", percentage points, p after Holm's "
              "correction", apart, difference_rows(experiment, arms, baseline))):
         names = [name_of(metric) for metric in metrics]
-        head = ["arm", *names]
         for place, benchmark in enumerate(experiment.benchmarks):
             first = 1 + place * len(names)
-            lines += [r"\begin{table}", r"\centering\footnotesize",
-                      rf"\caption{{{tex(caption)}: {tex(benchmark_title(benchmark).title)}.}}",
-                      r"\begin{tabular}{l" + "r" * len(names) + "}", r"\toprule",
-                      " & ".join(map(tex, head)) + r" \\", r"\midrule",
-                      *(" & ".join(tex(cell.replace("*", ""))
-                                   for cell in (row[0], *row[first:first + len(names)])) + r" \\"
-                        for row in rows),
-                      r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+            tables.append(tex_table(
+                ["arm", *names], [[cell.replace("*", "") for cell in (
+                    row[0], *row[first:first + len(names)])] for row in rows],
+                f"{caption}: {benchmark_title(benchmark).title}."))
+    return "\n".join(tables)

@@ -8,7 +8,7 @@ from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, paired_family, pass_ks, sc
 from .statistics import SIGNIFICANT, Difference, Interval, mean_interval
 
 BUDGET = ("rollouts", "updates", "demonstration_tokens")  # what an equal budget is equal in
-SAME = 1.05  # times the baseline's: within it a part of the budget counts as equal
+SAME = 1.05  # budgets up to this ratio count as equal
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,15 @@ class Used:
     """What a run of an arm used, the mean over its seeds.
 
     Attributes:
-        rollouts: answers sampled to learn from, those beside the groups among them, by the policy
-            or by a model that wrote demonstrations.
+        rollouts: answers sampled to learn from, in groups or not, by the policy or by a model that
+            writes demonstrations.
         updates: optimizer updates of the policy.
-        updates_beside: those of what is trained beside it: an adapter, a copy, the model that wrote
-            the demonstrations.
-        demonstration_tokens: tokens of demonstrations in updates, epochs counted.
-        generated_tokens: sampled while training, by the policy or a model that wrote
-            demonstrations; those of probes and evaluation are not in it.
-        minutes: wall time, evaluation included.
+        updates_beside: updates of other weights: an adapter, a copy, the model that writes the
+            demonstrations.
+        demonstration_tokens: tokens of demonstrations in updates, counted in each epoch.
+        generated_tokens: tokens sampled in training, by the policy or a model that writes
+            demonstrations, without probes and evaluation.
+        minutes: wall time, including evaluation.
     """
 
     rollouts: float
@@ -39,7 +39,7 @@ class Used:
 class Arm:
     """One arm: its scores and differences by (benchmark, metric), as shares.
 
-    A difference is the arm minus the baseline, with Holm's p-value; the baseline and the base model
+    A difference is the arm minus the baseline, with Holm's p-value. The baseline and the base model
     have none.
     """
 
@@ -50,14 +50,13 @@ class Arm:
     differences: dict[tuple[str, str], tuple[Difference, float]]
 
     def verdict(self, metric: str) -> str:
-        """Of one metric, which is a family of its own; empty where there is no difference."""
+        """The verdict by one metric; empty if there is no difference."""
         found = [both for (_, own), both in self.differences.items() if own == metric]
         return verdict(found) if found else ""
 
 
 def metrics_of(experiment: Experiment) -> tuple[str, ...]:
-    """Greedy exact match, Pass@1, and Pass@8 or the largest k below that was asked for; without
-    those that no run measured."""
+    """Those measured of greedy exact match, Pass@1, and Pass@8 or the largest smaller k."""
     largest = max((k for k in pass_ks(experiment) if k <= 8), default=1)
     return tuple(metric for metric in dict.fromkeys((EXACT_MATCH, "pass@1", f"pass@{largest}"))
                  if any(score(experiment, setup, benchmark, metric) for setup in experiment.setups
@@ -65,14 +64,14 @@ def metrics_of(experiment: Experiment) -> tuple[str, ...]:
 
 
 def score_metrics(experiment: Experiment) -> tuple[str, ...]:
-    """The same, and lenient exact match: what training adds may be the form of the answer alone."""
+    """The same with lenient exact match, since training may change only the answer's form."""
     return tuple(name for metric in metrics_of(experiment)
                  for name in ((metric, EXACT_MATCH_LENIENT) if metric == EXACT_MATCH
                               else (metric,)))
 
 
 def make_arms(experiment: Experiment, baseline: str, factors: Mapping[str, float]) -> list[Arm]:
-    """Every setup of an experiment, scored; Holm's family is one metric, all arms and benchmarks.
+    """Scores every setup; a Holm family is one metric over all arms and benchmarks.
 
     Args:
         factors: of the learning rates, by setup.
@@ -97,7 +96,7 @@ def make_arms(experiment: Experiment, baseline: str, factors: Mapping[str, float
 
 
 def used(runs: Sequence[Run]) -> Used:
-    """What the runs of one arm used, from their step logs and manifests."""
+    """What the runs of one arm used, from their logs and manifests."""
     def of(run: Run) -> tuple[float, ...]:
         counts = [line["groups/correct_counts"] for line in run.metrics
                   if line.get("groups/correct_counts")]
@@ -114,7 +113,7 @@ def used(runs: Sequence[Run]) -> Used:
 
 
 def beyond_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
-    """The arms that used more than the baseline of some part of its budget."""
+    """The arms that used more of some part of the budget than the baseline."""
     whole = used_by(arms, baseline)
     return set() if whole is None else {
         arm.setup for arm in arms
@@ -122,13 +121,12 @@ def beyond_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
 
 
 def spent(used: Used, part: str) -> float:
-    """A part of the budget; the updates with those beside the policy."""
+    """A part of the budget; updates include those of other weights."""
     return getattr(used, part) + (used.updates_beside if part == "updates" else 0.0)
 
 
 def below_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
-    """The arms that used less than the baseline of the answers that it samples, or whose policy had
-    fewer updates."""
+    """The arms with fewer rollouts or fewer updates of the policy than the baseline."""
     whole = used_by(arms, baseline)
     return set() if whole is None else {
         arm.setup for arm in arms if arm.differences
@@ -137,12 +135,12 @@ def below_budget(arms: Sequence[Arm], baseline: str) -> set[str]:
 
 
 def used_by(arms: Sequence[Arm], setup: str) -> Used | None:
-    """What one of the arms used; None where it is not among them."""
+    """What one of the arms used; None if it is not among them."""
     return next((arm.used for arm in arms if arm.setup == setup), None)
 
 
 def verdict(differences: Iterable[tuple[Difference, float]]) -> str:
-    """What differences with their Holm's p say together of an arm against the baseline."""
+    """Summarizes an arm's differences to the baseline, given with Holm's p-values."""
     signs = {difference.mean > 0 for difference, p in differences if p < SIGNIFICANT}
-    return {(): "not told apart", (True,): "better", (False,): "worse"}.get(
+    return {(): "no difference", (True,): "better", (False,): "worse"}.get(
         tuple(signs), "better and worse")

@@ -9,7 +9,7 @@ from ..setups import SETUPS
 from ..system.errors import UserError, printable
 from .statistics import mean_interval
 
-# Of the presets' models; another one's is read from its own model card.
+# Of the presets' models; for others the license is read from their model cards.
 LICENSES = {"Qwen/Qwen2.5-0.5B": "apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0",
             "tiny": "mit"}
 OF_PEFT, OF_TRANSFORMERS = "library_name: peft", "library_name: transformers"
@@ -63,13 +63,13 @@ def card(manifest: dict, config: dict, rows: Sequence[dict]) -> str:
 
 
 def merged_card(text: str) -> str:
-    """The card of a LoRA run for the model with its adapter added in."""
+    """The card of a LoRA run for the merged model."""
     return text.replace(OF_PEFT, OF_TRANSFORMERS).replace(
         APART, ", as a LoRA adapter that was merged into the weights.")
 
 
 def changes(preset: str, settings, setup, base: str) -> list[str]:
-    """`key: value of the preset -> value of the run`; everything where the preset is gone."""
+    """`key: value of the preset -> value of the run`; all settings if the preset is gone."""
     try:
         lines = difference(load_settings(preset, smoke=False, setup=setup), settings)
     except UserError:
@@ -79,7 +79,7 @@ def changes(preset: str, settings, setup, base: str) -> list[str]:
 
 
 def score_lines(rows: Sequence[dict]) -> list[str]:
-    """A line of the table a benchmark."""
+    """A line of the table per benchmark."""
     right: dict[str, list[bool]] = {}
     for row in rows:
         if row["part"] == "test" and row["checkpoint"] == "last":
@@ -93,7 +93,7 @@ def score_lines(rows: Sequence[dict]) -> list[str]:
 
 
 def license_of(path: str) -> str:
-    """The license that a base model says it has: `unknown` if it says none."""
+    """The license stated by a base model's card, or `unknown`."""
     if path in LICENSES:
         return LICENSES[path]
     try:
@@ -106,7 +106,7 @@ def license_of(path: str) -> str:
 
 
 def cell(value: object) -> str:
-    """A value as it may stand in a cell: `{train: 4}` as `train 4`."""
+    """A value for a table cell: `{train: 4}` becomes `train 4`."""
     if isinstance(value, dict):
         value = ", ".join(f"{key} {count}" for key, count in value.items())
     return re.sub(r"[|`<>\n]", " ", printable(value))

@@ -8,7 +8,7 @@ from .scores import EXACT_MATCH, EXACT_MATCH_LENIENT, paired_family, score
 from .statistics import SIGNIFICANT, Difference, gap_interval
 from .text import NOTHING, bullets, csv_text, markdown_table, number, p_text, percent, plus, signed
 
-# Lenient beside strict: what training adds to the strict score may be the form of the answer alone.
+# Lenient too, since training may improve the strict score by the form of the answer alone.
 METRICS = {EXACT_MATCH: "greedy exact match, strict",
            EXACT_MATCH_LENIENT: "greedy exact match, lenient", "pass@1": "sampled Pass@1, strict"}
 GAP_METRICS = {metric: METRICS[metric] for metric in (EXACT_MATCH, "pass@1")}
@@ -45,7 +45,7 @@ class Gap:
 
 
 def difference_text(both: tuple[Difference, float] | None) -> str:
-    """`+mean [low, high] (p Holm's)` in percentage points, bold where it is beyond chance."""
+    """`+mean [low, high] (p Holm's)` in percentage points, bold if significant."""
     if both is None:
         return NOTHING
     difference, p = both
@@ -57,8 +57,8 @@ def pairs(experiment: Experiment) -> list[tuple[str, str]]:
     """The comparisons that the paper's claims need, among setups that ran.
 
     Each trained setup against the base model; RL, and RL after SFT, against SFT; RL after SFT
-    against RL; each setup with entropy regularization against the same without; and any setup that
-    is not the paper's against RL after SFT, the baseline it has to beat.
+    against RL; each setup with entropy regularization against the same one without; and any other
+    setup against RL after SFT, the baseline it has to beat.
     """
     paper = [name for name in paper_setups() if name != "base"]
     others = [name for name in experiment.setups if name not in (*paper, "base")]
@@ -70,7 +70,7 @@ def pairs(experiment: Experiment) -> list[tuple[str, str]]:
 
 
 def make_comparisons(experiment: Experiment) -> list[Comparison]:
-    """All pairs by metric and benchmark; Holm's family is all of one metric, both benchmarks."""
+    """All pairs by metric and benchmark; a Holm family is one metric over all benchmarks."""
     comparisons = []
     for metric in METRICS:
         family = paired_family(
@@ -101,29 +101,29 @@ def comparisons_csv(comparisons: list[Comparison]) -> str:
 
 
 def comparisons_markdown(experiment: Experiment, comparisons: list[Comparison]) -> str:
-    """One table a metric, the benchmarks side by side."""
+    """A table per metric, the benchmarks side by side."""
     parts = [f"# Differences between setups, experiment `{experiment.name}`\n",
-             "First minus second in percentage points [95 % interval]; p after Holm's correction; "
-             f"in bold what stays below {SIGNIFICANT}.\n"]
+             "First minus second in percentage points [95 % interval]; p after Holm's correction, "
+             f"bold below {SIGNIFICANT}.\n"]
     for metric, title in METRICS.items():
         chosen = [c for c in comparisons if c.metric == metric]
         if chosen:
             parts += [f"## {title[0].upper()}{title[1:]}\n", _comparison_table(experiment, chosen)]
     families = [sum(c.metric == metric for c in comparisons) for metric in METRICS]
     parts.append(bullets((
-        "Problems are paired: both setups answer the same ones. Seeds are not paired: a seed of "
-        "one setup counts as independent of the same seed of another.",
-        "Intervals hold the problems, and the seeds of each setup that has more than one; they are "
+        "Problems are paired, since both setups answer the same ones. Seeds are not: equal seeds "
+        "of two setups count as independent.",
+        "Intervals cover problems, and the seeds of each setup that has more than one. They are "
         "not corrected for the number of comparisons.",
-        "Holm's family is all comparisons of one metric over the benchmarks together: "
+        "A Holm family is all comparisons of one metric over all benchmarks: "
         + ", ".join(str(count) for count in families if count)
         + ". The benchmarks are never pooled.",
         "The paper's differences come from single numbers without intervals.")))
     single = [setup_title(name) for name in experiment.setups
               if name != "base" and len(experiment.of(name)) == 1]
     if single:
-        parts.append(bullets([f"One seed only ({', '.join(single)}): differences with them leave "
-                              "out how much another seed would differ."]))
+        parts.append(bullets([f"One seed only ({', '.join(single)}): their differences do not "
+                              "include the variance between seeds."]))
     return "\n".join(parts)
 
 
@@ -151,7 +151,7 @@ def _comparison_table(experiment: Experiment, comparisons: list[Comparison]) -> 
 
 
 def make_gaps(experiment: Experiment) -> list[Gap]:
-    """Training minus test problems for each setup, benchmark and metric scored on both."""
+    """Training minus test problems for each setup, benchmark, and metric scored on both."""
     gaps = []
     for setup in experiment.setups:
         for benchmark in experiment.benchmarks:
@@ -177,10 +177,10 @@ def gaps_csv(gaps: list[Gap]) -> str:
 
 
 def gaps_markdown(experiment: Experiment, gaps: list[Gap]) -> str:
-    """One table a metric."""
+    """A table per metric."""
     parts = [f"# Training against test problems, experiment `{experiment.name}`\n",
-             "Training minus test in percentage points [95 % interval]; the base model's row is "
-             "how much harder one part is for a model that saw neither.\n"]
+             "Training minus test in percentage points [95 % interval]. The base model saw "
+             "neither, so its row shows which part is harder.\n"]
     for metric, title in GAP_METRICS.items():
         chosen = {(g.setup, g.benchmark): g for g in gaps if g.metric == metric}
         if not chosen:
@@ -199,6 +199,6 @@ def gaps_markdown(experiment: Experiment, gaps: list[Gap]) -> str:
             rows.append(row)
         parts += [f"## {title[0].upper()}{title[1:]}\n",
                   markdown_table(header, rows, range(1, len(header)))]
-    parts.append(bullets(("The problems of the two parts are different ones, the seeds the same; "
-                          "one seed: over the problems alone.",)))
+    parts.append(bullets(("The two parts have different problems and the same seeds. With one "
+                          "seed, intervals cover problems only.",)))
     return "\n".join(parts)

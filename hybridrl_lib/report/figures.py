@@ -1,7 +1,7 @@
-"""The pictures, each a function from an experiment to a figure (None where nothing was measured).
+"""The figures of a report: functions from an experiment to a figure, or None without data.
 
-Joint curves come from the probe alone: the same validation prompts sampled by every setup. SFT has
-no rollouts of its own, so only there do all setups mean the same thing.
+Curves that compare setups use the probe: answers of every setup to the same validation prompts. SFT
+has no rollouts of its own.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .scores import EXACT_MATCH
 from .style import legend_below, line_style, new_figure
 from .table2 import make_table2
 
-FEW_SEEDS = 3  # fewer than this: every seed as a thin line, no band
+FEW_SEEDS = 3  # with fewer, each seed is a thin line and there is no band
 
 
 def draw_reward(experiment: Experiment) -> Figure | None:
@@ -46,7 +46,7 @@ def draw_lengths(experiment: Experiment) -> Figure | None:
 
 
 def draw_loss(experiment: Experiment) -> Figure | None:
-    """SFT's loss and RL's loss, a panel each, as means over fortieths of the run."""
+    """The SFT and the RL loss, a panel each, as means over fortieths of the run."""
     figure, panels = new_figure(3.1, columns=2)
     drawn = []
     for panel, key in zip(panels, ("loss/sft", "loss/rl"), strict=True):
@@ -63,7 +63,7 @@ def draw_loss(experiment: Experiment) -> Figure | None:
 
 
 def draw_correctness(experiment: Experiment) -> Figure | None:
-    """Shares of the probe's groups with 0..G right answers over training, a panel a setup."""
+    """Shares of the probe's groups with 0..G correct answers over training, a panel per setup."""
     found = {}
     for setup in experiment.setups:
         counts = [pair for run in experiment.of(setup) if (pair := _group_shares(run)) is not None]
@@ -73,7 +73,7 @@ def draw_correctness(experiment: Experiment) -> Figure | None:
         return None
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    # plain setups above, their twins below, as in the legend of the curves
+    # setups without entropy regularization above those with it, as in the legends
     order = sorted(found, key=lambda name: name.endswith("_entropy")) if len(found) > 3 else \
         list(found)
     group = max(shares.shape[1] for _, shares in found.values()) - 1
@@ -102,7 +102,7 @@ def draw_correctness(experiment: Experiment) -> Figure | None:
         ScalarMappable(BoundaryNorm(np.arange(-0.5, group + 1.0), group + 1),
                        ListedColormap(colors)),
         ax=panels, ticks=range(group + 1), pad=0.02, aspect=28)
-    bar.set_label(f"right answers in a group of {group}")
+    bar.set_label(f"correct answers in a group of {group}")
     bar.outline.set_visible(False)
     bar.ax.minorticks_off()
     bar.ax.tick_params(length=0)
@@ -130,13 +130,13 @@ def draw_table2(experiment: Experiment) -> Figure | None:
             panel.plot([100 * interval.low, 100 * interval.high], [row, row],
                        color=look["color"], linewidth=1.8, solid_capstyle="butt")
             panel.plot(100 * interval.mean, row, marker="o", markersize=5.5, color=look["color"])
-            if cell.paper is not None:  # a little lower, so that neither covers the other
+            if cell.paper is not None:  # slightly lower, to avoid overlap
                 with_paper = True
                 panel.plot(cell.paper, row + 0.28, marker="D", markersize=5.0, color="black",
                            markerfacecolor="white", markeredgewidth=0.9, linestyle="none")
         title = benchmark_title(benchmark)
         place = title.stands_for and benchmark_title(title.stands_for).title
-        panel.set_title(title.title + (f"\n(in the place of {place})" if place else ""), loc="left")
+        panel.set_title(title.title + (f"\n(stands for {place})" if place else ""), loc="left")
         panel.set(xlim=(0.0, 100.0), xlabel="exact match (%)", ylim=(len(setups) - 0.4, -0.6))
         panel.set_yticks(range(len(setups)), [setup_title(setup) for setup in setups])
         panel.tick_params(axis="y", length=0)
@@ -161,7 +161,7 @@ FIGURES: dict[str, Callable[[Experiment], Figure | None]] = {
 
 def _probe_curves(experiment: Experiment, key: str, label: str, floor: float | None = None
                   ) -> Figure | None:
-    """One panel with every setup's probe column; `floor` is where the axis has to start."""
+    """One panel with a column of every setup's probe; `floor` is the start of the axis."""
     figure, panel = new_figure(3.7)
     if not _curves(panel, experiment, lambda run: series(run, "probe", key)):
         return None
@@ -174,7 +174,7 @@ def _probe_curves(experiment: Experiment, key: str, label: str, floor: float | N
 
 def _curves(panel: Axes, experiment: Experiment,
             read: Callable[[Run], tuple[np.ndarray, np.ndarray]]) -> bool:
-    """Draws each setup's mean over seeds with a band or the seeds; whether there was any."""
+    """Draws each setup's mean over seeds with a band, or its seeds; returns whether any exist."""
     drawn = False
     for setup in experiment.setups:
         found = [pair for run in experiment.of(setup) if len((pair := read(run))[0]) > 1]
@@ -197,16 +197,16 @@ def _curves(panel: Axes, experiment: Experiment,
 
 
 def _on_one_grid(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) epochs of the shortest seed and (S, T) values, interpolated where epochs differ."""
+    """(T,) epochs of the shortest seed and (S, T) values, interpolated if epochs differ."""
     grid = min((epochs for epochs, _ in pairs), key=lambda epochs: (epochs[-1], len(epochs)))
     return grid, np.stack([np.interp(grid, epochs, values) for epochs, values in pairs])
 
 
 def _binned(run: Run, epochs: np.ndarray, values: np.ndarray, windows: int = 40
             ) -> tuple[np.ndarray, np.ndarray]:
-    """Means over parts of the run, each at its last epoch: single steps are too noisy to compare.
+    """Means over parts of the run, each at its last epoch, since single steps are noisy.
 
-    Values are (T, ...); what was measured before the first step stays by itself.
+    Values are (T, ...). The value before the first step is a part of its own.
     """
     bins = np.ceil(epochs / _end(run) * windows - 1e-9).astype(int)
     kept = np.unique(bins)
@@ -215,12 +215,12 @@ def _binned(run: Run, epochs: np.ndarray, values: np.ndarray, windows: int = 40
 
 
 def _end(run: Run) -> float:
-    """The epoch at which a run ended; 1 for the base model, which has none."""
+    """The epoch at which a run ended; 1 for the base model."""
     return max((line["epoch"] for line in (*run.metrics, *run.probe)), default=0.0) or 1.0
 
 
 def _group_shares(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
-    """(T,) epochs and (T, G+1) shares of the probe's groups by right answers."""
+    """(T,) epochs and (T, G+1) shares of the probe's groups by number of correct answers."""
     lines = [line for line in run.probe if line.get("groups/correct_counts")]
     if len(lines) < 2 or len({len(line["groups/correct_counts"]) for line in lines}) > 1:
         return None
@@ -239,7 +239,7 @@ def _mean_shares(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
 
 
 def _finish(figure: Figure, experiment: Experiment, panels: list[Axes]) -> None:
-    """Axes in epochs, marks where second stages start, and one legend for all panels."""
+    """Adds epochs on the axes, marks where second stages start, and one legend for all panels."""
     changes = {round(change, 3) for run in experiment.runs
                if (change := stage_change(run)) is not None}
     entries: dict[str, Artist] = {}
@@ -258,7 +258,7 @@ def _finish(figure: Figure, experiment: Experiment, panels: list[Axes]) -> None:
         marks.append(Line2D([], [], label="second stage starts", **look))
     if any(panel.collections for panel in panels):
         marks.append(Patch(facecolor="#BBBBBB", label="± 1 SD over seeds"))
-    # columns are filled from above: a setup over its twin with entropy regularization
+    # columns fill from above: a setup over its twin with entropy regularization
     order = [title for setup in sorted(experiment.setups, key=_twins_together(experiment))
              if (title := setup_title(setup)) in entries]
     handles = [*(entries[title] for title in order), *marks]
@@ -266,7 +266,7 @@ def _finish(figure: Figure, experiment: Experiment, panels: list[Axes]) -> None:
 
 
 def _twins_together(experiment: Experiment) -> Callable[[str], tuple[int, bool]]:
-    """Sorts a setup's twin with entropy regularization right behind it."""
+    """A sort key that puts a setup's twin with entropy regularization right after it."""
     setups = list(experiment.setups)
 
     def place(setup: str) -> tuple[int, bool]:

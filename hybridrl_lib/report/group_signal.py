@@ -1,4 +1,4 @@
-"""What RL begins with: how often the base model solves the training problems, before any update."""
+"""How often the base model solves the training problems, before any RL update."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class Signal:
     """The base model's sampled answers to the training problems of one benchmark, as shares.
 
     Attributes:
-        verdict: `strict` is what the reward goes by.
-        problems, samples: how many problems, and answers to each (over all seeds).
-        group: G, the group size of RL, or the samples of a seed where there are fewer.
-        pass_at_1, pass_at_group: mean over the problems.
-        with_signal: share of groups of G that are neither all right nor all wrong.
+        verdict: `strict`, as in the reward, or `lenient`.
+        problems, samples: number of problems, and of answers to each over all seeds.
+        group: G, the group size of RL, at most the samples of a seed.
+        pass_at_1, pass_at_group: means over problems.
+        with_signal: share of groups of G that are neither all correct nor all wrong.
     """
 
     benchmark: str
@@ -37,7 +37,7 @@ class Signal:
 
 
 def make_signals(experiment: Experiment) -> tuple[Signal, ...]:
-    """One a benchmark and verdict; none where no answers to training problems were sampled."""
+    """One per benchmark and verdict; none if no answers to training problems were sampled."""
     found = []
     for benchmark in experiment.benchmarks:
         runs = [(run, answers) for run in experiment.of(BASE)
@@ -105,15 +105,15 @@ def signals_csv(signals: tuple[Signal, ...]) -> str:
 
 
 def signals_markdown(experiment: Experiment, signals: tuple[Signal, ...]) -> str:
-    """signal.md: one line a benchmark and verdict."""
+    """signal.md: a line per benchmark and verdict."""
     group = signals[0].group
     rows = [[benchmark_title(s.benchmark).title, s.verdict, str(s.problems), str(s.samples),
              percent(s.pass_at_1, 1), percent(s.pass_at_group, 1), percent(s.with_signal, 1)]
             for s in signals]
-    return (f"# What RL begins with, experiment `{experiment.name}`\n\n"
-            "The base model's sampled answers to the training problems, percent. The reward goes "
-            "by the strict verdict; a group whose answers are all right or all wrong teaches RL "
-            "nothing.\n\n"
-            + markdown_table(["benchmark", "verdict", "problems", "samples a problem", "Pass@1",
+    return (f"# Signal before RL, experiment `{experiment.name}`\n\n"
+            "The base model's sampled answers to the training problems, percent. The reward uses "
+            "the strict verdict. RL learns nothing from a group that is all correct or all "
+            "wrong.\n\n"
+            + markdown_table(["benchmark", "verdict", "problems", "samples per problem", "Pass@1",
                               f"Pass@{group}", f"groups of {group} with signal"],
                              rows, range(2, 7)))

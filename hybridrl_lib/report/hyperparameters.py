@@ -1,4 +1,4 @@
-"""The table of everything needed to repeat the runs, out of their config.json."""
+"""The table of all settings needed to repeat the runs, from their config.json."""
 
 import math
 from collections.abc import Iterable
@@ -15,43 +15,43 @@ from .text import NOTHING, bullets, code_span, literal, markdown_table
 SYMBOLS = (
     ("ε", "clip range of the ratio", ("rl.epsilon_low", "rl.epsilon_high")),
     ("β", "weight of the KL divergence", ("rl.beta", "rl.kl_anchor")),
-    ("γ in SFT", "weight of the entropy (setups with entropy regularization; 0 in the others)",
+    ("γ in SFT", "weight of the entropy (0 in setups without entropy regularization)",
      ("sft.gamma",)),
-    ("γ in RL", "weight of the entropy (setups with entropy regularization; 0 in the others)",
+    ("γ in RL", "weight of the entropy (0 in setups without entropy regularization)",
      ("rl.gamma",)),
     ("learning_rate in SFT", "before decay and warm-up, see below", ("sft.learning_rate",)),
     ("learning_rate in RL", "before decay and warm-up, see below", ("rl.learning_rate",)),
-    ("batch_size in SFT", "reference solutions a step, which is one optimizer update",
+    ("batch_size in SFT", "reference solutions per step (one optimizer update)",
      ("sft.batch_size",)),
-    ("batch_size in RL", "problems a step, and the optimizer updates that consume its rollouts",
+    ("batch_size in RL", "problems per step, and optimizer updates on its rollouts",
      ("rl.prompts_per_step", "rl.updates_per_rollout")),
-    ("k, G", "completions a problem", ("rl.group_size",)),
-    ("sft_epochs, rl_epochs", "epochs in all; two stages share them", ("training.epochs",)),
-    ("T", "longest completion (tokens)", ("rl.max_new_tokens",)),
+    ("k, G", "completions per problem", ("rl.group_size",)),
+    ("sft_epochs, rl_epochs", "all epochs; two stages share them", ("training.epochs",)),
+    ("T", "maximum length of a completion in tokens", ("rl.max_new_tokens",)),
 )
 
 ADVANTAGE_EPSILON = 1e-4
 ADAM_EPSILON = 1e-8
 LARGEST_LOG_RATIO = 20.0
-# no settings: what it is, its value; tests hold them against the code, which needs torch
+# Constants in the code; tests check them against it, since it needs torch.
 FIXED = (
-    ("reward of a completion", "1 if it is right by the strict rule, 0 otherwise"),
-    ("advantage", f"(reward − mean) / (deviation of the group, G − 1 in its denominator, + "
-                  f"{ADVANTAGE_EPSILON:g}); `rl.advantage_scale=none` leaves out the division"),
+    ("reward of a completion", "1 if it is correct by the strict rule, else 0"),
+    ("advantage", f"(reward − mean) / (standard deviation of the group with G − 1 + "
+                  f"{ADVANTAGE_EPSILON:g}); `rl.advantage_scale=none` omits the division"),
     ("largest absolute log ratio before exp (ratio and KL)", f"{LARGEST_LOG_RATIO:g}"),
-    ("optimizer", f"AdamW with ε = {ADAM_EPSILON:g}, a fresh one in each stage"),
+    ("optimizer", f"AdamW with ε = {ADAM_EPSILON:g}, a new one in each stage"),
     ("learning rate at step s = 0 … S − 1 of a stage",
      "learning_rate · min(1, (s + 1) / w) · (f + (1 − f)(1 − s / S)) with w = "
-     "`training.warmup_steps` (1 for 0) and f = `training.final_learning_rate_fraction`; the same "
-     "in all updates of a step"),
+     "`training.warmup_steps` (1 for 0) and f = `training.final_learning_rate_fraction`; constant "
+     "over the updates of a step"),
 )
-STEPS = (("reward where `rl.reward=answer_and_steps`",
-          "1 if, besides, no written equation is false and, where the reference solution reaches "
-          "its answer by an equation, so does the completion"),)
+STEPS = (("reward with `rl.reward=answer_and_steps`",
+          "1 if, in addition, no equation in the completion is false, and the completion reaches "
+          "its answer by an equation if the reference solution does"),)
 
 
 def hyperparameters_markdown(experiment: Experiment) -> str:
-    """λ by setup, the paper's symbols with their values, and every setting with its meaning."""
+    """λ per setup, the paper's symbols with their values, and all settings with their meaning."""
     configs = [run.config for run in experiment.runs if run.config.get("settings")]
     parts = [f"# Settings, experiment `{experiment.name}`\n"]
     if not configs:
@@ -61,23 +61,22 @@ def hyperparameters_markdown(experiment: Experiment) -> str:
     values = {key: literal(_one_or_all([entry.get(key) for entry in flat])) for key in keys}
     presets = sorted({literal(config.get("preset")) for config in configs if config.get("preset")})
     if presets:
-        parts.append(f"Preset: {', '.join(presets)}. Every value as the runs recorded it.\n")
-    parts += ["## Weights of the losses by setup\n", _lambda_table(experiment, values),
+        parts.append(f"Preset: {', '.join(presets)}. Values as recorded by the runs.\n")
+    parts += ["## Loss weights per setup\n", _lambda_table(experiment, values),
               "## The paper's symbols\n", _symbol_table(values),
-              "## Fixed in code\n", markdown_table(["what", "value"], [
+              "## Constants in the code\n", markdown_table(["constant", "value"], [
                   *FIXED, *(STEPS if "answer_and_steps" in values.get("rl.reward", "") else ())]),
               "## All settings\n",
               markdown_table(["setting", "value", "meaning"], _setting_rows(configs[0], values))]
     mixed = [key for key in keys if len({show(entry.get(key)) for entry in flat}) > 1]
     if mixed:
-        parts.append(bullets([f"The runs do not agree on {', '.join(map(code_span, mixed))}: "
-                              "all their values are shown, and the setups are not compared like "
-                              "for like."]))
+        parts.append(bullets([f"The runs differ in {', '.join(map(code_span, mixed))}; all values "
+                              "are shown. The setups are not directly comparable."]))
     return "\n".join(parts)
 
 
 def _lambda_table(experiment: Experiment, values: dict[str, str]) -> str:
-    """λ_SFT and λ_RL in each stage as the step logs recorded them, and γ."""
+    """λ_SFT and λ_RL in each stage, from the step logs, and γ."""
     rows = []
     for setup in experiment.setups:
         if setup == "base":
@@ -97,13 +96,13 @@ def _lambda_table(experiment: Experiment, values: dict[str, str]) -> str:
     header = ["setup", "stage", "epochs", "steps", "optimizer updates", "λ_SFT", "λ_RL", "γ"]
     return markdown_table(header, rows, range(2, 8)) + "\n" + bullets((
         "A step of SFT is one batch and one optimizer update. A step of RL is one batch of "
-        "rollouts, consumed in `rl.updates_per_rollout` optimizer updates.",
-        "Updates are those that were made, lowest to highest over the seeds: a mini-batch without "
-        "a gradient, since each of its groups is all right or all wrong, is left out."))
+        "rollouts with `rl.updates_per_rollout` optimizer updates.",
+        "Updates are those that were made, lowest to highest over the seeds. A mini-batch without "
+        "a gradient, because each of its groups is all correct or all wrong, makes none."))
 
 
 def _updates(runs: tuple[Run, ...], stage: str) -> str:
-    """Optimizer updates of a stage, the range over runs where they differ; a dash if not logged."""
+    """Optimizer updates of a stage, a range if runs differ; a dash if not logged."""
     sums = [sum(line["updates"] for line in lines) for run in runs
             if (lines := [line for line in run.metrics if line.get("stage") == stage])
             and all("updates" in line for line in lines)]
@@ -119,7 +118,7 @@ def _epochs(lines: list[dict[str, Any]], everything: list[dict[str, Any]]) -> st
 
 
 def _lambda(lines: list[dict[str, Any]], key: str) -> str:
-    """A weight's value, or its range where a method moves it; 0 where it was not logged."""
+    """A weight's value, or its range if a method changes it; 0 if it was not logged."""
     found = [float(line.get(key) or 0.0) for line in lines]
     low, high = min(found), max(found)
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
@@ -132,16 +131,15 @@ def _symbol_table(values: dict[str, str]) -> str:
 
 
 def changes_of(runs: Iterable[Run], tuned: bool = False) -> list[str]:
-    """`training.epochs=4 (preset tiny: 10)` of every setting that all runs have otherwise than
-    their preset says, but for those whose setup sets it itself or whose method lacks it; nothing
-    where a record is of another version.
+    """`training.epochs=4 (preset tiny: 10)` for each setting in which all runs differ from their
+    preset. Settings fixed by the setup are left out; nothing if a record cannot be read.
 
     Args:
-        tuned: leaves out learning rates, which are then shown elsewhere.
+        tuned: leave out learning rates, which are shown elsewhere.
     """
     found: dict[str, set[str]] = {}
     for run in runs:
-        setup, both = SETUPS.get(run.setup), _beside_preset(run)
+        setup, both = SETUPS.get(run.setup), _and_preset(run)
         if both is None:
             return []
         fixed = parse_overrides(setup.settings) if setup else {}
@@ -154,13 +152,13 @@ def changes_of(runs: Iterable[Run], tuned: bool = False) -> list[str]:
 
 
 def changed(run: Run) -> float:
-    """How many settings a run has otherwise than its preset and setup; inf if that is not known."""
-    both = _beside_preset(run)
+    """In how many settings a run differs from its preset and setup; inf if unknown."""
+    both = _and_preset(run)
     return math.inf if both is None else sum(value != usual for value, usual in both.values())
 
 
-def _beside_preset(run: Run) -> dict[str, tuple[str, str]] | None:
-    """{key: (value of the run, that of its preset and setup)}; None for another version's."""
+def _and_preset(run: Run) -> dict[str, tuple[str, str]] | None:
+    """{key: (value of the run, that of its preset and setup)}; None if it cannot be read."""
     try:
         mine = settings_from_dict(run.config.get("settings") or {})
         usual = load_settings(str(run.config.get("preset")), smoke=False,
@@ -172,8 +170,8 @@ def _beside_preset(run: Run) -> dict[str, tuple[str, str]] | None:
 
 
 def own_settings_of(experiment: Experiment, setup: str, baseline: str) -> list[str] | None:
-    """Pieces of Markdown: `rl.clip=false` of every setting that a setup has otherwise than the
-    baseline, but learning rates and its method's own; None where either has no run."""
+    """`rl.clip=false` for each setting in which a setup differs from the baseline, except learning
+    rates and its method's own, as Markdown; None if either has no run."""
     pair = [experiment.of(name) for name in (setup, baseline)]
     if not all(pair):
         return None
@@ -185,7 +183,7 @@ def own_settings_of(experiment: Experiment, setup: str, baseline: str) -> list[s
 
 
 def _setting_rows(config: dict[str, Any], values: dict[str, str]) -> list[list[str]]:
-    """(key, value, meaning); records of another version may hold keys that have no meaning here."""
+    """(key, value, meaning); keys of other versions have no meaning here."""
     meanings: dict[str, str] = {}
     try:
         meanings = {key: meaning

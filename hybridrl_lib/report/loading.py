@@ -1,7 +1,6 @@
-"""Reads what finished runs left on disk; nothing here needs torch.
+"""Reads the records of finished runs; nothing here needs torch.
 
-A run that is not finished, or whose record is broken, is left out with a note: one bad run must not
-keep the reader from the others, nor pass unseen.
+A run that is not finished, or whose record is broken, is left out with a note.
 """
 
 import math
@@ -27,7 +26,7 @@ NOT_RECORDED = object()  # equals nothing
 
 
 class BrokenRecord(Exception):
-    """A file of a run that cannot be read; the message names the file."""
+    """A file of a run cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Answers:
     lenient: np.ndarray  # (P,) bool, greedy
     finished: np.ndarray  # (P,) bool, the greedy answer ended with EOS
     tokens: np.ndarray  # (P,) length of the greedy answer
-    samples: int  # m, 0 where nothing was sampled
-    right: np.ndarray  # (P,) how many of m samples are right, strict
+    samples: int  # m, 0 if nothing was sampled
+    right: np.ndarray  # (P,) how many of m samples are correct, strict
     right_lenient: np.ndarray  # (P,)
 
 
@@ -57,9 +56,9 @@ class Run:
     answers: dict[tuple[str, str, str], Answers]  # (checkpoint, part, benchmark)
 
     def answers_of(self, checkpoint: str, part: str, benchmark: str) -> Answers | None:
-        """The run's verdicts there, None where they were not measured.
+        """The run's verdicts, or None if they were not measured.
 
-        A best checkpoint that is the last one is scored once and recorded as `last`.
+        If the best checkpoint is the last one, it is recorded as `last` only.
         """
         found = self.answers.get((checkpoint, part, benchmark))
         if found is None and checkpoint == "best" and self.last_is_best:
@@ -68,7 +67,7 @@ class Run:
 
     @property
     def last_is_best(self) -> bool:
-        """Whether the last checkpoint did best on validation; False if nothing was validated."""
+        """Whether the last checkpoint was best on validation; False without validation."""
         best = self.manifest.get("best_on_validation") or {}
         return (best.get("strict", -1.0) >= 0.0
                 and best.get("step") == self.manifest.get("steps", NOT_RECORDED))
@@ -84,12 +83,12 @@ class Experiment:
 
     @property
     def setups(self) -> tuple[str, ...]:
-        """Setups with a finished run, in the order of Table 2, others behind them."""
+        """Setups with a finished run, in the order of Table 2, then others."""
         return tuple(dict.fromkeys(run.setup for run in self.runs))
 
     @property
     def benchmarks(self) -> tuple[str, ...]:
-        """Benchmarks that were scored, the known ones first."""
+        """Benchmarks that were scored, known ones first."""
         found = {key[2] for run in self.runs for key in run.answers}
         known = [name for name in BENCHMARKS if name in found]
         return (*known, *sorted(found - set(known)))
@@ -100,17 +99,17 @@ class Experiment:
 
 
 def setup_title(name: str) -> str:
-    """A setup's name in tables; its own where it is not one of the paper's."""
+    """A setup's title; its name if it is unknown."""
     return SETUPS[name].title if name in SETUPS else name
 
 
 def benchmark_title(name: str) -> Benchmark:
-    """The benchmark, for its titles; one that is not known here is called by its own name."""
+    """The benchmark, for its titles; an unknown one has its name as title."""
     return BENCHMARKS.get(name) or Benchmark(name, name, None, lambda: get_benchmark(name).load())
 
 
 def paper_value(setup: str, benchmark: str) -> float | None:
-    """Exact match in percent that the paper prints there, None where it has no such cell."""
+    """The paper's exact match in percent, or None if it has no such cell."""
     if setup not in SETUPS:
         return None
     return SETUPS[setup].paper.get(benchmark_title(benchmark).paper_key)
@@ -147,7 +146,7 @@ def load_experiment(folder: Path) -> Experiment:
 
 
 def _run_order(path: Path) -> tuple[int, str, int, str]:
-    """Table 2's order of setups, other setups behind them, then seeds as numbers."""
+    """Setups in the order of Table 2, then others; seeds as numbers."""
     known = sorted(SETUPS, key=lambda name: not SETUPS[name].in_paper)
     setup, seed = path.parent.name, path.name.removeprefix("seed-")
     place = known.index(setup) if setup in known else len(known)
@@ -155,7 +154,7 @@ def _run_order(path: Path) -> tuple[int, str, int, str]:
 
 
 def _missing(runs: list[Run]) -> list[str]:
-    """Sentences on setups and seeds that others lead one to expect."""
+    """Notes on missing setups, and on seeds that only some setups have."""
     present = {run.setup for run in runs}
     notes = []
     absent = [setup_title(name) for name in paper_setups() if name not in present]
@@ -168,7 +167,7 @@ def _missing(runs: list[Run]) -> list[str]:
         gone = sorted(everything - seeds[name])
         if gone:
             notes.append(f"{setup_title(name)} lacks seed{'s' if len(gone) > 1 else ''} "
-                         + ", ".join(map(str, gone)) + " that other setups have.")
+                         + ", ".join(map(str, gone)) + ", which other setups have.")
     return notes
 
 
@@ -234,7 +233,7 @@ def _read_answers(record: RunFolder, name: str) -> dict[tuple[str, str, str], An
 
 
 def _gather(lines: list[dict[str, Any]]) -> Answers:
-    """Columns out of lines, by ascending id, so that all runs have the same order."""
+    """Columns from lines, by ascending id, so that all runs have the same order."""
     lines = sorted(lines, key=lambda line: str(line["id"]))
     ids = tuple(str(line["id"]) for line in lines)
     if len(set(ids)) < len(ids):
@@ -263,9 +262,9 @@ def series(run: Run, log: str, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stage_change(run: Run) -> float | None:
-    """The epoch at which the second stage starts, None for a run of one stage.
+    """The epoch at which the second stage starts, or None for a run of one stage.
 
-    It is that of the last step of the first stage; of the last probe where steps were not logged.
+    It is the epoch of the first stage's last step, or of its last probe if steps were not logged.
     """
     for log in (run.metrics, run.probe):
         stages = [(line["stage"], float(line["epoch"])) for line in log
@@ -277,9 +276,9 @@ def stage_change(run: Run) -> float | None:
 
 
 def probe_problems(experiment: Experiment) -> str:
-    """How many problems of each benchmark the probe samples, "" where the records do not say.
+    """How many problems of each benchmark the probe samples; "" if unknown.
 
-    It takes validation problems from the benchmarks in turn until it has enough.
+    The probe takes validation problems from the benchmarks in turn.
     """
     def counted(run: Run) -> str:
         settings, data = run.config.get("settings") or {}, run.manifest.get("data") or {}
@@ -295,6 +294,6 @@ def probe_problems(experiment: Experiment) -> str:
 
 
 def agreed(runs: Iterable[Run], value: Callable[[Run], Any]) -> list[str]:
-    """The different values that runs hold, as sorted text; one entry where they agree."""
+    """The distinct values over runs, as sorted text; one entry if they agree."""
     found = (value(run) for run in runs)
     return sorted({str(entry) for entry in found if entry not in (None, "", [], {})})

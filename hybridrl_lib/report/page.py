@@ -1,4 +1,4 @@
-"""report.md: the tables and pictures on one page, with what the runs were."""
+"""report.md: tables, figures, and facts about the runs on one page."""
 
 import re
 from pathlib import Path
@@ -14,28 +14,28 @@ from .text import NOTHING, bracket, literal, markdown_table, number, read_csv
 OF_THE_PROBE = ("reward", "kl", "entropy", "lengths", "correctness")
 CAPTIONS = {
     "table2": "Exact match of one greedy answer with 95 % intervals; hollow: the paper's values.",
-    "reward": "Reward of the probe: the same validation prompts, sampled by every setup.",
+    "reward": "Reward on the probe: answers of every setup to the same validation prompts.",
     "kl": "KL divergence of the trained model from the base model, on the probe.",
-    "entropy": "Entropy of the sampled tokens' distribution, on the probe.",
-    "lengths": "Mean length of the probe's completions.",
-    "loss": "The losses that the optimizer saw. An RL loss near 0 is normal: see reward instead.",
-    "correctness": "Right answers in a group of the probe's completions, share of the groups, mean "
-                   "over seeds and over twentieths of the run; epoch 0 is the base model.",
+    "entropy": "Entropy of the distribution of sampled tokens, on the probe.",
+    "lengths": "Mean length of completions on the probe.",
+    "loss": "The losses that were minimized. An RL loss near 0 is normal; see the reward instead.",
+    "correctness": "Correct answers per group of the probe's completions, as shares of groups, "
+                   "averaged over seeds and twentieths of the run; epoch 0 is the base model.",
 }
 
 
 def report_markdown(experiment: Experiment, sections: list[str], figures: list[str]) -> str:
-    """Joins the tables (their headings one level down), the pictures and the runs' summary.
+    """Joins the tables (their headings one level down), the figures, and the runs' summary.
 
     Args:
-        sections: Markdown texts, each with one heading of the first level.
-        figures: names of the pictures that were drawn, without suffix.
+        sections: Markdown texts, each with one first-level heading.
+        figures: names of the figures that were drawn, without suffix.
     """
     parts = [f"# Report, experiment `{experiment.name}`\n",
-             "Made from the records alone; `hybridrl report` makes it again.\n"]
+             "Made from the records by `hybridrl report`.\n"]
     parts += [_one_level_down(section) for section in sections]
     if figures:
-        parts.append("## Pictures\n")
+        parts.append("## Figures\n")
         parts += [f"![{name}](figures/{name}.png)\n\n{caption(experiment, name)}\n"
                   for name in figures]
     parts += ["## Runs\n", "Every setting: [hyperparameters.md](hyperparameters.md).\n",
@@ -45,7 +45,7 @@ def report_markdown(experiment: Experiment, sections: list[str], figures: list[s
 
 
 def caption(experiment: Experiment, name: str) -> str:
-    """What a picture shows; for the probe's also on which problems."""
+    """What a figure shows; for the probe, also on which problems."""
     problems = probe_problems(experiment) if name in OF_THE_PROBE else ""
     return CAPTIONS[name] + (f" Prompts: {problems}." if problems else "")
 
@@ -55,7 +55,7 @@ def _one_level_down(text: str) -> str:
 
 
 def runs_table(experiment: Experiment) -> str:
-    """Seeds, time and tokens by setup."""
+    """Seeds, time, and tokens per setup."""
     rows = []
     for setup in experiment.setups:
         runs = experiment.of(setup)
@@ -63,8 +63,8 @@ def runs_table(experiment: Experiment) -> str:
         rows.append([setup_title(setup), ", ".join(str(run.seed) for run in runs),
                      _minutes(runs, "seconds/wall"), _minutes(runs, "seconds/device"),
                      _tokens(runs), str(resumed)])
-    return markdown_table(["setup", "seeds", "wall, min a run",
-                           "CPU time of the process, min a run", "tokens a run", "resumed"],
+    return markdown_table(["setup", "seeds", "wall time, min per run",
+                           "CPU time of the process, min per run", "tokens per run", "resumed"],
                           rows, (2, 3, 5))
 
 
@@ -87,7 +87,7 @@ def _tokens(runs: tuple) -> str:
 
 
 def facts(experiment: Experiment) -> str:
-    """What the manifests agree on; all values where they do not."""
+    """What the manifests say; all values where they differ."""
     def model(manifest: dict[str, Any]) -> str | None:
         entry = manifest.get("model") or {}
         if not entry.get("name"):
@@ -125,21 +125,20 @@ def facts(experiment: Experiment) -> str:
 
 
 def warnings_table(experiment: Experiment) -> str:
-    """Which runs were warned of what in training, and when (`hybridrl_lib/health.py`)."""
+    """The warnings of `records/health.py` in each run."""
     heading = "## Warnings in training\n\n"
     trained = [run for run in experiment.runs if run.metrics]
     rows = [[setup_title(run.setup), str(run.seed), alarm.name, alarm.steps,
              literal(alarm.sentence)]
             for run in trained for alarm in replay(run.metrics, run.probe).alarms]
     if not rows:
-        return (f"{heading}None: {len(DETECTORS)} detectors read the steps of {len(trained)} runs "
-                "again and none spoke up.\n")
-    return heading + markdown_table(["setup", "seed", "warning", "steps", "seen when it began"],
+        return f"{heading}None, by {len(DETECTORS)} detectors on {len(trained)} runs.\n"
+    return heading + markdown_table(["setup", "seed", "warning", "steps", "at its start"],
                                     rows, (1,))
 
 
 def answers_table(experiment: Experiment) -> str:
-    """How the greedy test answers end: truncated ones earn nothing, however right."""
+    """How the greedy test answers end; a truncated answer scores nothing."""
     header = ["setup"]
     for benchmark in experiment.benchmarks:
         header += [f"{benchmark_title(benchmark).title}: cut off, %", "length, tokens"]
@@ -158,7 +157,7 @@ def answers_table(experiment: Experiment) -> str:
 
 
 def beside_published(experiment: Experiment, table: Table2, published: Path) -> str:
-    """This experiment's exact match beside that of a published table2.csv (a file or its folder).
+    """This experiment's exact match next to that of a published table2.csv (a file or its folder).
 
     Raises:
         UserError: there is no such table.
@@ -180,6 +179,6 @@ def beside_published(experiment: Experiment, table: Table2, published: Path) -> 
                             ) if line else NOTHING
             rows.append([setup_title(setup), benchmark_title(benchmark).title, cell.text, there,
                          f"{cell.interval.seeds} / {line['seeds'] if line else NOTHING}"])
-    return ("# Beside the published records\n\nExact match, percent.\n\n"
+    return ("# Compared with the published records\n\nExact match, percent.\n\n"
             + markdown_table(["setup", "benchmark", f"`{experiment.name}`", "published",
                               "seeds here / there"], rows, (2, 3, 4)))

@@ -1,4 +1,4 @@
-"""How soon each setup's probe reward reaches a threshold."""
+"""Training steps until each setup's probe reward reaches a threshold."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ COLUMNS = ("setup", "threshold", "seeds", "reached", "steps", "steps_low", "step
 
 @dataclass(frozen=True)
 class Progress:
-    """One line of steps_to_threshold.csv: when each seed that got there did so."""
+    """One line of steps_to_threshold.csv: when each seed reached the threshold, if it did."""
 
     setup: str
     seeds: int
@@ -24,7 +24,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Race:
-    """All setups against one threshold (a mean probe reward)."""
+    """All setups against one threshold, a mean probe reward."""
 
     threshold: float
     start: float
@@ -36,12 +36,12 @@ class Race:
 def make_race(experiment: Experiment, threshold: float | None = None) -> Race | None:
     """Steps and epochs until the probe reward reaches `threshold`, or None without probes.
 
-    A seed is there at the first probe at or above the threshold whose successor is as well (or that
-    is the last one). A single crossing would flatter the setup that is probed more often, since
-    each noisy probe is another try.
+    A seed reaches it at the first probe at or above the threshold that is the last one or is
+    followed by another such probe. A single crossing would favor setups that are probed more often,
+    since probes are noisy.
 
-    The default threshold is half-way between the reward before training (all probes at step 0) and
-    the highest mean reward at the end of training among the setups.
+    The default threshold is halfway between the mean reward at step 0 and the highest mean reward
+    of a setup at the end of training.
     """
     rewards = {run: probe for run in experiment.runs
                if run.setup != "base" and len(probe := _rewards(run)) > 1}
@@ -70,7 +70,7 @@ def _rewards(run: Run) -> list[tuple[int, float, float]]:
 
 def _arrival(probe: list[tuple[int, float, float]], goal: float) -> tuple[int, float] | None:
     """Step and epoch of the first of two probes in a row at the goal, None if there are none."""
-    # the goal is a mean: its last bit must not decide whether a reward equal to it has arrived
+    # the goal is a mean; a reward equal to it must not miss it by rounding
     there = [reward >= goal - 1e-9 for *_, reward in probe]
     for index, (step, epoch, _) in enumerate(probe):
         if all(there[index:index + 2]):
@@ -79,7 +79,7 @@ def _arrival(probe: list[tuple[int, float, float]], goal: float) -> tuple[int, f
 
 
 def race_csv(race: Race) -> str:
-    """Means over the seeds that got there, lowest and highest of them."""
+    """Mean, lowest, and highest over the seeds that reached the threshold."""
     rows = []
     for p in race.setups:
         ranges = [*_range(p.steps, 1), *_range(p.epochs, 2)]
@@ -94,14 +94,14 @@ def _range(values: tuple[float, ...], digits: int) -> list[str]:
 
 
 def race_markdown(experiment: Experiment, race: Race) -> str:
-    """The table and what it does not say."""
+    """The table with its notes."""
     problems = probe_problems(experiment)
     rows = []
     for p in race.setups:
         steps, epochs = _range(p.steps, 0), _range(p.epochs, 1)
         said = [f"{mean} ({low} to {high})" if mean else NOTHING
                 for mean, low, high in (steps, epochs)]
-        reached = f"{len(p.steps)} of {p.seeds}" if p.steps else "never reached"
+        reached = f"{len(p.steps)} of {p.seeds}" if p.steps else "none"
         rows.append([setup_title(p.setup), reached, *said])
     return "\n".join((
         f"# Steps to a reward threshold, experiment `{experiment.name}`\n",
@@ -111,10 +111,10 @@ def race_markdown(experiment: Experiment, race: Race) -> str:
         markdown_table(["setup", "seeds that reach it", "steps: mean (lowest to highest)",
                         "epochs: mean (lowest to highest)"], rows, (2, 3)),
         bullets(filter(None, (
-            "The first of two probes in a row at or above the threshold. The probe is the same "
-            "validation prompts, sampled, for every setup; it is noisy.",
+            "The first of two consecutive probes at or above the threshold. A probe samples "
+            "answers to the same validation prompts for every setup; it is noisy.",
             problems and "The probe's prompts are validation problems, taken from the benchmarks "
                          f"in turn: {problems}.",
-            "Means are over the seeds that reach it; a mean over fewer than all seeds flatters.",
-            "A step of SFT is one batch, a step of RL one batch of rollouts with all its optimizer "
-            "updates: they differ in cost, and so do their numbers of steps an epoch.")))))
+            "Means are over the seeds that reach it, so a mean over fewer seeds is too favorable.",
+            "A step of SFT is one batch. A step of RL is one batch of rollouts with all its "
+            "optimizer updates. They differ in cost, and in number per epoch.")))))

@@ -34,15 +34,15 @@ __all__ = ["Experiment", "load_experiment", "make_report", "make_table2", "make_
 
 def make_report(experiment_folder: Path, out_folder: Path | None = None,
                 published: Path | None = None) -> list[Path]:
-    """Writes every table and picture of an experiment and prints Table 2.
+    """Writes every table and figure of an experiment and prints Table 2.
 
     The same records give the same bytes. Runs that are not finished or cannot be read are left out
-    and named in the tables' notes.
+    and listed in the tables' notes.
 
     Args:
         experiment_folder: holds <setup>/seed-<n>/, such as `results/runs/tiny`.
-        out_folder: where to write; the experiment's folder unless given.
-        published: a folder with an earlier table2.csv that report.md is to show beside this one.
+        out_folder: where to write; default: the experiment's folder.
+        published: a folder with an earlier table2.csv, shown in report.md for comparison.
 
     Returns:
         The files written.
@@ -71,7 +71,7 @@ def make_report(experiment_folder: Path, out_folder: Path | None = None,
 
 
 def make_texts(experiment: Experiment, table: Table2) -> dict[str, str]:
-    """The tables' files by name, the Markdown ones in report.md's order."""
+    """{file name: text} of the tables; the Markdown files in the order of report.md."""
     texts = {"table2.csv": table2_csv(table), "table2.md": table2_markdown(experiment, table),
              "table2.tex": table2_tex(experiment, table)}
     comparisons, gaps, race = (make_comparisons(experiment), make_gaps(experiment),
@@ -93,7 +93,7 @@ def make_texts(experiment: Experiment, table: Table2) -> dict[str, str]:
 
 
 def _draw(experiment: Experiment, folder: Path) -> tuple[list[Path], list[str]]:
-    """Draws and writes every picture for which something was measured."""
+    """Draws and writes every figure whose data was measured."""
     written, names = [], []
     with style():
         for name, draw in FIGURES.items():

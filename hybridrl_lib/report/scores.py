@@ -1,4 +1,4 @@
-"""From verdicts to tables of seeds x problems, one for each setup, benchmark and metric."""
+"""Tables of scores (seeds, problems) per setup, benchmark, and metric."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .statistics import Difference, holm, paired_difference, pass_at_k
 Key = TypeVar("Key")
 PASS_AT = (1, 2, 4, 8)
 
-# metric -> what it says; the k of Pass@k come from the experiment's settings
+# Metrics; the k of Pass@k come from the experiment's settings.
 EXACT_MATCH = "exact_match"
 EXACT_MATCH_LENIENT = "exact_match_lenient"
 EXACT_MATCH_BEST = "exact_match_best"
@@ -55,9 +55,9 @@ def metric_names(experiment: Experiment) -> tuple[str, ...]:
 
 
 def score(experiment: Experiment, setup: str, benchmark: str, metric: str) -> Scores | None:
-    """The table of one metric, or None where no run of the setup measured it.
+    """The table of one metric, or None if no run of the setup measured it.
 
-    Only problems that every seed was scored on count, so that seeds and problems are crossed.
+    Only problems on which every seed was scored are included.
     """
     checkpoint = "best" if metric == EXACT_MATCH_BEST else "last"
     part = "train" if metric.endswith("_train") else "test"
@@ -83,7 +83,7 @@ def paired_family(pairs: Iterable[tuple[Key, Scores | None, Scores | None]]
                   ) -> dict[Key, tuple[Difference, float]]:
     """{key: (first minus second, paired over their common problems; p after Holm's correction)}.
 
-    Holm's family is all pairs. A pair that lacks scores or common problems is left out.
+    All pairs form one Holm family. Pairs without scores or common problems are left out.
     """
     found = {}
     for key, first, second in pairs:
@@ -96,7 +96,7 @@ def paired_family(pairs: Iterable[tuple[Key, Scores | None, Scores | None]]
 
 
 def _values(answers: Answers, metric: str) -> np.ndarray | None:
-    """(P,) shares of one run, None where they were not measured."""
+    """(P,) shares of one run, None if they were not measured."""
     name = metric.removesuffix("_train")
     if name in (EXACT_MATCH, EXACT_MATCH_BEST):
         return answers.strict.astype(float)

@@ -1,16 +1,15 @@
-"""Pass@k, intervals that cross seeds and problems, paired differences, Holm's correction.
+"""Pass@k, intervals over seeds and problems, paired differences, and Holm's correction.
 
-Every score is a share in [0, 1]. A setup is trained with S seeds and each seed is scored on the
-same P problems, so scores form a table (S, P) with two sources of chance:
+Every score is a share in [0, 1]. A setup is trained with S seeds, and each is scored on the same P
+problems. The scores form a table (S, P) with two sources of variance:
 
     score[s, p] = mean + seed[s] + problem[p] + rest[s, p]
     Var(mean over the table) = Var(seed)/S + Var(problem)/P + Var(rest)/(S P)
 
-The standard error of a benchmark score usually printed keeps the second term alone; over the seeds
-alone it would keep the first. Both are estimated here from the mean squares of the two-way
-table (methods.md section 10.4; Searle, Casella, McCulloch, "Variance Components", 1992), and the
-degrees of freedom by Satterthwaite's rule, because five seeds do not make a normal distribution.
-Nothing here imports torch.
+The usual standard error of a benchmark score has only the second term; one over seeds has only the
+first. Here all terms are estimated from the mean squares of the two-way table (Searle, Casella,
+McCulloch, "Variance Components", 1992), with Satterthwaite's degrees of freedom because there are
+few seeds. Nothing here imports torch.
 """
 
 import math
@@ -22,23 +21,23 @@ from numpy.typing import ArrayLike
 from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.95
-SIGNIFICANT = 0.05  # Holm's p below which a difference is more than chance
-# Below this a variance is rounding: one answer in a million that differs gives more.
+SIGNIFICANT = 0.05  # level for p after Holm's correction
+# A smaller variance is rounding; one different answer in a million gives more.
 _NO_VARIANCE = 1e-20
 
 
 def pass_at_k(samples: int, right: ArrayLike, k: int) -> np.ndarray:
-    """Unbiased Pass@k = 1 - C(m-c, k) / C(m, k) (paper section 1; Chen et al. 2021).
+    """Unbiased Pass@k = 1 - C(m-c, k) / C(m, k) (paper, section 1; Chen et al., 2021).
 
-    Written as a product, 1 - prod_{i = m-c+1..m} (1 - k/i), so that no binomial overflows.
+    Computed as 1 - prod_{i = m-c+1..m} (1 - k/i), which cannot overflow.
 
     Args:
-        samples: m, the samples drawn for each problem.
-        right: c, how many of them are right; any shape, values 0..m.
+        samples: m, samples per problem.
+        right: c, how many of them are correct; any shape, values 0..m.
         k: 1..m.
 
     Returns:
-        Pass@k of each problem, the shape of `right`; 1 where fewer than k samples are wrong.
+        Pass@k of each problem, in the shape of `right`; 1 if fewer than k samples are wrong.
 
     Raises:
         ValueError: k is not in 1..m, or some c is not in 0..m.
@@ -56,17 +55,16 @@ def pass_at_k(samples: int, right: ArrayLike, k: int) -> np.ndarray:
 
 
 def group_signal(samples: int, right: ArrayLike, group: int) -> np.ndarray:
-    """Chance that a group of G answers is neither all right nor all wrong, so that RL learns.
+    """Probability that a group of G answers is neither all correct nor all wrong, so RL can learn.
 
-    Unbiased, from c right samples out of m as Pass@k is: Pass@G of the right ones, plus Pass@G of
-    the wrong ones, minus 1.
+    Unbiased: Pass@G of the correct samples, plus Pass@G of the wrong ones, minus 1.
 
     Args:
         samples, right: m and c, as for `pass_at_k`.
         group: G, 1..m.
 
     Returns:
-        The chance of each problem, the shape of `right`.
+        The probability for each problem, in the shape of `right`.
 
     Raises:
         ValueError: as `pass_at_k`.
@@ -79,8 +77,7 @@ def group_signal(samples: int, right: ArrayLike, group: int) -> np.ndarray:
 class Interval:
     """A mean over seeds and problems with its confidence interval, as shares.
 
-    `seeds` or `problems` of 1 means that this source of chance could not be seen: with one seed the
-    interval is over problems alone and says nothing about another training run.
+    With one seed the interval covers problems only, and nothing about another training run.
     """
 
     mean: float
@@ -92,9 +89,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of one setup minus another's, with its interval and two-sided p-value, as shares.
+    """One setup's mean minus another's, with its interval and two-sided p-value, as shares.
 
-    `seeds` holds the seeds of the first and of the second setup.
+    `seeds` are the numbers of seeds of the two setups.
     """
 
     mean: float
@@ -114,19 +111,19 @@ class _Term:
 
 
 def mean_interval(scores: ArrayLike, level: float = LEVEL) -> Interval:
-    """Mean of a (seeds, problems) table with an interval that crosses both.
+    """Mean of a (seeds, problems) table with an interval over both.
 
-    The interval has Wilson's form, so that it stays within [0, 1] and never has zero width: the
-    number of problems is replaced by the number of independent ones that would give the same
-    variance, and the normal quantile by Student's. Where no variance can be seen (all right, all
-    wrong, one problem) that number is P, as if all seeds repeated one another.
+    The interval has Wilson's form, so it stays within [0, 1] and is never empty. The number of
+    problems is replaced by the number of independent ones with the same variance, and the normal
+    quantile by Student's. If the variance is 0 (all correct, all wrong, one problem), that number
+    is P, as if all seeds were copies.
 
     Args:
         scores: (S, P), or (P,) for one seed; shares in [0, 1].
-        level: coverage aimed at.
+        level: nominal coverage.
 
     Raises:
-        ValueError: the table is empty, holds a gap, or leaves [0, 1].
+        ValueError: the table is empty, or a value is missing or outside [0, 1].
     """
     scores = _table(scores)
     seeds, problems = scores.shape
@@ -143,19 +140,18 @@ def mean_interval(scores: ArrayLike, level: float = LEVEL) -> Interval:
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, level: float = LEVEL) -> Difference:
-    """First minus second setup, scored on the same problems, with interval and p-value.
+    """First minus second setup on the same problems, with interval and p-value.
 
-    Problems are paired: what makes a problem hard for both setups cancels. Seeds are not: seed 3 of
-    one setup shares little with seed 3 of another, and where it shares something (the order of the
-    SFT batches) counting it as independent makes the interval too wide, not too narrow.
+    Problems are paired, so their difficulty cancels. Seeds are not: equal seeds of two setups share
+    at most the order of SFT batches, and treating them as independent can only widen the interval.
 
     Args:
         first: (S1, P) shares in [0, 1]; a single row adds no variance between seeds.
         second: (S2, P), the same problems in the same order.
-        level: coverage aimed at.
+        level: nominal coverage.
 
     Raises:
-        ValueError: the numbers of problems differ, or a table is empty or holds a gap.
+        ValueError: the numbers of problems differ, a table is empty, or a value is missing.
     """
     first, second = _table(first), _table(second)
     if first.shape[1] != second.shape[1]:
@@ -167,18 +163,18 @@ def paired_difference(first: ArrayLike, second: ArrayLike, level: float = LEVEL)
 
 
 def gap_interval(train: ArrayLike, test: ArrayLike, level: float = LEVEL) -> Difference:
-    """Mean on the training problems minus mean on the test problems, of the same seeds.
+    """Mean on training problems minus mean on test problems, of the same seeds.
 
-    The problems are different ones, so there are two problem terms. The seeds are the same: the
-    seed term is that of each seed's own gap, and a seed that is better on both parts adds nothing.
+    There are two problem terms, since the problems differ. The seed term is the variance of each
+    seed's own gap.
 
     Args:
         train: (S, P1) shares in [0, 1].
         test: (S, P2), the same seeds in the same order.
-        level: coverage aimed at.
+        level: nominal coverage.
 
     Raises:
-        ValueError: the numbers of seeds differ, or a table is empty or holds a gap.
+        ValueError: the numbers of seeds differ, a table is empty, or a value is missing.
     """
     train, test = _table(train), _table(test)
     if len(train) != len(test):
@@ -195,13 +191,13 @@ def gap_interval(train: ArrayLike, test: ArrayLike, level: float = LEVEL) -> Dif
 
 
 def holm(p_values: Iterable[float]) -> list[float]:
-    """Holm's step-down adjustment: the chance of one false claim in the family is at most level.
+    """Holm's step-down correction, which controls the family-wise error rate.
 
     Args:
         p_values: of the whole family, in any order.
 
     Returns:
-        Adjusted p-values in the same order, never above 1.
+        Adjusted p-values in the same order, at most 1.
     """
     values = list(p_values)
     adjusted = [0.0] * len(values)
@@ -223,7 +219,7 @@ def _table(scores: ArrayLike) -> np.ndarray:
 
 
 def _problem_term(by_problem: np.ndarray) -> _Term:
-    """Variance of the mean that comes from the choice of problems: Var(seed mean of each)/P."""
+    """Variance of the mean from the choice of problems: Var(mean over seeds)/P."""
     problems = len(by_problem)
     if problems < 2:
         return _Term(0.0, 1.0)
@@ -231,9 +227,9 @@ def _problem_term(by_problem: np.ndarray) -> _Term:
 
 
 def _seed_terms(scores: np.ndarray) -> list[_Term]:
-    """What the choice of seeds adds: Var(seed means)/S, less the rest in it.
+    """Variance from the choice of seeds: Var(seed means)/S, less the rest contained in it.
 
-    The problem term holds that rest already; counting it twice would widen every interval.
+    The problem term contains the rest already.
     """
     seeds, problems = scores.shape
     if seeds < 2:
@@ -252,17 +248,16 @@ def _rest_mean_square(scores: np.ndarray) -> float:
 
 
 def _not_negative(terms: list[_Term]) -> list[_Term]:
-    """The terms of one variance component, or none where its estimate falls below zero."""
+    """The terms of one variance component, or none if its estimate is negative."""
     return terms if sum(term.variance for term in terms) > 0.0 else []
 
 
 def _combine(terms: Sequence[_Term]) -> tuple[float, float]:
-    """Sum of the terms and Satterthwaite's degrees of freedom (1 where the sum is zero).
+    """Sum of the terms and Satterthwaite's degrees of freedom (1 if the sum is 0).
 
-    A sum of mean squares has at least the fewest degrees of freedom among them. Fewer come out
-    where what is subtracted nearly cancels what is added, as for two setups that hardly differ: the
-    rule does not hold there, and Student's quantile grows without end. Then nothing is subtracted,
-    which counts the rest twice and makes the interval too wide, not too narrow.
+    The degrees of freedom of a sum are at least the smallest among its terms. The rule breaks down
+    when the subtracted terms nearly cancel the others, as for two setups that hardly differ. Then
+    nothing is subtracted, which makes the interval too wide rather than too narrow.
     """
     variance = math.fsum(term.variance for term in terms)
     if variance <= 0.0:
@@ -285,13 +280,13 @@ def _quantile(freedom: float, level: float) -> float:
 
 
 def _wilson(mean: float, independent: float, quantile: float) -> tuple[float, float]:
-    """Wilson's interval for a share seen in `independent` trials."""
+    """Wilson's interval for a share observed in `independent` trials."""
     weight = quantile**2 / independent
-    centre = (mean + weight / 2.0) / (1.0 + weight)
+    center = (mean + weight / 2.0) / (1.0 + weight)
     half = quantile / (1.0 + weight) * math.sqrt(
         mean * (1.0 - mean) / independent + (quantile / (2.0 * independent)) ** 2)
-    # At a mean of exactly 0 or 1 the bound is exact; rounding must not push the mean outside.
-    return min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))
+    # At a mean of 0 or 1, rounding must not put the mean outside.
+    return min(mean, max(0.0, center - half)), max(mean, min(1.0, center + half))
 
 
 def _difference(mean: float, terms: Sequence[_Term], seeds: tuple[int, int], problems: int,
@@ -302,8 +297,8 @@ def _difference(mean: float, terms: Sequence[_Term], seeds: tuple[int, int], pro
         half = _quantile(freedom, level) * error
         p_value = 2.0 * float(stdtr(freedom, -abs(mean) / error))
     else:
-        # All problems differ by the same amount, mostly by nothing. Wilson's bound for "none of P
-        # problems deviates" is the width then, and the sign test gives the p-value.
+        # All problems differ by the same amount, mostly 0. The width is then Wilson's bound for
+        # "none of P problems differs", and the p-value is that of the sign test.
         half = _wilson(0.0, float(problems), _quantile(max(problems - 1.0, 1.0), level))[1]
         p_value = min(1.0, 2.0 ** (1 - problems)) if mean else 1.0
     return Difference(mean, max(-1.0, mean - half), min(1.0, mean + half), p_value, seeds, problems)

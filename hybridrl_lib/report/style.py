@@ -1,8 +1,7 @@
-"""How the pictures look: colors that the color-blind tell apart, sizes that survive print.
+"""Style of the figures: a color-blind-safe palette and sizes for print.
 
-The palette and the plain theme are seaborn's. Nothing here touches the global settings, so that a
-notebook's own style stays as it is. Seaborn is imported where something is drawn, since it takes a
-second that tables need not wait for.
+Palette and theme are seaborn's. Global settings of Matplotlib are not changed. Seaborn is imported
+only when something is drawn, since its import takes a second.
 """
 
 import io
@@ -24,9 +23,9 @@ from ..setups import SETUPS
 from ..system.errors import printable
 
 WIDTH = 6.8  # inches: a page's text width
-# of seaborn's palette `colorblind`: blue, vermilion, green, purple, orange, sky blue, brown; its
-# yellow, pink and gray vanish on white or beside the base model's gray
-CHOSEN_COLOURS = (0, 3, 2, 4, 1, 9, 5)
+# Of seaborn's `colorblind`: blue, vermilion, green, purple, orange, sky blue, brown. Its yellow,
+# pink, and gray are hard to see on white or next to the base model's gray.
+CHOSEN_COLORS = (0, 3, 2, 4, 1, 9, 5)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = (4.0, 1.6)
 
@@ -44,14 +43,14 @@ RC: dict[str, Any] = {
 
 
 def figure_text(text: object) -> str:
-    """Text out of a record for a title or label: no formula begins at a dollar sign."""
+    """Text from a record for a title or label; a dollar sign starts no formula."""
     shown = re.sub("[\u2400-\u2421]", "\ufffd", printable(text))  # what the font has
     return shown.replace("$", r"\$")
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The pictures' settings, for as long as one is drawn or written."""
+    """Applies the figures' settings while one is drawn or written."""
     import seaborn
 
     with matplotlib.rc_context():
@@ -63,23 +62,23 @@ def style() -> Iterator[None]:
 
 @cache
 def palette() -> tuple[str, ...]:
-    """One color a marker."""
+    """One color per marker."""
     import seaborn
 
     colors = seaborn.color_palette("colorblind").as_hex()
-    return tuple(colors[index] for index in CHOSEN_COLOURS)
+    return tuple(colors[index] for index in CHOSEN_COLORS)
 
 
 def line_style(setup: str) -> dict[str, Any]:
-    """Color, dashes and marker of a setup; with entropy regularization it is dashed and hollow."""
+    """Color, dashes, and marker of a setup; dashed and hollow with entropy regularization."""
     plain = [entry.name for entry in sorted(SETUPS.values(), key=lambda entry: not entry.in_paper)
              if entry.stages and not entry.entropy]
     paper = sum(SETUPS[name].in_paper for name in plain)
     name = setup.removesuffix("_entropy")
     if setup == "base":
         return {"color": "#555555", "marker": "X"}
-    # a setup that is not the paper's takes a color behind theirs, by its place in the table of
-    # setups or else by its name: the same everywhere. Past the last color they come again.
+    # Other setups take the colors after the paper's, by their place in SETUPS or else by name.
+    # Colors repeat after the last.
     place = plain.index(name) if name in plain else paper + sum(map(ord, name))
     if place >= paper:
         place = paper + (place - paper) % (len(MARKERS) - paper)
@@ -97,8 +96,10 @@ def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any
 
 
 def show_size_of_constant(panel: Axes) -> None:
-    """Where all that is drawn is one value but for rounding, the panel goes from 0 to twice it, so
-    that rounding does not fill it; from -1 to 1 for 0."""
+    """Sets a panel that shows a constant to run from 0 to twice its value (-1 to 1 for 0).
+
+    Otherwise rounding errors would fill the panel.
+    """
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in panel.lines] or [[]])
     values = values[np.isfinite(values)]
     if values.size and np.ptp(values) <= 1e-4 * np.abs(values).max():
@@ -108,16 +109,16 @@ def show_size_of_constant(panel: Axes) -> None:
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
-    """One legend under all panels, where it covers no line."""
+    """One legend below all panels."""
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3.0,
                   columnspacing=1.4)
 
 
 def as_bytes(figure: Figure, kind: str) -> bytes:
-    """The picture as `svg` or `png`; the same figure gives the same bytes."""
+    """The figure as `svg` or `png`; the same figure gives the same bytes."""
     out = io.BytesIO()
     if figure.get_layout_engine() is not None:
-        # the layout takes as long as the drawing, and need not be found for each kind of file
+        # the layout takes as long as the drawing; compute it once for both kinds of file
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
     # dates and version numbers would make each drawing differ
@@ -125,7 +126,7 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
         figure.savefig(out, format=kind, metadata={"Date": None, "Creator": None})
     else:
         figure.savefig(out, format=kind, pil_kwargs={"compress_level": 1})
-        # 255 colors are enough for lines and bands, at a third of the size
+        # 255 colors are enough, at a third of the size
         picture = Image.open(out).convert("RGB").quantize(255, dither=Image.Dither.NONE)
         out = io.BytesIO()
         picture.save(out, format="png", dpi=(RC["savefig.dpi"],) * 2)

@@ -1,4 +1,4 @@
-"""One setting over its values: a table, and a figure of scores with intervals."""
+"""A sweep's page: scores for each value of one setting, as a table and a figure."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,12 +36,12 @@ def report_sweep(folder: Path, parameter: str, title: str, setup: str,
     """Writes sweep.csv, sweep.md and the figure.
 
     Args:
-        parameter, title: its name on the command line, and in words.
-        setup: that was run with every value.
-        experiments: by value, in the order to be shown.
+        parameter, title: the setting's name on the command line, and its title.
+        setup: the setup that was run with every value.
+        experiments: by value, in the order of the table.
 
     Returns:
-        The files, and the table as text for a terminal.
+        The files, and the table for the terminal.
     """
     cells = _cells(setup, experiments)
     files = [write_whole(folder / name, text)
@@ -67,13 +67,13 @@ def sweep_texts(parameter: str, title: str, setup: str,
         markdown_table(head, rows, range(1, len(head))),
         *_differences_part(usual, experiments, apart), bullets((
             *((f"Every run has {', '.join(changes)}.",) if changes else ()),
-            "No other setting was changed or tuned anew for a value. What a run uses may change "
-            "with it: answers sampled to learn from, optimizer updates, demonstrations.",
-            "One seed only: intervals and p-values are over the test problems alone. Another "
-            "training seed may turn a bold difference round." if seeds == [1] else
-            "Intervals cross seeds and problems.",
-            "An interval of a score is of one value by itself. Values that share problems are told "
-            "apart by their difference: intervals may overlap where it is beyond chance.",
+            "No other setting was changed or tuned per value. A run's rollouts, optimizer updates, "
+            "and demonstrations may change with the value.",
+            "One seed only: intervals and p-values cover test problems only. Another training seed "
+            "may reverse a bold difference." if seeds == [1] else
+            "Intervals cover seeds and problems.",
+            "Compare values by their paired difference. The intervals of two scores may overlap "
+            "although the difference is significant.",
             "Choose a value on validation problems, not by this table."))])
     return {"sweep.md": text, "sweep.csv": csv_text(COLUMNS, [
         (parameter, setup, *key, percent(i.mean), percent(i.low), percent(i.high), i.seeds,
@@ -82,15 +82,15 @@ def sweep_texts(parameter: str, title: str, setup: str,
 
 
 def usual_value(setup: str, experiments: Mapping[str, Experiment]) -> str:
-    """The preset's own value, or the first where it is not among them: the one whose runs have the
-    fewest settings otherwise than the preset."""
+    """The preset's own value, or else the first: the one whose runs differ from the preset in the
+    fewest settings."""
     return min(experiments, key=lambda value: changed(experiments[value].of(setup)[0]))
 
 
 def differences(setup: str, experiments: Mapping[str, Experiment]
                 ) -> dict[Key, tuple[Difference, float]]:
-    """{(value, benchmark, metric): (paired difference to the usual value, Holm's p)}; a metric is a
-    family. Nothing for a value that was tested on other problems."""
+    """{(value, benchmark, metric): (paired difference to the usual value, Holm's p)}; a family is
+    one metric. Values tested on other problems are left out."""
     usual, found = usual_value(setup, experiments), {}
     for metric in METRICS:
         pairs = [((value, benchmark, metric), *(score(one, setup, benchmark, metric)
@@ -104,7 +104,7 @@ def differences(setup: str, experiments: Mapping[str, Experiment]
 
 def _differences_part(usual: str, experiments: Mapping[str, Experiment],
                       apart: Mapping[Key, tuple[Difference, float]]) -> list[str]:
-    """The differences as pieces of Markdown: a row a value."""
+    """The differences as Markdown, a row per value."""
     benchmarks = dict.fromkeys(benchmark for _, benchmark, _ in apart)
     columns = [(benchmark, metric) for benchmark in benchmarks for metric in METRICS
                if any(key[1:] == (benchmark, metric) for key in apart)]
@@ -139,7 +139,7 @@ def _cells(setup: str, experiments: Mapping[str, Experiment]
 
 def _table(setup: str, experiments: Mapping[str, Experiment],
            cells: Mapping[Key, Interval]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a row a value, with what its runs used."""
+    """Header and rows, a row per value, with what its runs used."""
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
     columns = [(benchmark, metric) for benchmark in benchmarks for metric in METRICS]
     head = ["value", *(f"{benchmark_title(benchmark).title}: {METRICS[metric]}"
@@ -157,7 +157,7 @@ def _table(setup: str, experiments: Mapping[str, Experiment],
 
 def draw_sweep(title: str, experiments: Mapping[str, Experiment],
                cells: Mapping[Key, Interval]) -> Figure:
-    """Scores by value, a panel a benchmark; values stand at equal distances."""
+    """Scores by value, a panel per benchmark; values are equally spaced."""
     benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in cells))
     values = list(experiments)
     figure, panels = new_figure(3.0, 1, max(1, len(benchmarks)), sharey=True, squeeze=False)

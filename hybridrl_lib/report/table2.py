@@ -1,4 +1,4 @@
-"""Table 2: every setup on every benchmark with intervals, the paper's number beside it."""
+"""Table 2: every setup on every benchmark with intervals, next to the paper's number."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .text import (
     markdown_table,
     number,
     percent,
-    tex,
+    tex_table,
 )
 
 COLUMNS = ("setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds", "problems",
@@ -75,7 +75,7 @@ def table2_csv(table: Table2) -> str:
 
 
 def row_setups(experiment: Experiment) -> tuple[str, ...]:
-    """The table's rows: the paper's setups whether or not they ran, then any others."""
+    """The table's rows: all of the paper's setups, then others that ran."""
     paper = paper_setups()
     return (*paper, *(name for name in experiment.setups if name not in paper))
 
@@ -91,7 +91,7 @@ def wide_header(experiment: Experiment) -> list[str]:
 
 
 def wide_rows(experiment: Experiment, table: Table2) -> list[list[str]]:
-    """One row a setup: `mean [low, high]` of greedy exact match and the paper's value."""
+    """A row per setup: `mean [low, high]` of greedy exact match, and the paper's value."""
     rows = []
     for setup in row_setups(experiment):
         row = [setup_title(setup), str(len(experiment.of(setup)) or NOTHING)]
@@ -109,7 +109,7 @@ def wide_markdown(experiment: Experiment, table: Table2) -> str:
 
 
 def table2_markdown(experiment: Experiment, table: Table2) -> str:
-    """The wide table, the other metrics by benchmark, and what to know before reading either."""
+    """The wide table, the other metrics per benchmark, and notes."""
     parts = [f"# Table 2, experiment `{experiment.name}`\n",
              "Exact match of one greedy answer, strict, last checkpoint; percent, mean "
              "[95 % interval].\n",
@@ -118,18 +118,18 @@ def table2_markdown(experiment: Experiment, table: Table2) -> str:
         parts += [f"## Other metrics: {benchmark_title(benchmark).title}\n",
                   other_metrics(experiment, table, benchmark)]
     parts.append(bullets((
-        "Pass@k: unbiased estimate from the samples at the evaluation's temperature, strict.",
-        "Lenient: the last box, else the last `####`, else the last number counts, whether or not "
-        "the completion ended.",
-        "Best checkpoint: the one with the best strict score on the validation problems, greedy; "
-        "the last where that one is it.",
-        "Training problems: greedy and Pass@1 on problems that were trained on; the gap is in "
-        "gap.md.")))
+        "Pass@k: unbiased estimate from samples at the evaluation's temperature, strict.",
+        "Lenient: the last box counts, or else the last `####`, or else the last number, even if "
+        "the answer did not end.",
+        "Best checkpoint: the one with the best strict greedy score on validation problems, which "
+        "may be the last.",
+        "Training problems: greedy and Pass@1 on problems of the training set. The gap to test "
+        "problems is in gap.md.")))
     return "\n".join(parts)
 
 
 def other_metrics(experiment: Experiment, table: Table2, benchmark: str) -> str:
-    """One benchmark's metrics besides greedy exact match: a Markdown table."""
+    """One benchmark's metrics other than greedy exact match, as a Markdown table."""
     titles = {EXACT_MATCH_LENIENT: "greedy, lenient", EXACT_MATCH_BEST: "greedy, best checkpoint",
               "pass@1_lenient": "Pass@1, lenient", "exact_match_train": "greedy, training problems",
               "pass@1_train": "Pass@1, training problems"}
@@ -144,71 +144,65 @@ def other_metrics(experiment: Experiment, table: Table2, benchmark: str) -> str:
 
 def table2_tex(experiment: Experiment, table: Table2) -> str:
     """The wide table for LaTeX with booktabs."""
-    header, rows = wide_header(experiment), wide_rows(experiment, table)
-    lines = [r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering",
-             r"\caption{Exact match of one greedy answer, percent, mean [95\,\% interval]. "
-             + " ".join(tex(note.replace("`", "")) for note in table_notes(experiment, table))
-             + "}",
-             r"\label{tab:" + "".join(c if c.isalnum() else "-" for c in experiment.name) + "}",
-             r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule",
-             " & ".join(map(tex, header)) + r" \\", r"\midrule",
-             *(" & ".join(map(tex, row)) + r" \\" for row in rows),
-             r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    return "\n".join(lines) + "\n"
+    notes = " ".join(note.replace("`", "") for note in table_notes(experiment, table))
+    return tex_table(
+        wide_header(experiment), wide_rows(experiment, table),
+        f"Exact match of one greedy answer, percent, mean [95 % interval]. {notes}",
+        label="tab:" + "".join(c if c.isalnum() else "-" for c in experiment.name))
 
 
 def table_notes(experiment: Experiment, table: Table2) -> list[str]:
-    """How the intervals were made, what the benchmarks are, what is missing."""
+    """Notes on the intervals, the benchmarks, and what is missing."""
     return [*interval_notes(experiment), *place_notes(experiment),
             *dropped_notes(table), *experiment.notes]
 
 
 def interval_notes(experiment: Experiment) -> list[str]:
-    """Which sources of chance the intervals hold."""
+    """Which sources of variance the intervals include."""
     counts = {setup: len(experiment.of(setup)) for setup in experiment.setups if setup != "base"}
     single = [setup_title(setup) for setup, count in counts.items() if count == 1]
     several = sorted({count for count in counts.values() if count > 1})
     notes = []
     if several:
         notes.append(
-            "Intervals cross training seeds and test problems (two-way mean squares, Student's t "
-            "with Satterthwaite's degrees of freedom, Wilson's form): they speak of other seeds "
-            "and other problems of the same kind, with this base model and this split.")
+            "Intervals cover training seeds and test problems (two-way mean squares, Student's t "
+            "with Satterthwaite's degrees of freedom, Wilson's form), for this base model and this "
+            "split.")
         if several[0] < 5:
             notes.append(
-                f"With fewer than five seeds (here {several[0]}) the spread between seeds is "
-                "hardly known; where it is large, a 95 % interval covers less: about 90 % with "
-                "three seeds, 86 % with two.")
+                f"With fewer than five seeds (here {several[0]}), the variance between seeds is "
+                "poorly known. If it is large, a 95 % interval covers less: about 90 % with three "
+                "seeds, 86 % with two.")
     if single:
         who = "every setup" if len(single) == len(counts) else ", ".join(single)
-        notes.append(f"One seed only ({who}): these intervals are over the test problems alone and "
-                     "leave out how much another seed would differ.")
+        notes.append(f"One seed only ({who}): these intervals cover test problems only, not the "
+                     "variance between seeds.")
     if "base" in experiment.setups:
-        notes.append("The base model is not trained and has no training seeds: its intervals are "
-                     "over the test problems.")
+        notes.append("The base model has no training seeds; its intervals cover test problems "
+                     "only.")
     return notes
 
 
 def place_notes(experiment: Experiment) -> list[str]:
-    """In whose place a benchmark stands, and which model the paper's numbers belong to."""
+    """Which benchmark a generated one replaces, and which model the paper's numbers belong to."""
     notes = []
     stand_ins = [(title.title, benchmark_title(title.stands_for).title)
                  for title in map(benchmark_title, experiment.benchmarks) if title.stands_for]
     if stand_ins:
-        places = ", ".join(f"{own} in the place of {real}" for own, real in stand_ins)
-        notes.append(f"Stand-ins: {places}. They are problems made by code, far easier, and not "
-                     "the real benchmarks.")
+        places = ", ".join(f"{own} for {real}" for own, real in stand_ins)
+        notes.append(f"Stand-ins: {places}. Code generates these problems; they are far easier "
+                     "than the real benchmarks.")
     models = agreed(experiment.runs, lambda run: run.manifest.get("model", {}).get("name"))
     here = "; here the model is " + ", ".join(map(code_span, models)) if models else ""
-    notes.append(f"The paper's numbers are {PAPER_MODEL} on the real benchmarks{here}"
-                 ". Another model is no test of them: neither height nor order.")
+    notes.append(f"The paper's numbers are {PAPER_MODEL} on the real benchmarks{here}. Results "
+                 "with another model do not test them.")
     return notes
 
 
 def dropped_notes(table: Table2) -> list[str]:
     """Problems that not every seed was scored on."""
     return [f"{setup_title(cell.setup)}, {benchmark_title(cell.benchmark).title}, {cell.metric}: "
-            f"{cell.dropped} problems left out that not every seed was scored on."
+            f"{cell.dropped} problems left out because not every seed was scored on them."
             for cell in table.cells.values() if cell.dropped]
 
 

@@ -11,10 +11,10 @@ NOTHING = "–"
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number with so many decimals; "" for None.
+    """A number rounded to `digits` decimals; "" for None.
 
-    Machines sum in different orders and so differ in the last bit. Rounding twice keeps a value
-    that lies on a half from falling to either side of it, and no zero gets a minus sign.
+    Sums differ in the last bit between machines. Rounding twice makes halves round the same way
+    everywhere. Zero has no minus sign.
     """
     if value is None:
         return ""
@@ -22,7 +22,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share in percent, without the sign."""
+    """A share in percent, without the percent sign."""
     return number(None if share is None else 100.0 * share, digits)
 
 
@@ -60,33 +60,30 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file; none if there is no such file."""
+    """The lines of a CSV file; none if it does not exist."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-# Entities, since Markdown's readers do not agree on backslashes; MathJax would find &#36; again.
+# Entities, because Markdown renderers differ on backslashes; MathJax would still find &#36;.
 _MARKDOWN = str.maketrans({**{sign: f"&#{ord(sign)};" for sign in "<>&|`*[]\\~#"}, "$": "＄"})
 
 
 def literal(text: object) -> str:
-    """Text out of a record as a piece of Markdown that shows these letters and does nothing.
-
-    What a run records of itself comes out as it went in.
-    """
+    """Text from a record as Markdown that shows it unchanged, without markup or links."""
     return " ".join(printable(text).translate(_MARKDOWN).split("\n"))
 
 
 def code_span(text: object) -> str:
-    """Text out of a record in typewriter letters; the table escapes a `|`."""
+    """Text from a record as inline code; `markdown_table` escapes a `|`."""
     return "`" + " ".join(printable(text).replace("`", "'").split("\n")) + "`"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]],
                    right: Iterable[int] = ()) -> str:
-    """A Markdown table; `right` are the columns whose cells are numbers."""
+    """A Markdown table; the columns `right` are aligned to the right."""
     right = set(right)
     marks = ["---:" if index in right else "---" for index in range(len(header))]
     lines = [header, marks, *rows]
@@ -122,3 +119,15 @@ _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_
 def tex(text: str) -> str:
     """Text with LaTeX's special characters escaped."""
     return "".join(_TEX.get(character, character) for character in text)
+
+
+def tex_table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str,
+              label: str = "") -> str:
+    """A table for LaTeX with booktabs."""
+    return "\n".join((
+        r"% needs \usepackage{booktabs}", r"\begin{table}", r"\centering\footnotesize",
+        rf"\caption{{{tex(caption)}}}", *([rf"\label{{{label}}}"] if label else []),
+        r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule",
+        " & ".join(map(tex, header)) + r" \\", r"\midrule",
+        *(" & ".join(map(tex, row)) + r" \\" for row in rows),
+        r"\bottomrule", r"\end{tabular}", r"\end{table}")) + "\n"
