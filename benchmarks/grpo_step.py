@@ -126,12 +126,12 @@ class GRPOStep:
         advantages = group_advantages(rewards(len(groups), rl.group_size, self.which),
                                       rl.advantage_scale)
         totals = Totals()
-        norm = self.learner.apply(Update(
+        self.learner.accumulate(Update(
             sequences, sft=none, rl=token_weights(lengths, rl.loss_normalization,
                                                   rl.max_new_tokens),
             entropy=none, advantages=advantages.flatten(), temperature=torch.ones(len(sequences))),
-            LEARNING_RATE, totals)
-        return totals.sums["loss/rl"], norm or 0.0
+            totals)
+        return totals.sums["loss/rl"], self.learner.step(LEARNING_RATE)
 
     def __call__(self, seed: int) -> Outcome:
         """A whole step."""

@@ -88,10 +88,11 @@ class Run:
                      for prompt in asked for _ in range(samples)]
         weight, none = torch.full((len(sequences),), 1e-4), torch.zeros(len(sequences))
         taught = samples == 1
-        self.learner.apply(Update(
+        self.learner.accumulate(Update(
             sequences, sft=weight if taught else none, rl=none if taught else weight,
             entropy=weight, advantages=torch.ones(len(sequences)),
-            temperature=torch.ones(len(sequences))), 1e-6, Totals())
+            temperature=torch.ones(len(sequences))), Totals())
+        self.learner.step(1e-6)
 
     def sample(self, prompts: int, samples: int, length: int) -> None:
         sample(self.policy, [self.tokens(self.settings.data.max_prompt_tokens)

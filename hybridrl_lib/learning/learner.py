@@ -120,32 +120,13 @@ class Learner:
 
     # 5. Update ---------------------------------------------------------------------------------
 
-    def apply(self, update: Update, learning_rate: float, totals: Totals) -> float | None:
-        """Accumulates the gradient of an update over its micro-batches and takes the step.
-
-        Args:
-            totals: sums for the record are added to it.
-
-        Returns:
-            The gradient norm before clipping; None if there was nothing to learn from. If it is
-            not finite, the weights did not change.
-
-        Raises:
-            UserError: the loss or its gradient was not finite several updates in a row.
-        """
-        if not self.accumulate(update, totals):
-            return None
-        norm = self.step(update.learning_rate or learning_rate, update.optimizer,
-                         update.largest_norm)
-        if update.largest_norm < norm < math.inf:
-            totals.add("left_out", torch.ones(1))
-        return norm
-
     def accumulate(self, update: Update, totals: Totals) -> bool:
         """Adds the gradient of an update's loss to the parameters; False if it has none.
 
-        With several processes, each computes the gradient of some completions, and their sum takes
-        the place of every process's own.
+        With several processes, each computes the gradient of some completions, and all get the sum.
+
+        Args:
+            totals: sums for the record are added to it.
         """
         keep = self._mark_and_choose(update)
         self._count_skipped(update, keep, totals)

@@ -4,6 +4,7 @@ A method overrides what its paper changes and inherits the rest, which is the pa
 Its settings, and everything that follows from them alone, are in `config/methods.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -99,8 +100,11 @@ class Method:
                 for later in updates[index + 1:]:
                     if (later.rl != 0).any():
                         later.old = step.learner.scores(later.sequences)
-            norm = step.learner.apply(update, step.learning_rate, totals)
-            if norm is not None:
+            if step.learner.accumulate(update, totals):
+                norm = step.learner.step(update.learning_rate or step.learning_rate,
+                                         update.optimizer, update.largest_norm)
+                if update.largest_norm < norm < math.inf:
+                    totals.add("left_out", torch.ones(1))
                 norms.append(norm)
         return norms
 

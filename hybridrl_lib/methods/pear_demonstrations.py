@@ -130,7 +130,8 @@ def _fine_tune(policy: Policy, problems: Sequence[Problem], settings: Settings, 
     tokens = 0
     for place, batch in enumerate(batches):
         update = step.update(batch)
-        learner.apply(update, learning_rate * (1 - place / len(batches)), Totals())
+        learner.accumulate(update, Totals())
+        learner.step(learning_rate * (1 - place / len(batches)))
         tokens += sum(len(s.completion) for s in update.sequences)
     return Taught(len(batches), tokens)
 

@@ -1,7 +1,7 @@
 """Steps 2 to 4 of Algorithm 1: sample answers, reward them, and compute their advantages."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,20 +45,48 @@ class Judge:
         With dynamic sampling (DAPO, 2503.14476) groups without signal are replaced by those of more
         problems; after the last round the step continues with what there is.
         """
-        rl, asked, reasons = self.settings.rl, {p.id for p in problems}, Counter()
-        sampled = kept = self._round(problems, progress, 0, reasons)
-        if rl.dynamic_sampling_rounds > 1:
-            others = [p for p in self.problems if p.id not in asked]
-            progress.random("dynamic sampling").shuffle(others)
-            kept = [rollout for rollout in sampled if 0 < rollout.solved < 1]
-            for number in range(1, rl.dynamic_sampling_rounds):
-                more, others = others[:len(problems)], others[len(problems):]
-                if not more or len(kept) >= len(problems):
-                    break
-                rollouts = self._round(more, progress, number, reasons)
-                sampled = sampled + rollouts
-                kept = kept + [rollout for rollout in rollouts if 0 < rollout.solved < 1]
-            kept = kept[:len(problems)]
+        rl, sampled, kept, reasons = self.settings.rl, [], [], Counter()
+        dynamic = rl.dynamic_sampling_rounds > 1
+        for number, batch in enumerate(self._rounds(problems, progress)):
+            if len(kept) >= len(problems):
+                break
+            prompts = [self.policy.encode_prompt(problem.question) for problem in batch]
+            hints = self.method.hints(batch, progress)
+            if hints:
+                prompts = [prompt + hint for prompt, hint in zip(prompts, hints, strict=True)]
+
+            # 2. Sample: G answers per problem from pi_old, which is pi_theta now.
+            groups = sample(
+                self.policy, prompts, samples=rl.group_size, max_new_tokens=rl.max_new_tokens,
+                temperature=rl.temperature, batch_size=self.settings.evaluation.batch_size,
+                seed=seed_of(progress.seed, "rollouts", progress.taken,
+                             *([number] if number else [])))
+
+            # 3. Reward: r_phi of every answer.
+            judged = groups if not hints else [with_hint(self.policy, group, hint)
+                                               for group, hint in zip(groups, hints, strict=True)]
+            verdicts = verdicts_of(batch, judged, self.verifier)
+            reasons.update(verdict.reason for verdict in verdicts)
+            rewards = rewards_of([problem for problem in batch for _ in range(rl.group_size)],
+                                 [c.text for group in judged for c in group.completions], verdicts,
+                                 rl.reward).view(-1, rl.group_size)  # (P G,) -> (P, G)
+
+            # 4. Advantages: the gain of each answer over the mean of its group.
+            shaped = rewards
+            if rl.overlong_share:
+                shaped = rewards + torch.stack([
+                    overlong_of([len(c.token_ids) for c in group.completions],
+                                [c.finished for c in group.completions], rl) for group in groups])
+            advantages = group_advantages(shaped, rl.advantage_scale)  # (P, G)
+
+            self.seen(batch, judged, rewards, not number)
+            rollouts = [Rollout(*item) for item in zip(batch, groups, rewards, shaped, advantages,
+                                                       strict=True)]
+            sampled += rollouts
+            kept += [r for r in rollouts if 0 < r.solved < 1] if dynamic else rollouts
+
+        kept = kept[:len(problems)]
+        if dynamic:
             row |= {"groups/sampled": len(sampled), "groups/kept": len(kept)}
         row |= reward_metrics([r.group for r in sampled], torch.stack([r.rewards for r in sampled]))
         if rl.overlong_share:
@@ -69,37 +97,14 @@ class Judge:
             row["reward/answer"] = reasons["right"] / sum(reasons.values())
         return kept
 
-    def _round(self, problems: list[Problem], progress: Progress, number: int,
-               reasons: Counter) -> list[Rollout]:
-        """One round of sampling; adds the verdicts' reasons to `reasons`."""
-        rl, prompts = self.settings.rl, [self.policy.encode_prompt(p.question) for p in problems]
-        hints = self.method.hints(problems, progress)
-        if hints:
-            prompts = [prompt + hint for prompt, hint in zip(prompts, hints, strict=True)]
-
-        # 2. Sample: G answers per problem from pi_old, which is pi_theta now.
-        groups = sample(
-            self.policy, prompts,
-            samples=rl.group_size, max_new_tokens=rl.max_new_tokens, temperature=rl.temperature,
-            seed=seed_of(progress.seed, "rollouts", progress.taken, *([number] if number else [])),
-            batch_size=self.settings.evaluation.batch_size)
-
-        # 3. Reward: r_phi of every answer.
-        judged = groups if not hints else [
-            with_hint(self.policy, group, hint) for group, hint in zip(groups, hints, strict=True)]
-        verdicts = verdicts_of(problems, judged, self.verifier)
-        reasons.update(v.reason for v in verdicts)
-        rewards = rewards_of([p for p in problems for _ in range(rl.group_size)],
-                             [c.text for group in judged for c in group.completions], verdicts,
-                             rl.reward).view(-1, rl.group_size)  # (P G,) -> (P, G)
-
-        # 4. Advantages: the gain of each answer over the mean of its group.
-        shaped = rewards
-        if rl.overlong_share:
-            shaped = rewards + torch.stack([
-                overlong_of([len(c.token_ids) for c in group.completions],
-                            [c.finished for c in group.completions], rl) for group in groups])
-        advantages = group_advantages(shaped, rl.advantage_scale)  # (P, G)
-        self.seen(problems, judged, rewards, not number)
-        return [Rollout(*item) for item in zip(problems, groups, rewards, shaped, advantages,
-                                               strict=True)]
+    def _rounds(self, problems: list[Problem], progress: Progress) -> Iterator[list[Problem]]:
+        """The problems of a step, and with dynamic sampling as many others for each more round."""
+        yield problems
+        if self.settings.rl.dynamic_sampling_rounds > 1:
+            asked = {problem.id for problem in problems}
+            others = [problem for problem in self.problems if problem.id not in asked]
+            progress.random("dynamic sampling").shuffle(others)
+            for number in range(self.settings.rl.dynamic_sampling_rounds - 1):
+                more = others[number * len(problems):(number + 1) * len(problems)]
+                if more:
+                    yield more

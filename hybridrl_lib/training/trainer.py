@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config.settings import Settings
 from ..learning.entropy_control import EntropyControl
 from ..learning.learner import Learner
-from ..learning.progress import Progress, Stage
+from ..learning.progress import Progress, Stage, Weights
 from ..learning.step import Step
 from ..learning.update import Totals, Update
 from ..methods.method import Method, Run
@@ -127,7 +127,7 @@ class Trainer:
         began = time.perf_counter()
 
         # 1. Weights: lambda_SFT, lambda_RL, and gamma of this step.
-        step = self._new_step(progress)
+        step = self._new_step(progress, self.method.weights(progress))
         size = self._batch_size(progress.stage)
         if step.weights.sft > 0:
             step.demonstrations = self._batch(progress, "demonstrations", size)
@@ -160,9 +160,9 @@ class Trainer:
             "tokens": sum(self.tokens.values()), "seconds/sampling": round(sampled - began, 4),
             "seconds/update": round(now - sampled, 4), "seconds/step": round(now - began, 4)})
 
-    def _new_step(self, progress: Progress) -> Step:
+    def _new_step(self, progress: Progress, weights: Weights) -> Step:
         """The step with its weights, its learning rates, and the first columns of its row."""
-        stage, weights = progress.stage, self.method.weights(progress)
+        stage = progress.stage
         gamma = getattr(self.settings, stage.name).gamma if self.with_entropy else 0.0
         rates = {name: self._learning_rate(progress, name) for name in ("sft", "rl")}
         row = {"step": self.step + 1, "stage": stage.name,

@@ -1,4 +1,4 @@
-"""Two setup notebooks through papermill itself, as a user starts them."""
+"""Setup notebooks through papermill itself, as a user starts them."""
 
 import json
 import os
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("papermill")
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
-@pytest.mark.parametrize(("notebook", "setup"), [("10_sft", "sft"),
-                                                 ("12_sft_then_rl", "sft_then_rl")])
-def test_papermill_trains_for_real(notebook, setup, tmp_path):
-    """Protects batch reproduction: new optimizer steps are in the records, by this interpreter."""
+@pytest.mark.parametrize(("notebook", "setup"), [
+    ("10_sft", "sft"),
+    pytest.param("12_sft_then_rl", "sft_then_rl", marks=pytest.mark.slow)])
+def test_papermill_trains(notebook, setup, tmp_path):
+    """Protects batch reproduction: the records have new optimizer steps of this interpreter."""
     results = tmp_path / "results"
     done = subprocess.run(
         [sys.executable, "-m", "papermill", f"{notebook}.ipynb", str(tmp_path / "out.ipynb"),

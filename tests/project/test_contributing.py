@@ -1,4 +1,4 @@
-"""The method in CONTRIBUTING.md, added as it says there and trained by its notebook."""
+"""The method in CONTRIBUTING.md, added as described there and trained by its notebook."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,17 +21,19 @@ def blocks():
 
 
 def insert_before(path, mark, text):
-    """Puts a text before the first place where `mark` stands."""
+    """Inserts a text before the first `mark`."""
     before, found, after = path.read_text(encoding="utf-8").partition(mark)
     assert found
     path.write_text(before + text + found + after, encoding="utf-8")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("papermill")
 def test_the_method_can_be_added_as_it_says(tmp_path):
-    """Protects whoever adds a method from an example that has never run."""
+    """Protects whoever adds a method from an example that does not run."""
     (kinds, texts) = zip(*blocks(), strict=True)
     assert kinds == ("python", "python", "sh")
-    assert sum(bool(line) for line in texts[0].splitlines()) <= 10, "as README says"
+    assert sum(bool(line) for line in texts[0].splitlines()) <= 10, "a method takes ten lines"
     package = tmp_path / "hybridrl_lib"
     shutil.copytree(ROOT / "hybridrl_lib", package,
                     ignore=shutil.ignore_patterns("__pycache__"))

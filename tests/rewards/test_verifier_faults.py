@@ -253,20 +253,6 @@ def test_script_without_main_guard_and_without_close(tmp_path):
                 os.kill(pid, 0)
 
 
-def test_no_torch_in_the_workers():
-    """A worker loads the algebra system and nothing of the training stack."""
-    done = run_script(
-        """
-        import sys
-        from hybridrl_lib.rewards import math_check
-        assert math_check.check("x+1", "1+x") == "right"
-        heavy = {"torch", "transformers", "numpy", "datasets"} & set(sys.modules)
-        assert not heavy, heavy
-        """
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_missing_checker_is_an_error(monkeypatch):
     """Without math-verify, the first answer that needs it ends the run with an error."""
     monkeypatch.setenv("PYTHONHOME", os.path.join(ROOT, "no-such-folder"))

@@ -1,14 +1,13 @@
-"""Scores: one greedy answer and m samples a problem, each row what it says it is."""
+"""Scores: one greedy answer and m samples per problem, and each row is what it says it is."""
 
 import pytest
-from hybridrl_lib.report.signal_lines import signal_lines
-from small_training import Coin, Fixed, small_settings
+from small_training import Coin, Fixed, parts_of, small_settings
 
 from hybridrl_lib.experiments.run import first_per_benchmark
 from hybridrl_lib.learning.judging import verdicts_of
 from hybridrl_lib.policy.completions import Completion, Group
 from hybridrl_lib.policy.sampling import sample
-from hybridrl_lib.problems.splits import load_parts
+from hybridrl_lib.report.group_signal import signal_lines
 from hybridrl_lib.rewards.verifier import Verifier
 from hybridrl_lib.training.evaluation import accuracy, evaluate
 
@@ -17,8 +16,7 @@ SETTINGS = small_settings("evaluation.samples=5").evaluation
 
 @pytest.fixture(scope="module")
 def problems():
-    parts = load_parts(small_settings("data.test_limits=[3]").data)
-    return list(parts.test)
+    return list(parts_of(small_settings("data.test_limits=[3]").data).test)
 
 
 def score(policy, problems, verifier=None, settings=SETTINGS, **changes):
@@ -27,7 +25,7 @@ def score(policy, problems, verifier=None, settings=SETTINGS, **changes):
 
 
 def test_a_row_says_what_was_asked_and_answered(policy, problems):
-    """One row a problem, in order, with greedy answer, verdicts and m samples."""
+    """One row per problem, in order, with greedy answer, verdicts, and m samples."""
     rows = score(policy, problems)
     assert [row["id"] for row in rows] == [p.id for p in problems]
     for row, problem in zip(rows, problems, strict=True):
@@ -39,7 +37,7 @@ def test_a_row_says_what_was_asked_and_answered(policy, problems):
 
 
 def test_the_greedy_answer_is_the_likeliest_one(policy, problems):
-    """Table 2 scores it: argmax at every token, whatever seed and evaluation temperature are."""
+    """Table 2 scores it: argmax at every token, whatever the seed and the temperature."""
     rows = score(policy, problems)
     hot = small_settings("evaluation.temperature=3").evaluation
     assert [r["greedy"] for r in rows] == [r["greedy"] for r in score(policy, problems, seed=7)]
@@ -64,7 +62,7 @@ def test_every_verdict_belongs_to_its_answer(policy, problems):
 
 
 def test_samples_repeat_by_seed_and_differ_between_parts(policy, problems):
-    """One seed repeats, two differ, and the training part has random numbers of its own."""
+    """One seed repeats, two differ, and the training part has its own random numbers."""
     one, again, other, train = (
         [row["samples"] for row in score(policy, problems, **arguments)]
         for arguments in ({}, {}, {"seed": 1}, {"part": "train"}))
@@ -72,19 +70,15 @@ def test_samples_repeat_by_seed_and_differ_between_parts(policy, problems):
 
 
 def test_batch_size_changes_no_row(policy, problems):
-    """evaluation.batch_size moves memory and never a score."""
+    """evaluation.batch_size changes memory and never a score."""
     small = small_settings("evaluation.samples=5", "evaluation.batch_size=3").evaluation
     assert score(policy, problems, settings=small) == score(policy, problems)
 
 
 def test_greedy_only(policy, problems):
-    """samples=0: no samples in the row, as for the best checkpoint."""
+    """samples=0: no samples in the row, as for the best checkpoint; no problems are no error."""
     rows = score(policy, problems, samples=0, checkpoint="best")
     assert all("samples" not in row and row["checkpoint"] == "best" for row in rows)
-
-
-def test_no_problems_is_no_error(policy):
-    """A benchmark without training problems has no gap, and an accuracy of nothing is 0."""
     assert score(policy, []) == [] and accuracy([]) == 0
 
 
@@ -93,7 +87,7 @@ def completion(text, finished=True):
 
 
 def test_verdicts_take_gold_text_and_end_from_the_right_places(problems):
-    """Gold is the gold, the text is the model's, and an answer that was cut off is not right."""
+    """Gold is the gold, the text is the model's, and a truncated answer is not right."""
     gold = problems[0].answer
     boxed = rf"\boxed{{{gold}}}."
     groups = [Group([1], [completion(boxed), completion(boxed, finished=False),
@@ -104,9 +98,9 @@ def test_verdicts_take_gold_text_and_end_from_the_right_places(problems):
     assert [v.lenient for v in verdicts] == [True, True, False, True]
 
 
-def test_the_training_part_is_cut_per_benchmark():
-    """evaluation.train_limit counts in each benchmark, so that both gaps are measured."""
-    parts = load_parts(small_settings("data.train_limits=[5,3]").data)
+def test_the_training_part_is_limited_per_benchmark():
+    """evaluation.train_limit is per benchmark, so that both gaps are measured."""
+    parts = parts_of(small_settings("data.train_limits=[5,3]").data)
     chosen = first_per_benchmark(parts.train, 4)
     names = [p.benchmark for p in chosen]
     assert (names.count("tiny_word"), names.count("tiny_symbolic")) == (4, 3)
@@ -114,13 +108,16 @@ def test_the_training_part_is_cut_per_benchmark():
 
 
 def test_signal_lines_say_what_rl_can_learn_from():
-    """Training problems alone; a problem always or never solved has no signal."""
+    """Training problems only; a problem always or never solved has no signal."""
     def row(part, benchmark, verdicts):
-        return {"part": part, "benchmark": benchmark, "samples": {"strict": verdicts}}
+        return {"part": part, "checkpoint": "last", "benchmark": benchmark,
+                "samples": {"strict": verdicts}}
 
     rows = [row("train", "gsm8k", [1, 1, 1, 1]), row("train", "gsm8k", [0, 0, 0, 0]),
             row("train", "gsm8k", [0, 1, 0, 0]), row("train", "gsm8k", [0, 0, 0, 0]),
-            row("test", "math500", [1, 0, 1, 0]), {"part": "train", "benchmark": "math500"}]
-    assert signal_lines(rows, group_size=8) == [
-        "training problems of gsm8k: Pass@4 50.0%, groups of 4 with signal 25.0%"]
+            row("test", "math500", [1, 0, 1, 0]),
+            {"part": "train", "checkpoint": "last", "benchmark": "math500"}]
+    line, = signal_lines(rows, group_size=8)
+    for fact in ("gsm8k", "Pass@4 50.0%", "groups of 4", "25.0%"):
+        assert fact in line
     assert signal_lines([], 8) == []

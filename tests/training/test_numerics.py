@@ -1,8 +1,8 @@
-"""The numbers of a reference run of three steps a stage, kept in data/numerics.json.
+"""The numbers of a reference run of three steps per stage, kept in data/numerics.json.
 
-A change that moves them makes new results incomparable with published ones. If it is meant: raise
-NUMERICS_VERSION in hybridrl_lib/records.py, write the numbers anew with
-`python tests/test_numerics.py`, and make the published records again.
+A change that moves them makes new results incomparable with published ones. If it is intended:
+raise NUMERICS_VERSION in hybridrl_lib/records/run_folder.py, write the numbers again with
+`python tests/training/test_numerics.py`, and make the published records again.
 """
 
 import json
@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import as_overrides
 
 from hybridrl_lib.config.presets import load_settings, settings_to_dict
 from hybridrl_lib.experiments.run import run
 from hybridrl_lib.records.run_folder import NUMERICS_VERSION
 from hybridrl_lib.training.observer import Observer
 
+sys.path.append(str(Path(__file__).parents[1]))  # as a program
+from small_training import as_overrides  # noqa: E402
+
 FILE = Path(__file__).parents[1] / "data" / "numerics.json"
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
-# Another order of sums moves the numbers by less than 1e-5, beta_2 = 0.951 in place of 0.95 by more
-# than this.
+# Another order of sums moves the numbers by less than 1e-5; beta_2 = 0.951 instead of 0.95 moves
+# them by more than this.
 TOLERANCE = 1e-4
 # What a new file is made with; an existing one keeps its own settings, whatever the preset becomes.
 REFERENCE = ("model.device=cpu", "model.precision=fp32", "data.train_limits=[6,6]",
@@ -70,11 +72,11 @@ def test_the_reference_run_gives_the_numbers_of_its_version():
     """No change to sampler, losses, data, rewards or loop goes unnoticed."""
     kept = json.loads(FILE.read_text())
     assert kept["numerics_version"] == NUMERICS_VERSION, (
-        f"NUMERICS_VERSION is {NUMERICS_VERSION}, the kept numbers are of "
-        f"{kept['numerics_version']}: write them anew with 'python tests/test_numerics.py'")
+        f"NUMERICS_VERSION is {NUMERICS_VERSION}, the kept numbers are of version "
+        f"{kept['numerics_version']}; see the top of this file")
     moved = differences(kept["numbers"], reference_run(kept["settings"]))
-    assert not moved, (f"{len(moved)} numbers moved; if that is meant, see this file's first lines:"
-                       "\n" + "\n".join(moved[:20]))
+    assert not moved, (f"{len(moved)} numbers moved; if that is intended, see the top of this "
+                       "file:\n" + "\n".join(moved[:20]))
 
 
 def test_the_reference_run_sees_what_it_should():
@@ -87,7 +89,7 @@ def test_the_reference_run_sees_what_it_should():
 
 
 def test_a_small_change_is_seen():
-    """The comparison itself: a number that moved by half a percent, a flag, a missing row."""
+    """The comparison sees a number that moved by half a percent, a flag, a missing row."""
     kept = {"metrics": [{"loss": 1.0, "right": True}, {"loss": 2.0}]}
     assert not differences(kept, {"metrics": [{"loss": 1.0001, "right": True}, {"loss": 2.0}]})
     for found in ([{"loss": 1.005, "right": True}, {"loss": 2.0}],
@@ -104,11 +106,11 @@ def test_published_records_are_of_this_numerics_version():
 
 
 def write() -> None:
-    """Writes the numbers of the code as it is now, for a NUMERICS_VERSION that has none yet."""
+    """Writes the numbers of the code as it is, for a NUMERICS_VERSION that has none yet."""
     kept = json.loads(FILE.read_text()) if FILE.exists() else None
     if kept and kept["numerics_version"] == NUMERICS_VERSION and "--again" not in sys.argv:
         sys.exit(f"{FILE.name} has the numbers of version {NUMERICS_VERSION}; raise "
-                 "NUMERICS_VERSION in hybridrl_lib/records.py first.")
+                 "NUMERICS_VERSION in hybridrl_lib/records/run_folder.py first.")
     settings = kept["settings"] if kept else settings_to_dict(
         load_settings("tiny", REFERENCE, smoke=False))
     with tempfile.TemporaryDirectory() as folder:
