@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def blocks():
-    """The three fenced blocks of the paragraph on methods: file, line, notebook."""
+    """The four fenced blocks of the paragraph on methods: file, settings class, line, notebook."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     part = text.split("**A method.**")[1].split("**Notebooks.**")[0]
     return re.findall(r"```(\w+)\n(.*?)```", part, re.DOTALL)
@@ -32,7 +32,7 @@ def insert_before(path, mark, text):
 def test_the_method_can_be_added_as_it_says(tmp_path):
     """Protects whoever adds a method from an example that does not run."""
     (kinds, texts) = zip(*blocks(), strict=True)
-    assert kinds == ("python", "python", "sh")
+    assert kinds == ("python", "python", "python", "sh")
     assert sum(bool(line) for line in texts[0].splitlines()) <= 10, "a method takes ten lines"
     package = tmp_path / "hybridrl_lib"
     shutil.copytree(ROOT / "hybridrl_lib", package,
@@ -41,8 +41,9 @@ def test_the_method_can_be_added_as_it_says(tmp_path):
     (tmp_path / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / "11_rl.ipynb", tmp_path / "notebooks")
     (package / "methods" / "alternate.py").write_text(texts[0], encoding="utf-8")
-    insert_before(package / "setups.py", "    )\n}\n", texts[1])
-    subprocess.run(["sh", "-c", texts[2]], cwd=tmp_path, check=True)
+    insert_before(package / "config" / "methods.py", "METHODS: dict", texts[1])
+    insert_before(package / "setups.py", "    )\n}\n", texts[2])
+    subprocess.run(["sh", "-c", texts[3]], cwd=tmp_path, check=True)
 
     results = tmp_path / "results"
     done = subprocess.run(
