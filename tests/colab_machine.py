@@ -1,8 +1,8 @@
 """A machine that looks like Google Colab: its packages, its variables, its folder, no GPU.
 
-Colab's packages are those of the environment that the tests run in, as links in a folder of their
-own: nothing is copied, and pip, which installs elsewhere, cannot change them. What Colab lacks is
-left out and lies beside it as wheels, so that no index is asked.
+Colab's packages are those of the environment that the tests run in, as links in a separate folder:
+nothing is copied, and pip, which installs elsewhere, cannot change them. What Colab lacks is left
+out and available as wheels, so that no index is asked.
 """
 
 import json
@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 from hybridrl_lib.system.requirements import OURS
 
-# Not the metadata of the installed package: a checkout may have moved on since.
+# Not the metadata of the installed package, which may be older than the checkout.
 NEEDED = [Requirement(line) for line in tomllib.loads(
     (ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]]
 # Of our requirements and what they bring: see tests/data/colab.txt.
@@ -37,7 +37,7 @@ class Colab:
     """A machine in a folder.
 
     Args:
-        folder: made.
+        folder: is created.
         older: a folder of packages that come before the others, as pip's --target leaves it.
     """
 
@@ -129,7 +129,7 @@ class Colab:
 
 
 def link_packages(folder: Path) -> None:
-    """Links to every package that the library needs, directly or not, but what Colab lacks."""
+    """Links to every package that the library needs, directly or not, except what Colab lacks."""
     folder.mkdir()
     seen = {canonicalize_name(name) for name in (*LACKING, OURS)}
     wanted = [one.name for one in NEEDED]

@@ -9,14 +9,16 @@ import pytest  # noqa: E402
 
 
 def pytest_configure(config):
-    """Only `pytest -m gpu` sees a GPU: accelerate keeps to the first device that a process uses,
-    and what the other tests say about numbers holds on a CPU."""
+    """Only `pytest -m gpu` sees a GPU: accelerate keeps the first device that a process uses, and
+    the numbers in other tests hold on a CPU."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        config.addinivalue_line("markers", "xdist_group: tests that must not run side by side")
     if config.getoption("markexpr").strip() != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of a pretrained model run where one is at hand, tests of a GPU likewise."""
+    """Tests that need a pretrained model or a GPU run only where there is one."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
         import torch

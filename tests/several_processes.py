@@ -1,6 +1,6 @@
-"""Runs the same cases in several processes, as `accelerate launch` starts them; the tests' helper.
+"""Runs the same cases in several processes, as `accelerate launch` starts them.
 
-As a program it is one of the processes: it takes its cases as JSON.
+As a program it is one of the processes, and takes its cases as JSON.
 """
 
 import json
@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(cases: list[dict], processes: int = 2, **environment: str) -> list[str]:
-    """Runs cases in so many processes, without a GPU; returns what each process printed.
+    """Runs cases in several processes, without a GPU; returns what each process printed.
 
-    A case has `setup`, `experiment`, `settings`, and what happens in the middle of it: `stop` = [n,
-    p] is a Ctrl-C in process p after step n, `fail` = p an error in process p.
+    A case has `setup`, `experiment`, `settings`, and what happens during it: `stop` = [n, p] is a
+    Ctrl-C in process p after step n, `fail` = p an error in process p.
 
     Raises:
-        RuntimeError: a process ended otherwise than with exit code 0 (with `fail`: 1).
+        RuntimeError: a process did not end with exit code 0 (with `fail`: 1).
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,7 +49,7 @@ def start(cases: list[dict], processes: int = 2, **environment: str) -> list[str
 
 @contextmanager
 def instead(owner, name: str, make) -> Iterator[None]:
-    """Inside, an attribute is what `make` makes of it."""
+    """Inside, an attribute is replaced by what `make` makes of it."""
     before = getattr(owner, name)
     setattr(owner, name, make(before))
     try:

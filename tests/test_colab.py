@@ -1,7 +1,8 @@
-"""The notebooks' setup cell, run for real on a machine that looks like Google Colab."""
+"""The notebooks' setup cell, run on a machine that looks like Google Colab."""
 
 import json
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from packaging.utils import canonicalize_name
 from hybridrl_lib import colab
 from hybridrl_lib.system.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("colab")
 FLOORS = {one.name: next(iter(one.specifier)).version for one in NEEDED}
 # Colab's own kernel (June 2026), the oldest transformers allowed, and what these two need.
 OLDER = ("ipython==7.34.0", "ipykernel==6.17.1", "traitlets==5.7.1", "backcall==0.2.0",
@@ -25,48 +27,49 @@ OLDER = ("ipython==7.34.0", "ipykernel==6.17.1", "traitlets==5.7.1", "backcall==
          f"transformers=={FLOORS['transformers']}", "tokenizers==0.22.2", "huggingface_hub==1.3.0")
 
 
-# The sentences ------------------------------------------------------------------------------------
+# Without a machine --------------------------------------------------------------------------------
 
 
 @pytest.fixture()
 def versions(monkeypatch):
-    """{package: version} that the library is told is installed; a name that is not in it is not."""
+    """{package: version} of what the library believes is installed."""
     found = dict(FLOORS)
-    monkeypatch.setattr("hybridrl_lib.system.requirements.installed", lambda name: found.get(name, ""))
-    monkeypatch.setattr(colab, "installed", lambda name: found.get(name, ""))
+    for place in ("hybridrl_lib.system.requirements", "hybridrl_lib.colab"):
+        monkeypatch.setattr(f"{place}.installed", lambda name: found.get(name, ""))
     return found
 
 
-@pytest.mark.parametrize(("name", "version", "advice"), [
-    ("transformers", "4.40.2", "%pip install transformers=="),
-    ("torch", "2.3.0+cu121", "Change runtime type"), ("numpy", "1.26.4", "Change runtime type")])
-def test_too_old_is_one_sentence(versions, name, version, advice):
-    """What is too old is named with what is needed; torch and numpy are never offered to pip."""
+def test_too_old_packages_are_one_sentence(versions):
+    """An old package is named with the version needed; torch and numpy are never left to pip."""
     colab.refuse_unfit(NEEDED)
-    versions[name] = version
-    with pytest.raises(UserError) as caught:
-        colab.refuse_unfit(NEEDED)
-    sentence = str(caught.value)
-    assert f"{name} {version} (needed: >={FLOORS[name]})" in sentence and advice in sentence
-    assert "\n" not in sentence and ("%pip" in sentence) == (name == "transformers")
+    for name, version in (("transformers", "4.40.2"), ("torch", "2.3.0+cu121"),
+                          ("numpy", "1.26.4")):
+        before, versions[name] = versions[name], version
+        with pytest.raises(UserError) as caught:
+            colab.refuse_unfit(NEEDED)
+        versions[name], sentence = before, str(caught.value)
+        assert f"{name} {version}" in sentence and f">={FLOORS[name]}" in sentence
+        assert "\n" not in sentence
+        assert (f"%pip install {name}==" in sentence) == (name == "transformers")
+        assert ("%pip" in sentence) == (name == "transformers")
 
 
 def test_too_old_python_is_one_sentence(monkeypatch):
-    """pip is told to pass over the Python's version, so that this sentence can be said."""
+    """pip ignores the version of Python, so that this error can be shown."""
     monkeypatch.setattr(platform, "python_version", lambda: "3.10.12")
-    with pytest.raises(UserError, match=r"Python 3\.10\.12 \(needed: >=3\.11\)") as caught:
+    with pytest.raises(UserError, match=r"Python 3\.10\.12 .*>=3\.11") as caught:
         colab.refuse_unfit([])
     assert "%pip" not in str(caught.value)
 
 
 def test_newer_than_ours_is_fine(versions):
-    """Colab moves on: only too old is refused, whatever the pins say."""
+    """Colab gets newer packages: only old ones are refused, whatever the pins say."""
     versions.update({name: "99.0" for name in versions} | {"transformers": "99.0.dev0"})
     colab.refuse_unfit(NEEDED)
 
 
-def test_colab_as_it_was_is_new_enough(versions):
-    """No floor may be above what Colab has: its kernel breaks when IPython is replaced."""
+def test_recorded_colab_is_new_enough(versions):
+    """No floor may be above what Colab has: its kernel breaks if IPython is replaced."""
     lines = (ROOT / "tests" / "data" / "colab.txt").read_text().splitlines()
     listed = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert {name.lower() for name in listed} == set(versions) - set(LACKING)
@@ -75,11 +78,9 @@ def test_colab_as_it_was_is_new_enough(versions):
 
 
 def test_where_results_go(monkeypatch, tmp_path):
-    """Drive if it is mounted, the user's own folder before it; one line says which, or what to do.
-    """
+    """Google Drive if it is mounted, unless the user chose a folder; one line says which."""
     monkeypatch.setattr(colab, "DRIVES", (tmp_path / "MyDrive",))
     monkeypatch.setenv("HYBRIDRL_RESULTS_DIR", "")
-    assert "lost with this session" in colab.choose_results()
     assert "drive.mount" in colab.choose_results()
     assert not colab.os.environ["HYBRIDRL_RESULTS_DIR"]
     (tmp_path / "MyDrive").mkdir()
@@ -93,7 +94,7 @@ def test_where_results_go(monkeypatch, tmp_path):
 
 
 def test_pins_are_those_of_the_project():
-    """What the cell installs is pinned where `make env` pins it: run 'make lock' after a change."""
+    """The cell installs the versions that `make env` does; run `make lock` after a change."""
     assert colab.PINS.read_bytes() == (ROOT / "constraints.txt").read_bytes()
 
 
@@ -108,7 +109,7 @@ def machine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def older_machine(tmp_path_factory):
-    """Colab with its own, older kernel and the oldest transformers that the library allows."""
+    """Colab with its own older kernel and the oldest transformers that the library allows."""
     folder = tmp_path_factory.mktemp("packages")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder),
@@ -123,7 +124,7 @@ def older_machine(tmp_path_factory):
 
 
 def test_setup_cell_elsewhere_installs_nothing(tmp_path):
-    """On a machine of one's own the cell says what to do; -S: a Python without any package."""
+    """On another machine the cell says what to do; -S: a Python without any package."""
     done = subprocess.run([sys.executable, "-S", "-c", setup_cell("00_start_here")], env={},
                           cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "pip install -e ." in done.stderr.splitlines()[-1]
@@ -131,8 +132,8 @@ def test_setup_cell_elsewhere_installs_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_setup_cell_says_what_is_wrong(machine):
-    """The very cell, with real pip: too old packages and no connection are a sentence each, nothing
-    but the library is installed by then, and the cell run again mends it."""
+    """The cell with real pip: old packages and a missing connection are one error each, only the
+    library is installed by then, and running the cell again fixes it."""
     machine.new_session()
     before = machine.versions()
     for name, version in (("transformers", "4.40.2"), ("torch", "2.3.0+cu121")):
@@ -140,27 +141,27 @@ def test_setup_cell_says_what_is_wrong(machine):
         refused = machine.run_setup_cell()
         machine.stop_pretending()
         last = refused.stderr.strip().splitlines()[-1]
-        assert refused.returncode and f"it has {name} {version} (needed: >=" in last
-        assert last.startswith("hybridrl_lib.system.errors.UserError: This session does not suit")
+        assert refused.returncode and f"{name} {version}" in last and FLOORS[name] in last
+        assert last.startswith("hybridrl_lib.system.errors.UserError: ")
     failed = machine.run_setup_cell(PIP_FIND_LINKS=str(machine.content))
-    assert "UserError: pip could not install math-verify==" in failed.stderr.splitlines()[-1]
+    last = failed.stderr.splitlines()[-1]
+    assert "UserError: " in last and "math-verify==" in last
     assert machine.versions() == before | {"hybridrl_lib": "0.1.0"}
     done = machine.run_setup_cell()
     assert not done.returncode and done.stdout.count("\n") == 1 and not done.stderr
-    assert "lost with this session" in done.stdout
+    assert "drive.mount" in done.stdout
     only_lacking_was_installed(before, machine.versions())
 
 
 @pytest.mark.slow
-def test_setup_cell_beside_a_clone(machine):
-    """A folder named hybridrl_lib, a clone's or that of results on Drive, is importable as nothing
-    but a name: the library is installed all the same, from the clone if the user says so."""
+def test_setup_cell_next_to_a_clone(machine):
+    """A folder named hybridrl_lib, a clone's or that of results on Drive, can be imported as an
+    empty name: the library is installed anyway, from the clone if the user says so."""
     machine.new_session()
     clone = copy_project(machine.content / "hybridrl_lib")
     failed = machine.run_setup_cell(HYBRIDRL_SOURCE=str(machine.content / "elsewhere"))
     last = failed.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: pip cannot install hybridrl_lib from ") and last.endswith(
-        "set HYBRIDRL_SOURCE to its address, and run the cell again.")
+    assert last.startswith("ImportError: ") and "HYBRIDRL_SOURCE" in last
     done = machine.run_setup_cell(HYBRIDRL_SOURCE=str(clone))
     assert not done.returncode, done.stderr
     place = machine.run_python("import hybridrl_lib; print(hybridrl_lib.__file__)").stdout
@@ -169,19 +170,19 @@ def test_setup_cell_beside_a_clone(machine):
 
 @pytest.mark.slow
 def test_all_cells_on_an_older_colab(older_machine):
-    """The very notebook from its first cell to its last, without a GPU, on Colab's own kernel."""
+    """The notebook from its first cell to its last, without a GPU, on Colab's own kernel."""
     before = older_machine.versions()
     said = run_all(older_machine)
-    assert "preset tiny (auto: there is no GPU)" in said and "lost with this session" in said
+    assert "preset tiny" in said and "drive.mount" in said
     only_lacking_was_installed(before, older_machine.versions())
     manifest, = older_machine.content.glob("results/runs/tiny-smoke/rl/seed-0/manifest.json")
     assert json.loads(manifest.read_text())["versions"]["transformers"] == before["transformers"]
 
 
 @pytest.mark.slow
-def test_a_lost_session_goes_on_from_drive(machine):
-    """A kernel is killed in mid-training and its machine is gone but for Drive: all cells again
-    go on from the last checkpoint."""
+def test_a_lost_session_resumes_from_drive(machine):
+    """A kernel is killed during training and only Drive is left of its machine: running all cells
+    again resumes from the last checkpoint."""
     machine.new_session()
     before = machine.versions()
     run = machine.mount_drive() / "hybridrl_lib" / "results" / "tiny-smoke" / "rl" / "seed-0"
@@ -191,7 +192,7 @@ def test_a_lost_session_goes_on_from_drive(machine):
     machine.new_session()
     assert machine.versions() == before, "the machine is a new one"
     said = run_all(machine, settings)
-    assert "go to Google Drive" in said and "going on from the checkpoint of step" in said
+    assert "Google Drive" in said and re.search(r"checkpoint of step \d", said)
     only_lacking_was_installed(before, machine.versions())
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["complete"] and manifest["resumed_from"]
@@ -201,7 +202,7 @@ def test_a_lost_session_goes_on_from_drive(machine):
 
 
 def only_lacking_was_installed(before: dict, after: dict) -> None:
-    """Nothing that was there has changed, and what came is the library and pinned packages."""
+    """Nothing that was there has changed; only the library and pinned packages are new."""
     assert before.items() <= after.items()
     new = {canonicalize_name(name): after[name] for name in set(after) - set(before)}
     assert new.pop("hybridrl-lib") and set(new) == {*map(canonicalize_name, LACKING)}
@@ -209,11 +210,11 @@ def only_lacking_was_installed(before: dict, after: dict) -> None:
 
 
 def run_all(machine: Colab, settings: str = "", until=None) -> str:
-    """Runs all cells of 11_rl in a fresh kernel and gives the text that they put out.
+    """Runs all cells of 11_rl in a new kernel and returns the text of their outputs.
 
     Args:
         settings: the notebook's parameter.
-        until: asked all the time; the kernel is killed as soon as it says so.
+        until: the kernel is killed as soon as it returns True.
     """
     notebook = read("11_rl")
     for cell in notebook.cells:

@@ -1,8 +1,7 @@
-"""Adapters: the model beneath one, and folders of them, as a LoRA run leaves them.
+"""LoRA adapters: which model an adapter folder belongs to, and merging it.
 
-Whose adapter a folder holds, and adding it to those weights. What the folder says is not trusted:
-its weights are read from safetensors alone, of its configuration a handful of numbers and names is
-used, and its base model is loaded like any other.
+The folder is not trusted. Weights are read from safetensors only, a few numbers and names are taken
+from its configuration, and its base model is loaded like any other.
 """
 
 import json
@@ -35,9 +34,9 @@ def inner_model(model) -> PreTrainedModel:
 
 
 def in_embeddings(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those of the layers' names that an embedding or the output layer has.
+    """The layer names that belong to an embedding or the output layer.
 
-    Scores and sampler read these weights directly, and the two may be one: no adapter goes there.
+    Scores and sampler read these weights directly, and they may be shared, so they get no adapter.
     """
     words = (model.get_input_embeddings(), model.get_output_embeddings())
     found = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in words}
@@ -46,25 +45,25 @@ def in_embeddings(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """PEFT asks for what transformers has renamed: nothing that a user could mend."""
+    """Hides a PEFT warning about a renamed argument, which users cannot fix."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         yield
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Whether a folder holds an adapter but no model."""
     return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
 
 
 def unfold(path: str) -> tuple[list[Path], str, str | None]:
-    """(adapter folders, the model beneath them, its commit) for what `model.path` says.
+    """(adapter folders, the model beneath them, its commit) for `model.path`.
 
-    An adapter may be one of a model that is itself given as an adapter folder: the folders are in
-    the order in which they are added to the weights.
+    An adapter may belong to a model that is itself an adapter folder. Folders are in the order in
+    which they are merged.
 
     Raises:
-        UserError: an adapter does not say whose it is, or says a folder that is not there.
+        UserError: an adapter does not name its model, or names a folder that does not exist.
     """
     folders: list[Path] = []
     revision = None
@@ -79,13 +78,13 @@ def unfold(path: str) -> tuple[list[Path], str, str | None]:
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """What an adapter was trained on, as `model.path` takes it, and its commit on the hub."""
+    """The base model of an adapter, as for `model.path`, and its commit on the hub."""
     config = read_config(folder)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     advice = (f"write it into base_model_name_or_path of its {CONFIG} (a folder, a hub name or a "
               "GGUF file)")
     if not isinstance(base, str) or not base.strip():
-        raise UserError(f"The adapter {folder} does not say which model it belongs to; {advice}.")
+        raise UserError(f"The adapter {folder} does not name its base model; {advice}.")
     if is_missing(base):
         raise UserError(f"The model {base} that the adapter {folder} belongs to is not there; "
                         f"{advice}.")
@@ -93,7 +92,7 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def read_config(folder: Path) -> dict:
-    """adapter_config.json, as far as JSON goes."""
+    """The content of adapter_config.json."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -105,7 +104,7 @@ def read_config(folder: Path) -> dict:
 
 
 def remember_base(model, path: str, revision: str | None) -> None:
-    """Has an adapter's own folder say what it was trained on, as `model.path` takes it."""
+    """Records in an adapter's folder what it was trained on, as for `model.path`."""
     place = Path(path).expanduser()
     if path != "tiny" and place.exists():
         path = without_home(str(place.resolve()))
@@ -114,10 +113,10 @@ def remember_base(model, path: str, revision: str | None) -> None:
 
 
 def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with an adapter added into its weights.
+    """The model with an adapter merged into its weights.
 
     Raises:
-        UserError: it is no plain LoRA adapter in safetensors, or one of another model.
+        UserError: it is not a plain LoRA adapter in safetensors, or belongs to another model.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 

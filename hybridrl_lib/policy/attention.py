@@ -1,9 +1,9 @@
-"""Attention in packed rows: every completion against its prompt and itself, and nothing else.
+"""Attention in packed rows: every completion sees its prompt and itself, and nothing else.
 
-Of the scores of a packed row most belong to pairs of completions that must not see each other.
-Here they are not computed: prompts attend to themselves, and every completion, as a row of its
-own, to the prompt's keys followed by its own. `transformers` calls `attend` in each layer in place
-of its own attention; where it is given no segments it is that attention.
+Most pairs of tokens in a packed row belong to different completions, which must not see each other.
+They are not computed here: prompts attend to themselves, and every completion, as a row of its own,
+to the prompt's keys followed by its own. `transformers` calls `attend` in each layer instead of its
+own attention. Without segments it is ordinary attention.
 """
 
 from dataclasses import dataclass, replace
@@ -15,18 +15,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "packed"  # of this attention among those of `transformers`
+NAME = "packed"  # the name of this attention in `transformers`
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Completions of like length in a micro-batch.
+    """Completions of similar length in a micro-batch.
 
     Attributes:
-        places: (S, T) flat index (row * L + column) of their tokens; index 0 fills the end.
+        places: (S, T) flat index (row * L + column) of their tokens, padded with index 0.
         owner: (S,) the row of each.
-        mask: (S, 1, T, P + T) bool, True where a completion's token may look: at its prompt, and
-            at what came before it.
+        mask: (S, 1, T, P + T) bool, True where a completion's token may look: its prompt, and the
+            tokens before it.
     """
 
     places: Tensor
@@ -36,14 +36,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where prompts and completions lie in a micro-batch of rows that are read flat.
+    """The places of prompts and completions in a micro-batch, as indices into its flattened rows.
 
     Attributes:
         prompts: (R, P) flat index of the tokens of each row's prompt, or of all its tokens if it
-            has one completion; index 0 fills the end.
-        answers: the completions that have any token to read, those of like length together.
-        back: (M,) for every place of the rows its index in prompts and answers, all read flat, one
-            after the other. M is R * L rounded up.
+            has one completion; padded with index 0.
+        answers: the completions, grouped by similar length.
+        back: (M,) for every place of the flattened rows, its index in the concatenation of prompts
+            and answers. M is R * L rounded up.
     """
 
     prompts: Tensor
@@ -51,7 +51,7 @@ class Segments:
     back: Tensor
 
     def with_scores_masks(self, groups: int, dtype: torch.dtype) -> "Segments":
-        """With masks (S, 1, groups * T, P + T) that are added to the scores of all layers."""
+        """With masks (S, 1, groups * T, P + T) that are added to the scores in all layers."""
         def added(mask: Tensor) -> Tensor:
             hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
             return hidden.masked_fill_(~mask, float("-inf")).repeat(1, 1, groups, 1)
@@ -72,8 +72,8 @@ def attend(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor,
     Args:
         query: (R, heads, L, size), with segments (1, heads, M, size).
         key, value: (R, key-value heads, L, size), with segments (1, key-value heads, M, size).
-        attention_mask: not read with segments.
-        segments: with masks to add; without them this is scaled dot-product attention with
+        attention_mask: ignored with segments.
+        segments: with masks to add; without segments this is scaled dot-product attention with
             `attention_mask`.
 
     Returns:

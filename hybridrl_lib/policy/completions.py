@@ -8,10 +8,10 @@ class Completion:
     """One sampled answer.
 
     Attributes:
-        token_ids: T ids, with the stop token at the end if the answer finished.
-        log_probabilities: T numbers, log pi(token) as the sampler saw it, at its temperature.
-        entropies: T numbers, entropy of each step's distribution in nats.
-        finished: whether it ended by itself; False if it was cut off at the cap.
+        token_ids: T ids, including the stop token if the answer finished.
+        log_probabilities: T numbers, log pi(token) at the sampling temperature.
+        entropies: T numbers, the entropy of each step's distribution in nats.
+        finished: whether it ended by itself; False if it was truncated.
         text: without special tokens.
     """
 

@@ -1,9 +1,9 @@
-"""Decoding on a GPU: the step for one token, recorded once as a CUDA graph and replayed.
+"""Decoding on a GPU with CUDA graphs: the step for one token is recorded once and replayed.
 
-A step of a small model is hundreds of kernels of a few microseconds, and Python needs longer than
-that to launch each one. A graph launches them all at once. It repeats the same work on the same
-memory: so tokens, positions and the column to write to are tensors that are changed in place, and
-whenever rows are dropped or the cache grows, a new graph is recorded.
+A step of a small model is hundreds of kernels that take microseconds each, and launching them from
+Python takes longer. A graph launches all at once. It always works on the same memory, so tokens,
+positions, and the column to write are tensors that are changed in place. When rows are dropped or
+the cache grows, a new graph is recorded.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .policy import Policy
 
 
 class CudaGraph:
-    """What a function launches on the GPU, recorded without being run."""
+    """The kernels that a function launches, recorded without running them."""
 
     def __init__(self, function: Callable[[], Tensor]):
         self.graph = torch.cuda.CUDAGraph()
@@ -24,20 +24,20 @@ class CudaGraph:
             self.result = function()
 
     def __call__(self) -> Tensor:
-        """Runs it; the result is in the same memory every time."""
+        """Runs it; the result is always in the same memory."""
         self.graph.replay()
         return self.result
 
 
 class GraphedDecoder(Decoder):
-    """A `Decoder` whose steps are replayed; where none can be recorded it is a plain one.
+    """A `Decoder` whose steps are replayed; a plain one if they cannot be recorded.
 
     Args:
-        policy: full weights or an adapter: the snapshot holds the sum.
-        record: makes a callable of a function that takes and returns tensors in fixed memory.
+        policy: full weights or an adapter; the snapshot holds the sum.
+        record: makes a callable from a function that takes and returns tensors in fixed memory.
     """
 
-    columns = 128  # fewer, larger changes than on a CPU: each costs a new graph
+    columns = 128  # fewer, larger changes than on a CPU, since each needs a new graph
     compact_below = 0.5
 
     def __init__(self, policy: Policy, record: Callable = CudaGraph):
@@ -76,7 +76,7 @@ class GraphedDecoder(Decoder):
         return hidden
 
     def _static_step(self, cache: _Cache) -> Tensor:
-        """The step on fixed memory: no number in it comes from Python's side."""
+        """The step on fixed memory; it uses no numbers from Python."""
         column = self.tensors["column"]
         cache.unwritten.index_fill_(0, column, 0.0)
 

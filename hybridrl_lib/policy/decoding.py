@@ -1,11 +1,10 @@
-"""A decoder for Llama and Qwen2 models that samples G answers to a prompt without wasted work.
+"""A fast decoder for Llama and Qwen2 models that samples G answers per prompt.
 
-`transformers` calls some twenty small modules a layer for every new token; a small model spends
-its time there. This one reads the same weights, fused into four products a layer, and keeps the
-keys and values in one preallocated cache. It computes the same function (tests/test_decoding.py),
-in half precision rounded where autocast rounds in training: products and attention are in half
-precision, the sum that runs through the layers and the norms are in fp32. Models of other
-architectures go through `transformers` itself (`rollouts.py`).
+`transformers` calls about twenty small modules per layer for every token, which dominates for a
+small model. This decoder reads the same weights, fused into four products per layer, and keeps keys
+and values in one preallocated cache. It computes the same function (tests/policy/test_decoding.py).
+In half precision it rounds where autocast rounds in training: products and attention in half
+precision, residuals and norms in fp32. Other architectures are sampled through `transformers`.
 """
 
 import torch
@@ -52,21 +51,22 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class _Cache:
-    """Keys and values: of every prompt once, and of what each row has written after it.
+    """Keys and values: of every prompt once, and of the tokens that each row has written.
 
     Attributes:
         prompts: per layer the two tensors (P, key-value heads, longest prompt, size).
-        own: per layer keys (R, key-value heads, size, C), which the product with the queries reads
-            faster this way, and values (R, key-value heads, C, size). All C columns are read, so
-            that nothing is cut out of them and copied; `unwritten` hides those that hold nothing.
+        own: per layer keys (R, key-value heads, size, C), the faster layout for the product with
+            the queries, and values (R, key-value heads, C, size). All C columns are read, which
+            avoids copies; `unwritten` hides the empty ones.
         unwritten: (C,) added to the scores: 0 at written columns, -inf at others.
-        hidden_by: (P, 1, 1, longest prompt) added to the scores, -inf at padding; None without.
-        owner: (R,) the prompt of each row, in ascending order.
+        hidden_by: (P, 1, 1, longest prompt) added to the scores, -inf at padding; None if there is
+            none.
+        owner: (R,) the prompt of each row, ascending.
         positions: (R,) of the next token in its sequence.
-        filled: columns of `own` that are written.
-        slots: (R,) place of each row in a table of P prompts x their largest number of rows, where
+        filled: number of written columns of `own`.
+        slots: (R,) place of each row in a table (P prompts, their maximum number of rows), in which
             all rows of a prompt meet its keys in one product; None if the rows are that table.
-        slots_each: rows a prompt has in that table.
+        slots_each: rows per prompt in that table.
     """
 
     def __init__(self, prompts: list, hidden_by: Tensor | None, owner: Tensor, positions: Tensor,
@@ -84,11 +84,11 @@ class _Cache:
 
 
 class Decoder:
-    """A snapshot of the policy's weights, ready to decode. Make a new one after every update.
+    """A snapshot of the policy's weights for decoding. Make a new one after every update.
 
     Attributes:
-        columns: by so many, at least, the cache of what has been written grows.
-        compact_below: share of unfinished rows under which the others are worth dropping.
+        columns: minimum number of columns by which the cache grows.
+        compact_below: share of unfinished rows below which finished ones are dropped.
     """
 
     columns = 16
@@ -111,7 +111,7 @@ class Decoder:
 
     @staticmethod
     def supports(policy: Policy) -> bool:
-        """Whether the policy's architecture is one this decoder computes exactly."""
+        """Whether this decoder computes the policy's architecture exactly."""
         config = policy.model.config
         plain = not getattr(config, "mlp_bias", False) and config.hidden_act == "silu"
         full = all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
@@ -126,8 +126,8 @@ class Decoder:
             ids, present: (P, longest); `present` is False at padding.
 
         Returns:
-            (P, width) hidden state after each prompt's last token, and the prompts' cache with one
-            row a prompt, which `share` hands out.
+            (P, width) hidden state after each prompt's last token, and a cache with one row per
+            prompt for `share`.
         """
         count, longest = ids.shape
         positions = (present.cumsum(1) - 1).clamp(min=0)
@@ -155,18 +155,18 @@ class Decoder:
                               positions[:, -1] + 1, [])
 
     def share(self, cache: _Cache, samples: int) -> _Cache:
-        """The cache of every prompt handed to its `samples` rows; it grows as they write."""
+        """The cache with `samples` rows per prompt."""
         shared = _Cache(cache.prompts, cache.hidden_by, cache.owner.repeat_interleave(samples),
                         cache.positions.repeat_interleave(samples), [])
         self._make_room(shared, self._columns(0))
         return shared
 
     def _columns(self, filled: int) -> int:
-        """Columns to have when `filled` are written: a few more, in proportion."""
+        """Number of columns to allocate when `filled` are written."""
         return (filled + max(self.columns, filled // 4)) // self.columns * self.columns
 
     def _make_room(self, cache: _Cache, columns: int, rows: Tensor | None = None) -> None:
-        """Moves what is written, or these rows of it, to tensors of so many columns."""
+        """Copies what is written, or these rows of it, to tensors of that many columns."""
         count, end, own = len(cache.owner) if rows is None else len(rows), cache.filled, []
         for index in range(len(self.layers)):
             # Zeros: a column that is hidden has no weight, and 0 times nothing must not be NaN.
@@ -184,7 +184,7 @@ class Decoder:
         cache.unwritten[:end] = 0
 
     def keep(self, cache: _Cache, rows: Tensor) -> _Cache:
-        """The cache of the given rows alone, which are in ascending order."""
+        """The cache with the given rows only, in ascending order."""
         self._make_room(cache, self._columns(cache.filled), rows)
         left, owner = cache.owner[rows].unique_consecutive(return_inverse=True)
         prompts, hidden_by = cache.prompts, cache.hidden_by
@@ -197,7 +197,7 @@ class Decoder:
     # Computing ---------------------------------------------------------------------------------
 
     def step(self, ids: Tensor, cache: _Cache) -> Tensor:
-        """Reads one more token a row, (R,), into the cache.
+        """Reads one more token per row, (R,), into the cache.
 
         Returns:
             (R, width) after the final norm.
@@ -216,7 +216,7 @@ class Decoder:
         return hidden
 
     def _read_one(self, ids: Tensor, cache: _Cache, write) -> Tensor:
-        """`step` without its book-keeping; `write` puts a layer's keys and values in the cache."""
+        """`step` without its bookkeeping; `write` stores a layer's keys and values in the cache."""
         def attend(q: Tensor, k: Tensor, v: Tensor, index: int) -> Tensor:
             write(*cache.own[index], k, v)
             return self._attend(q, cache, index)
@@ -224,10 +224,10 @@ class Decoder:
         return self._rms(self._layers(ids, cache.positions, attend), self.norm)
 
     def _attend(self, q: Tensor, cache: _Cache, index: int) -> Tensor:
-        """Attention of one query a row to its prompt and to what the row has written.
+        """Attention of one query per row to its prompt and to what the row has written.
 
-        All rows of a prompt meet its keys in one product, so the prompt's keys are read once for
-        all of them; the softmax is over both parts together.
+        All rows of a prompt meet its keys in one product, so these are read once. The softmax is
+        over both parts together.
         """
         rows, (prompt_keys, prompt_values) = len(q), cache.prompts[index]
         count, kv, longest, size = prompt_keys.shape
@@ -278,7 +278,7 @@ class Decoder:
             x = x + linear(y, layer.output, layer.output_bias)
             gate, up = linear(self._rms(x, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
             x = x + linear(F.silu(gate).mul_(up), layer.down)
-            del gate, up  # the largest tensors: not to be there twice in the next layer
+            del gate, up  # the largest tensors; free them before the next layer
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ class Decoder:
 
 
 class TransformersDecoder:
-    """The same interface through `transformers` itself: any architecture, at its own speed."""
+    """The same interface through `transformers`, for any architecture; slower."""
 
     compact_below = 0.8
 

@@ -17,13 +17,14 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """The arithmetic of matrix products; weights and optimizer state stay in fp32.
+    """The precision of matrix products; weights and optimizer state stay in fp32.
 
-    `auto`: fp32 on a CPU; bf16 on GPUs of compute capability 8.0 and up; fp32 on older ones (a T4
-    has no bf16, and fp16 needs loss scaling, which RL's small gradients suffer from).
+    `auto` is fp32 on a CPU, bf16 on GPUs of compute capability 8.0 or higher, and fp32 on older
+    ones: a T4 has no bf16, and fp16 needs loss scaling, which suits the small gradients of RL
+    badly.
 
     Raises:
-        UserError: bf16 was asked for on a GPU that would only imitate it, slower than fp32.
+        UserError: bf16 on a GPU that only emulates it.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if wanted == "bf16" and device.type == "cuda" and capability < (8, 0):

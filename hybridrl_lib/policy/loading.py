@@ -39,14 +39,14 @@ def load_policy(settings: ModelSettings,
                 say: Callable[[str], None] = lambda line: print(line, flush=True)) -> Policy:
     """Loads model and tokenizer as `settings` says.
 
-    No code from a model folder is run and no pickle is read: `trust_remote_code` is off and only
-    safetensors (or a GGUF file) are accepted. Chat templates run in transformers' sandbox.
+    No code from a model folder is run and no pickle is read: `trust_remote_code` is off, and only
+    safetensors and GGUF files are accepted. Chat templates run in transformers' sandbox.
 
     Args:
-        say: takes a sentence: how far a download is, or what is unusual about the model.
+        say: receives sentences, on downloads or on what is unusual about the model.
 
     Raises:
-        UserError: the folder, file or hub name cannot be loaded; says why and what to do.
+        UserError: the folder, file, or hub name cannot be loaded.
     """
     if settings.sampler == "vllm" and not find_spec("vllm"):
         raise UsageError("model.sampler=vllm needs the package vllm; install it with "
@@ -60,7 +60,7 @@ def load_policy(settings: ModelSettings,
     if on_hub:
         source = str(fetch_weights(name, Path(source).name))
     model = _load_model(source, arguments, base)
-    if on_hub:  # what a saved adapter says of its base: not a folder of this machine
+    if on_hub:  # a saved adapter must not name a folder of this machine
         model.name_or_path = model.config._name_or_path = name
     if getattr(model, "hf_quantizer", None) is not None:  # a GGUF file, read into plain weights
         model.hf_quantizer.remove_quantization_config(model)  # else it could not be saved
@@ -86,7 +86,7 @@ def load_policy(settings: ModelSettings,
     stop_ids, pad_id = stop_token_ids(tokenizer, ends), pad_token_id(tokenizer, ends)
     if pad_id in stop_ids:
         say(f"the tokenizer of {name} has no padding token of its own: token {pad_id} fills "
-            "batches and also ends answers, which are told apart by their lengths")
+            "batches and also ends answers; lengths distinguish the two")
     return Policy(
         model=model.to(device), tokenizer=tokenizer, name=name, sha256=sha256,
         precision=choose_precision(settings.precision, device),
@@ -95,7 +95,7 @@ def load_policy(settings: ModelSettings,
 
 
 def load_tokenizer(settings: ModelSettings):
-    """The tokenizer of a model, whose weights are neither fetched nor read.
+    """The tokenizer of a model, without its weights.
 
     Raises:
         UserError: as `load_policy`.
@@ -105,13 +105,13 @@ def load_tokenizer(settings: ModelSettings):
 
 @dataclass(frozen=True)
 class _Description:
-    """A model before its weights: where it is, its name in records, its tokenizer.
+    """A model before its weights are read.
 
     Attributes:
         folders: of the adapters that are merged into it, in order.
-        base: the path or hub name of the model beneath them, as it was given.
+        base: the path or hub name of the base model, as given.
         source, arguments: what from_pretrained takes.
-        on_hub: whether `source` is a folder of the hub's cache, and named after a commit.
+        on_hub: whether `source` is a folder of the hub's cache, named after a commit.
     """
 
     folders: Sequence[Path]
@@ -138,7 +138,7 @@ def _describe(settings: ModelSettings) -> _Description:
 
 @contextmanager
 def _switchable_bar() -> Iterator[None]:
-    """transformers' bar over the tensors of a GGUF file is one that its own switch misses."""
+    """Makes transformers' progress bar for GGUF tensors respect its own switch."""
     before = gguf_reader.tqdm
     gguf_reader.tqdm = transformers_tqdm
     try:
@@ -156,14 +156,15 @@ def _load_model(source: str, arguments: dict, path: str) -> PreTrainedModel:
                 **({} if "gguf_file" in arguments else {"use_safetensors": True}), **arguments)
     except Exception as error:
         raise _loading_error(path, error) from error
-    if missing := sorted(found["missing_keys"]):  # transformers makes them up
+    if missing := sorted(found["missing_keys"]):  # transformers invents them
         raise UserError(f"The model {path} lacks {len(missing)} of its weights, {missing[0]} among "
                         "them; fetch or save it again.")
     return model
 
 
 def _locate(settings: ModelSettings) -> tuple[str, dict, str]:
-    """(folder, arguments of from_pretrained, the name for records); no folder: it is on the hub."""
+    """(folder, arguments of from_pretrained, name for records); no folder for a model on the hub.
+    """
     if settings.path == "tiny":
         folder = tiny_model_folder()
         if not (folder / "config.json").exists():
@@ -190,13 +191,13 @@ def _load_tokenizer(source: str, arguments: dict, path: str):
     try:
         loader = PreTrainedTokenizerFast if _is_plain_fast(source) else AutoTokenizer
         tokenizer = loader.from_pretrained(source, trust_remote_code=False, **arguments)
-        if not tokenizer("1 + 1")["input_ids"]:  # what transformers makes up where there is none
+        if not tokenizer("1 + 1")["input_ids"]:  # transformers invents one if there is none
             raise ValueError("its tokenizer has no vocabulary")
     except Exception as error:
         if Path(source).is_dir() and not gguf and not (
                 Path(source) / "tokenizer_config.json").exists():
             raise UserError(f"The folder {path} has a model but no tokenizer; put tokenizer.json "
-                            "and tokenizer_config.json beside its config.json.") from error
+                            "and tokenizer_config.json next to its config.json.") from error
         raise _loading_error(path, error) from error
     if tokenizer.eos_token_id is None:
         where = "set eos_token in its tokenizer_config.json."
@@ -208,18 +209,18 @@ def _load_tokenizer(source: str, arguments: dict, path: str):
                         f"{where}")
     try:
         prompt_text(tokenizer, "1 + 1")
-    except Exception as error:  # whatever a template raises, or the sandbox at what it reaches for
+    except Exception as error:  # anything that a template or its sandbox raises
         raise UserError(f"The chat template of {path} cannot be used ({reason(error)}); " + (
             "take another conversion of the model, or the model's own folder." if gguf else
-            "mend it or remove it from the tokenizer's files.")) from error
+            "fix it or remove it from the tokenizer's files.")) from error
     return tokenizer
 
 
 def _is_plain_fast(source: str) -> bool:
-    """Whether a folder asks for its tokenizer.json to be used as it is.
+    """Whether a folder asks for its tokenizer.json to be used unchanged.
 
-    AutoTokenizer would replace it with the class usual for the architecture, and a Qwen2 model
-    with a vocabulary of its own would read nonsense.
+    AutoTokenizer would replace it by the usual class of the architecture, which misreads a Qwen2
+    model with another vocabulary.
     """
     path = Path(source) / "tokenizer_config.json"
     if not path.is_file():
@@ -245,7 +246,7 @@ def _loading_error(path: str, error: Exception) -> UserError:
 
 
 def _checksum(source: str, arguments: dict, before: str = "") -> str:
-    """sha256 of the weight files; `before` is that of the model an adapter's files belong to."""
+    """sha256 of the weight files; `before` is that of the model that an adapter belongs to."""
     folder, digest = Path(source), hashlib.sha256(before.encode())
     weights = ([folder / arguments["gguf_file"]] if "gguf_file" in arguments else
                sorted(folder.glob("*.safetensors")))

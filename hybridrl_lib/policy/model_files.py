@@ -1,7 +1,7 @@
-"""What a model's own files ask for, looked at before anything is loaded.
+"""Checks of a model's files before anything is loaded.
 
-transformers keeps code out (`trust_remote_code`) and reads pickles as tensors only. Three ways are
-left in which a folder decides what is loaded besides itself; they are closed here.
+transformers refuses code (`trust_remote_code`) and reads pickles as tensors only. A folder has
+three more ways to load something other than itself; they are refused here.
 """
 
 import json
@@ -17,13 +17,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def refuse_wrong_architecture(folder: Path, path: str) -> None:
-    """Refuses a model that does not continue text, before its weights are fetched or read.
+    """Refuses a model that is not a causal language model, before its weights are fetched or read.
 
-    transformers would load some of them, with an output layer of random numbers.
+    transformers would load some of them with a random output layer.
 
     Args:
         folder: with its config.json.
-        path: what the user calls it, for the sentence.
+        path: the user's name for it, for the message.
 
     Raises:
         UserError: its config.json names another kind of model, or one that transformers lacks.
@@ -44,15 +44,15 @@ def refuse_wrong_architecture(folder: Path, path: str) -> None:
 
 
 def refuse_redirections(folder: Path, path: str) -> None:
-    """Refuses a model that points away from its own safetensors files.
+    """Refuses a model that refers to anything but its own safetensors files.
 
     Args:
         folder: with its JSON files.
-        path: what the user calls it, for the sentence.
+        path: the user's name for it, for the message.
 
     Raises:
-        UserError: an index of shards that names another kind of file or another folder, an adapter
-            (its base model would be loaded from wherever it says), or a kernel from the hub.
+        UserError: an index of shards that names another kind of file or another folder, an adapter,
+            whose base model could be anywhere, or a kernel from the hub.
     """
     if _content(folder, "adapter_config.json") is not None:
         raise UserError(f"The model {path} is an adapter of another model; merge it into that one "
@@ -74,7 +74,7 @@ def refuse_redirections(folder: Path, path: str) -> None:
 
 
 def _content(folder: Path, name: str) -> Any:
-    """A JSON file of the model; None if it is not there or broken, which loading reports."""
+    """A JSON file of the model; None if it is missing or broken, which loading reports."""
     try:
         return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

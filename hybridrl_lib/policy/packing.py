@@ -1,12 +1,12 @@
-"""Packs completions into rows for one forward pass: a prompt once, its completions side by side.
+"""Packs completions into rows for one forward pass: a prompt once, followed by its completions.
 
     row:        p p p | a a a a | b b | c c c          (prompt p, completions a, b, c)
     position:   0 1 2 | 3 4 5 6 | 3 4 | 3 4 5
     attends to: every token sees the prompt and what came before it in its own completion.
 
-A group of G answers to one question needs its prompt computed once instead of G times, in the
-forward and in the backward pass; the gradient is the same (tests/test_packing.py). A demonstration
-is a group of one.
+The prompt of a group of G answers is computed once instead of G times, in the forward and the
+backward pass, with the same gradient (tests/policy/test_packing.py). A demonstration is a group of
+one.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ class Packed:
         attention_mask: (R, 1, L, L) bool, True where a query may look.
         before: (N,) flat index (row * L + column) of the position that predicts each token.
         targets: (N,) the completion tokens.
-        sequence: (N,) which completion (index into the list that was packed) each belongs to.
-        segments: the same as the mask for an attention that leaves out what the mask hides; the
-            mask is None then, see `with_mask`.
+        sequence: (N,) the completion of each token, as an index into the list that was packed.
+        segments: what the mask says, for attention that skips hidden pairs; the mask is None then,
+            see `with_mask`.
     """
 
     input_ids: Tensor
@@ -58,7 +58,7 @@ class Packed:
             getattr(self, name) for name in self.__dataclass_fields__)))
 
     def with_mask(self) -> "Packed":
-        """With the mask in place of the segments, for any model that takes one."""
+        """With a mask instead of segments, for any model."""
         if self.attention_mask is not None:
             return self
         rows, length = self.input_ids.shape
@@ -104,18 +104,18 @@ def pack(sequences: Sequence[PromptCompletion], budget_tokens: int,
          pad_id: int = 0) -> list[Packed]:
     """Packs completions into micro-batches of at most `budget_tokens` tokens, padding included.
 
-    Rows of like length share a micro-batch. A single completion longer than the budget gets a
-    micro-batch of its own.
+    Rows of similar length share a micro-batch. A single completion longer than the budget gets one
+    of its own.
 
     Args:
-        sequences: completions with their prompts; every completion has at least one token.
+        sequences: completions with their prompts; each has at least one token.
         budget_tokens: rows x longest row of a micro-batch.
-        pad_id: token id at unused places; never read by any loss.
+        pad_id: token id at unused places, which no loss reads.
     """
     if any(not item.completion or not item.prompt for item in sequences):
-        raise ValueError("a prompt and a completion have at least one token each")
+        raise ValueError("prompts and completions need at least one token")
     if budget_tokens < 1:
-        raise ValueError("a micro-batch has room for at least one token")
+        raise ValueError("a micro-batch needs room for at least one token")
     rows = sorted(_rows(sequences, budget_tokens), key=lambda row: _row_length(sequences, row))
     batches, current = [], []
     for row in rows:
@@ -131,7 +131,7 @@ def pack(sequences: Sequence[PromptCompletion], budget_tokens: int,
 
 def _fill(sequences: Sequence[PromptCompletion], rows: list[list[int]], pad_id: int) -> Packed:
     length = max(_row_length(sequences, row) for row in rows)
-    alone = all(len(row) == 1 for row in rows)  # then a completion goes on with its prompt's row
+    alone = all(len(row) == 1 for row in rows)  # then a completion continues its prompt's row
     shape = (len(rows), length)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     position_ids = torch.zeros(shape, dtype=torch.long)
@@ -193,7 +193,9 @@ def _segments(prompts: list[Tensor], completions: list[Tensor], rows: list[int],
 
 
 def _of_like_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in groups, the longest first: none is padded to more than half as much again."""
+    """Indices in groups, longest first; in a group none is padded to more than 1.5 times its
+    length.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not groups or LIKE * lengths[index] < lengths[groups[-1][0]]:

@@ -27,15 +27,15 @@ class Policy:
     """A causal language model with its tokenizer.
 
     Attributes:
-        model: the model being trained (a `PeftModel` when an adapter is on).
+        model: the model being trained (a `PeftModel` with an adapter).
         tokenizer: its tokenizer.
-        name: what it was loaded from, without any folder of this machine.
-        sha256: checksum of the weights that were loaded.
-        precision: `fp32`, `bf16` or `fp16`.
+        name: what it was loaded from, without folders of this machine.
+        sha256: checksum of the loaded weights.
+        precision: `fp32`, `bf16`, or `fp16`.
         stop_ids: tokens that end a completion.
         pad_id: token at unused places.
         adapter: `none` or `lora`.
-        trains_base: whether the base weights are trained beside the adapter.
+        trains_base: whether the base weights are trained along with the adapter.
         sampler: `own` or `vllm`.
         revision: the commit of a hub model; empty for others.
     """
@@ -69,7 +69,7 @@ class Policy:
     # Text and tokens ---------------------------------------------------------------------------
 
     def encode_prompt(self, question: str) -> list[int]:
-        """Token ids of the prompt for a question (the one template of the project)."""
+        """Token ids of the prompt for a question."""
         return encode_prompt(self.tokenizer, question)
 
     def encode_completion(self, text: str) -> list[int]:
@@ -107,7 +107,7 @@ class Policy:
             layout = {name: F.pad(getattr(packed, name).flatten(), more)[None]
                       for name in ("input_ids", "position_ids")}
             layout["segments"] = packed.segments.with_scores_masks(groups, DTYPES[self.precision])
-            # What is not read still has to look like a mask to `transformers`.
+            # It is ignored, but `transformers` wants a mask.
             layout["attention_mask"] = packed.segments.back.new_empty(1, 1, 1, 1)
         else:
             layout = {"input_ids": packed.input_ids, "position_ids": packed.position_ids,
@@ -127,9 +127,8 @@ class Policy:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def train_base(self) -> None:
-        """Trains the base weights beside the adapter; the reference is a frozen copy from now on.
-
-        It is the model as it is now, without the adapter.
+        """Also trains the base weights. The reference becomes a frozen copy of the present model
+        without the adapter.
         """
         self._frozen = copy.deepcopy(self.model).unload().eval().requires_grad_(False)
         self.model.requires_grad_(True)
@@ -137,7 +136,7 @@ class Policy:
 
     @contextmanager
     def with_weights(self, weights: dict[str, Tensor]) -> Iterator[PreTrainedModel]:
-        """The model with other trained weights, inside the `with` block; nothing is copied."""
+        """The model with other trained weights inside the `with` block; nothing is copied."""
         trained = self.trained_weights()
         own = {name: parameter.data for name, parameter in trained.items()}
         for name, parameter in trained.items():
@@ -149,9 +148,9 @@ class Policy:
                 parameter.data = own[name]
 
     def plain_model(self) -> PreTrainedModel:
-        """A copy of the model with the products and the attention of `transformers` and torch.
+        """A copy of the model with the products and the attention of torch and `transformers`.
 
-        It is what to compare speed with: the model itself has this project's.
+        For speed comparisons, since the model itself uses this project's.
         """
         model = use_plain_products(copy.deepcopy(self.model))
         base = adapters.inner_model(model)
@@ -162,9 +161,9 @@ class Policy:
     # The reference -----------------------------------------------------------------------------
 
     def keep_reference(self) -> None:
-        """Remembers the weights as they are now as the KL anchor.
+        """Keeps the present weights as the KL anchor.
 
-        With an adapter nothing is copied: the reference is the model without it.
+        With an adapter nothing is copied; the reference is the model without it.
         """
         if self.adapter == "none":
             self._frozen = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -185,7 +184,7 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Writes an ordinary model folder (or adapter folder): config, safetensors, tokenizer.
 
-        An adapter whose base weights were trained too is added into a copy of them.
+        An adapter whose base weights were trained is merged into a copy of them.
         """
         model = copy.deepcopy(self.model).merge_and_unload() if self.trains_base else self.model
         # No adapter is in the embeddings (_add_adapter), so PEFT need not look whether one is.

@@ -1,16 +1,16 @@
-"""Matrix products in fp32 on a CPU, through oneDNN where torch has it.
+"""fp32 matrix products on a CPU through oneDNN, if torch has it.
 
-torch asks MKL for them, and MKL leaves the wide vectors of CPUs that are not Intel's unused: on an
-AMD EPYC with AVX-512 the same product takes oneDNN less than half the time. Both compute in fp32.
-In half precision torch asks oneDNN by itself; on a GPU nothing changes.
+torch uses MKL, which does not use the wide vectors of non-Intel CPUs: on an AMD EPYC with AVX-512
+oneDNN takes less than half the time. In half precision torch uses oneDNN itself; on a GPU nothing
+changes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN makes machine code for every new shape, in about a millisecond. What varies from batch to
-# batch is therefore rounded up: rows of a decoding batch, and tokens of a micro-batch.
+# oneDNN compiles code for every new shape, which takes about a millisecond. Rows of a decoding
+# batch and tokens of a micro-batch are therefore rounded up.
 ROWS, TOKENS = 16, 128
 
 
@@ -20,7 +20,7 @@ def rounded_up(number: int, step: int) -> int:
 
 
 def _one_dnn_works() -> bool:
-    """Whether this build of torch has the operation that its own compiler uses for products."""
+    """Whether this build of torch has oneDNN's linear operation."""
     try:
         one = torch.ones(1, 1)
         return torch.backends.mkldnn.is_available() and bool(_product(one, one, None) == 1)
@@ -36,7 +36,7 @@ ONE_DNN = _one_dnn_works()
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b and its gradients, each by one product of oneDNN."""
+    """y = x W^T + b and its gradients, each in one oneDNN product."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,7 +78,7 @@ class Linear(torch.nn.Linear):
 
 
 def use_fast_products(model: torch.nn.Module) -> torch.nn.Module:
-    """Gives every plain linear layer of a model the product above; names and weights stay."""
+    """Replaces the product of every plain linear layer of a model; names and weights stay."""
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
@@ -86,7 +86,7 @@ def use_fast_products(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def use_plain_products(model: torch.nn.Module) -> torch.nn.Module:
-    """Takes `use_fast_products` back: the model as `transformers` made it, to compare against."""
+    """Undoes `use_fast_products`."""
     for module in model.modules():
         if type(module) is Linear:
             module.__class__ = torch.nn.Linear

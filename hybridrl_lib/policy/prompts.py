@@ -1,7 +1,7 @@
-r"""The one prompt template of SFT, RL and evaluation, and the tokens that end a completion.
+r"""The prompt template for SFT, RL, and evaluation, and the tokens that end a completion.
 
-The paper does not print its prompt; this project asks every model the same thing, through the chat
-template where the tokenizer has one, and wants the answer in `\boxed{}`.
+The paper does not print its prompt. All models are asked the same, through the tokenizer's chat
+template if it has one, and must answer in `\boxed{}`.
 """
 
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> list[i
     """The prompt of a question as token ids, shape `(prompt length,)`.
 
     A chat template writes its special tokens itself. Without one, the beginning-of-text token is
-    put first if the tokenizer does that by itself; an end-of-text token never is.
+    added if the tokenizer adds it; an end-of-text token never is.
     """
     text = prompt_text(tokenizer, question)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -48,7 +48,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", question: str) -> list[i
 
 
 def _id_of(tokenizer: "PreTrainedTokenizerBase", token: str) -> int | None:
-    """The id of a token, or None where the vocabulary lacks it (and not the unknown token's id)."""
+    """The id of a token, or None if it is not in the vocabulary."""
     number = tokenizer.convert_tokens_to_ids(token)
     known = number is not None and tokenizer.convert_ids_to_tokens(number) == token
     return number if known else None
@@ -56,18 +56,17 @@ def _id_of(tokenizer: "PreTrainedTokenizerBase", token: str) -> int | None:
 
 def stop_token_ids(tokenizer: "PreTrainedTokenizerBase",
                    model_eos: int | Iterable[int] | None = None) -> tuple[int, ...]:
-    """The ids that end a completion; the first one is what SFT puts at the end of a solution.
+    """The ids that end a completion; SFT puts the first one at the end of a solution.
 
-    They are the tokenizer's end-of-text token, then the end of a turn as the chat template writes
-    it (a base model such as Qwen2.5-0.5B has one too), then what the model's generation
-    configuration names.
+    These are the tokenizer's end-of-text token, the end of a turn in the chat template (base models
+    such as Qwen2.5-0.5B have one too), and those of the model's generation configuration.
 
     Args:
         tokenizer: the model's tokenizer.
-        model_eos: `eos_token_id` of the model's generation configuration: one id, several or None.
+        model_eos: `eos_token_id` of the generation configuration: one id, several, or None.
 
     Raises:
-        UserError: there is none, so no completion could ever end.
+        UserError: there is none, so no completion could end.
     """
     template = str(tokenizer.chat_template or "")
     turn_ends = [_id_of(tokenizer, token) for token in TURN_ENDS if token in template]
@@ -81,11 +80,9 @@ def stop_token_ids(tokenizer: "PreTrainedTokenizerBase",
 
 def pad_token_id(tokenizer: "PreTrainedTokenizerBase",
                  model_eos: int | Iterable[int] | None = None) -> int:
-    """The id that fills the ends of a batch, if possible one that ends no completion.
+    """The id that fills the ends of a batch, if possible one that does not end a completion.
 
-    A tokenizer whose padding is its end-of-text token makes code that masks by id lose that token.
-    The library masks by length, so any id does; this one keeps a dump of a batch readable. Where
-    only the end-of-text token is left, it is that one.
+    The library masks by length, so any id works; a distinct one keeps batches readable.
     """
     stops = stop_token_ids(tokenizer, model_eos)
     candidates = [tokenizer.pad_token_id, *(_id_of(tokenizer, token) for token in PADDINGS),

@@ -1,8 +1,8 @@
-"""Policy and prompts -> completions: sampling at a temperature, or greedy answers.
+"""Samples completions of prompts, at a temperature or greedily.
 
-What is sampled is the policy's own distribution: the temperature divides the logits here and in
-the log-probabilities of the loss, and there is no top-k or top-p. Random numbers are drawn per
-prompt and sample before anything is sorted or batched, so how the work is cut does not matter.
+Samples come from the policy's own distribution: the temperature divides the logits here and in the
+loss, and there is no top-k or top-p. Random numbers are drawn per prompt and sample before sorting
+and batching, so batching does not change the samples.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,16 +24,16 @@ WORDS_A_BLOCK = 256  # of the vocabulary, when a word is drawn
 
 
 def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """Draws one token a row by inverting the cumulative distribution.
+    """Draws one token per row by inverting the cumulative distribution.
 
     Args:
-        logits: (R, vocabulary); computed with in fp32.
+        logits: (R, vocabulary); converted to fp32.
         uniform: (R,) in [0, 1).
         temperature: 0 takes the most likely token.
 
     Returns:
-        tokens (R,), log-probabilities (R,), entropies (R,). For temperature 0 the scores are those
-        at temperature 1.
+        tokens (R,), log-probabilities (R,), entropies (R,); at temperature 0, those of temperature
+        1.
     """
     # A few rows at a time: what is computed from them stays in the processor's cache.
     rows = max(1, (CPU_NUMBERS if logits.device.type == "cpu" else GPU_NUMBERS) // logits.shape[1])
@@ -52,10 +52,10 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
 
 
 def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
-    """One word a row (R,), with probability in proportion to its weight (R, vocabulary).
+    """One word per row (R,), with probability proportional to its weight (R, vocabulary).
 
-    A running sum over a whole vocabulary is slow: the first is over blocks of words, the second
-    over the words of the block that was hit.
+    Cumulative sums over a whole vocabulary are slow, so the first is over blocks of words and the
+    second over the words of the chosen block.
     """
     rows, words = weight.shape
     blocks = F.pad(weight, (0, -words % WORDS_A_BLOCK)).view(rows, -1, WORDS_A_BLOCK)
@@ -68,14 +68,15 @@ def _draw(weight: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _hit(cumulative: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """The first entry above the threshold (R,) in each row; rounding moves none past the end."""
+    """The first entry above the threshold (R,) in each row; rounding cannot move it past the end.
+    """
     below_end = cumulative[:, -1].nextafter(torch.zeros_like(threshold))
     threshold = torch.minimum(threshold, below_end)
     return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1), threshold
 
 
 def make_decoder(policy: Policy):
-    """The fastest decoder that computes this policy exactly on its device."""
+    """The fastest decoder that is exact for this policy on its device."""
     if not Decoder.supports(policy):
         return TransformersDecoder(policy)
     return GraphedDecoder(policy) if policy.device.type == "cuda" else Decoder(policy)
@@ -84,18 +85,18 @@ def make_decoder(policy: Policy):
 @torch.inference_mode()
 def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, max_new_tokens: int,
            temperature: float, seed: int = 0, batch_size: int = 512) -> list[Group]:
-    """Samples `samples` completions of every prompt from the policy as it is now.
+    """Samples `samples` completions per prompt from the present policy.
 
     Args:
         prompts: token ids.
-        samples: G, completions a prompt.
-        max_new_tokens: cap on a completion's tokens.
+        samples: G, completions per prompt.
+        max_new_tokens: maximum length of a completion in tokens.
         temperature: 0 for greedy answers.
-        seed: of the random numbers; the same seed repeats the same completions.
-        batch_size: completions decoded together, at most.
+        seed: of the random numbers; the same seed gives the same completions.
+        batch_size: maximum number of completions decoded together.
 
     Returns:
-        One `Group` a prompt, in the order of the prompts.
+        One `Group` per prompt, in the order of the prompts.
     """
     if policy.sampler == "vllm":
         from .vllm import sample_with_vllm
@@ -113,10 +114,10 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int, ma
 
 def _sample_some(policy: Policy, prompts: Sequence[Sequence[int]], order: list[int],
                  uniform: Tensor, temperature: float, at_once: int) -> dict[int, Group]:
-    """{place: group} of some of the prompts, so many at once in the order of their places.
+    """{place: group} of some prompts, in batches.
 
     Args:
-        uniform: (P, G, most tokens), for all prompts.
+        uniform: (P, G, maximum tokens), for all prompts.
     """
     decoder, samples = make_decoder(policy), uniform.shape[1]
     groups: dict[int, Group] = {}
@@ -134,7 +135,7 @@ def _sample_some(policy: Policy, prompts: Sequence[Sequence[int]], order: list[i
 
 @contextmanager
 def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Out of training mode, where gradient checkpointing switches the cache of keys off."""
+    """Leaves training mode, in which gradient checkpointing disables the cache."""
     training = model.training
     model.eval()
     try:
@@ -145,7 +146,7 @@ def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
             temperature: float) -> list[tuple[list[int], list[float], list[float], bool]]:
-    """Decodes a batch: every prompt is read once, then its cache is shared out to G rows."""
+    """Decodes a batch: reads every prompt once, then gives its cache to G rows."""
     device, (count, samples, most) = policy.device, uniform.shape
     longest = rounded_up(max(map(len, prompts)), 8)
     ids = torch.full((count, longest), policy.pad_id)
@@ -184,7 +185,7 @@ def _decode(policy: Policy, decoder, prompts: list[list[int]], uniform: Tensor,
 
 
 def _collect(record: list[tuple[Tensor, ...]], rows: int) -> list[tuple]:
-    """Turns the record of steps into one (ids, log-probabilities, entropies, finished) a row."""
+    """Converts the record of steps to (ids, log-probabilities, entropies, finished) per row."""
     table = [([], [], [], False) for _ in range(rows)]
     for step in record:
         for row, token, log_p, entropy, over, ended in zip(*(t.tolist() for t in step),

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens, without holding all logits in memory."""
+"""Log-probabilities and entropies of tokens, without all logits in memory."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from .products import TOKENS, linear, rounded_up
 
 def _shifted_logits(hidden: Tensor, head: Tensor, bias: Tensor | None,
                     warmth: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(chunk, vocabulary) logits at a temperature less their largest; their log normalizer."""
+    """(chunk, vocabulary) logits at a temperature minus their maximum; their log normalizer."""
     logits = linear(hidden, head, bias).float()
     if isinstance(warmth, Tensor) or warmth != 1:
         logits = logits.div_(warmth)
@@ -20,10 +20,9 @@ def _shifted_logits(hidden: Tensor, head: Tensor, bias: Tensor | None,
 
 
 class _Scores(torch.autograd.Function):
-    """Log-probabilities and entropies a chunk at a time.
+    """Log-probabilities and entropies, one chunk at a time.
 
-    The backward pass computes the logits again, unless there is one chunk: to keep that one costs
-    no more memory than to compute it then.
+    The backward pass recomputes the logits, unless there is only one chunk, which is then kept.
     With p = softmax(z): d log p_y / dz = 1_y - p, dH / dz = -p (log p + H).
     """
 
@@ -83,24 +82,22 @@ class _Scores(torch.autograd.Function):
 def score_tokens(hidden: Tensor, head: Tensor, targets: Tensor, *, bias: Tensor | None = None,
                  temperature: float | Tensor = 1.0, chunk_tokens: int = 1024,
                  with_entropy: bool = True) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and entropy of the distribution it was drawn from.
+    """Log-probability of each target token, and entropy of the distribution it was drawn from.
 
-    The (tokens x vocabulary) logits are the memory of a small model. They exist here for
-    `chunk_tokens` tokens at a time and are computed again in the backward pass, in three buffers of
-    that size at most.
+    The (tokens, vocabulary) logits are the largest tensor of a small model. Only `chunk_tokens`
+    tokens of them exist at a time, in up to three buffers; the backward pass recomputes them.
 
     Args:
         hidden: (N, width) last hidden states, at the positions *before* the targets.
         head: (vocabulary, width) weights of the output layer.
         targets: (N,) token ids.
         bias: (vocabulary,) of the output layer, if it has one.
-        temperature: divides the logits; the one used for sampling. A number, or (N,).
-        chunk_tokens: how many tokens' logits are in memory at a time.
+        temperature: the sampling temperature, which divides the logits; a number, or (N,).
+        chunk_tokens: number of tokens whose logits are in memory at a time.
         with_entropy: False saves the work and returns zeros.
 
     Returns:
-        log_probabilities (N,) and entropies (N,), in nats, fp32. The entropy is over the whole
-        vocabulary.
+        log_probabilities (N,) and entropies over the vocabulary (N,), in nats, fp32.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

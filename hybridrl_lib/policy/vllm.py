@@ -1,8 +1,7 @@
-"""Sampling with the package vllm, from the weights as they are now.
+"""Sampling with vllm, from the present weights.
 
-vllm computes with kernels of its own, in which log-probabilities come out a little different. What
-the loss needs is therefore computed again here by the model that is trained: the sampler's own
-numbers are never used.
+vllm's kernels give slightly different log-probabilities. Those that the loss needs are therefore
+computed by the model being trained.
 """
 
 import os
@@ -23,7 +22,7 @@ SCORED_AT_ONCE = 8192  # tokens of a forward pass when completions are scored
 
 
 def plain_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of all weights as a model without an adapter has them."""
+    """Names and values of all weights, as in a model without an adapter."""
     model = policy.model
     base = inner_model(model)
     tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
@@ -42,7 +41,7 @@ def plain_weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 def make_engine(policy: Policy):
     """A vllm engine of the policy's architecture, in this process."""
-    # In a process of its own the engine would get weights by pickling them.
+    # An engine in another process would get its weights by pickling.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
@@ -58,9 +57,9 @@ def make_engine(policy: Policy):
 
 def sample_with_vllm(policy: Policy, prompts: Sequence[Sequence[int]], *, samples: int,
                      max_new_tokens: int, temperature: float, seed: int) -> list:
-    """`rollouts.sample` through vllm: the same arguments and result.
+    """`sampling.sample` through vllm, with the same arguments and result.
 
-    The same seed repeats the completions; they are others than those of the own sampler.
+    The same seed gives the same completions, but not those of the project's own sampler.
     """
     from vllm import SamplingParams
 

@@ -1,8 +1,8 @@
-"""Checkpoints: what an unfinished run goes on from, whatever happened to it.
+"""Checkpoints, from which an unfinished run resumes.
 
 A checkpoint is a folder `checkpoint/step-<n>`. Its `checksums.json`, written last, has the checksum
-of every file in it and of every log up to it: a run goes on only from a checkpoint that is whole
-and whose logs have no hole. One that is not is kept under another name; the one before it is used.
+of every file in it and of every log up to it. A run resumes only from a checkpoint whose files and
+logs match. Others are renamed, and the one before is used.
 """
 
 import json
@@ -36,14 +36,14 @@ KEPT = 2  # should the newest be damaged, the other is there
 
 @dataclass
 class Snapshot:
-    """What is in a checkpoint.
+    """The content of a checkpoint.
 
     Attributes:
-        state: counters and the like, plain data.
-        weights: those that training moves.
-        best: the same after the step that did best on validation.
-        optimizer, scaler: their state; the latter in fp16 alone.
-        more: further tensors, of the method and of the KL anchor.
+        state: counters and other plain data.
+        weights: the trained weights.
+        best: the same at the step with the best validation score.
+        optimizer, scaler: their state; a scaler exists in fp16 only.
+        more: other tensors, of the method and of the KL anchor.
     """
 
     state: dict[str, Any]
@@ -68,7 +68,7 @@ class Snapshot:
 
     @classmethod
     def read(cls, folder: Path) -> "Snapshot":
-        """The inverse of `write`; whatever its libraries raise for a file that is not theirs."""
+        """The inverse of `write`. Passes on what the libraries raise for a damaged file."""
         best, scaler, more = (folder / name for name in
                               ("best.safetensors", "scaler.pt", "more.safetensors"))
         return cls(
@@ -81,10 +81,10 @@ class Snapshot:
 
 
 def read_tensors(path: Path) -> dict:
-    """A file that torch.save wrote, if it holds tensors and plain values only.
+    """Reads a file written by torch.save that holds tensors and plain values only.
 
-    The format is a pickle, which could run code. torch refuses that, and advises to switch the
-    refusal off: this project does not.
+    The format is a pickle, which could run code. torch refuses that; this project does not turn the
+    refusal off.
 
     Raises:
         ValueError: it is damaged or holds anything else.
@@ -102,7 +102,7 @@ class Checkpoints:
         self.run, self.root = run, run.path / "checkpoint"
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Writes the checkpoint of a step, which `write(folder)` fills; older ones go afterwards.
+        """Writes the checkpoint of a step, filled by `write(folder)`, then removes older ones.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -120,18 +120,18 @@ class Checkpoints:
                 discard(folder)
 
     def found(self) -> list[tuple[int, Path]]:
-        """(step, folder) of the checkpoints, whole or not, the newest first."""
+        """(step, folder) of all checkpoints, valid or not, newest first."""
         numbers = {path: path.name.removeprefix("step-") for path in self.root.glob("step-*")}
         return sorted(((int(number), path) for path, number in numbers.items()
                        if number.isdecimal() and path.is_dir()), reverse=True)
 
     def resume(self, say: Callable[[str], None]) -> tuple[int, Path] | None:
-        """(step, folder) of the newest whole checkpoint, with the logs cut back to it.
+        """(step, folder) of the newest valid checkpoint, with the logs cut back to it.
 
-        None if there is none; the logs are empty then. Others that are newer are set aside.
+        Returns None, with empty logs, if there is none. Invalid ones are renamed.
 
         Args:
-            say: takes a sentence for each of these.
+            say: receives a sentence for each of these.
         """
         damaged, whole = [], None
         for step, folder in self.found():
@@ -148,7 +148,7 @@ class Checkpoints:
         return whole
 
     def left_over(self) -> list[Path]:
-        """What only an unfinished run needs: not the final model, nor what was set aside."""
+        """What only an unfinished run needs, without the final model and renamed checkpoints."""
         return [path for path in self.root.glob("*")
                 if path.name.startswith("step-") or path.name in (WRITING, REMOVING)]
 
@@ -158,7 +158,7 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _fault(self, folder: Path) -> str:
-        """Why a run cannot go on from a checkpoint; empty if it can."""
+        """Why a run cannot resume from a checkpoint; empty if it can."""
         try:
             seal = read_checksums(folder)
             wrong = [name for name, checksum in seal["files"].items()
@@ -171,7 +171,7 @@ class Checkpoints:
         return f"{wrong[0]} is damaged or cut off" if wrong else ""
 
     def _set_aside(self, folder: Path) -> Path:
-        """Renames a checkpoint to `damaged-step-<n>` and puts the logs as they are into it."""
+        """Renames a checkpoint to `damaged-step-<n>` and adds a copy of the logs."""
         name = f"damaged-{folder.name}"
         places = (folder.with_name(name + (f"-{number}" if number else "")) for number in count())
         place = next(path for path in places if not path.exists())

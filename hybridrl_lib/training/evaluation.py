@@ -1,4 +1,4 @@
-"""Exact match of one greedy answer and m sampled answers for Pass@k, a record a problem."""
+"""Evaluation: one greedy answer and m sampled answers per problem."""
 
 from collections.abc import Sequence
 
@@ -19,15 +19,15 @@ def evaluate(policy: Policy, problems: Sequence[Problem], settings: EvaluationSe
     """Scores the policy on problems.
 
     Args:
-        part: `test`, `train` or `validation`, for the record.
+        part: `test`, `train`, or `validation`, for the record.
         checkpoint: `last` or `best`, for the record.
-        samples: m answers a problem at `settings.temperature`; 0 for the greedy one alone.
-        seed: of the run; the samples' random numbers are derived from it.
+        samples: m, answers per problem at `settings.temperature`; 0 for the greedy one only.
+        seed: of the run, from which that of the samples is derived.
 
     Returns:
-        One row of `eval.jsonl` a problem: the greedy answer with its strict and lenient verdict,
-        and the verdicts and lengths of the m samples. Pass@k is computed from these later
-        (`statistics.pass_at_k`).
+        One row of `eval.jsonl` per problem: the greedy answer with its strict and lenient verdict,
+        and the verdicts and lengths of the m samples. `report.statistics.pass_at_k` computes Pass@k
+        from them.
     """
     problems = list(problems)
     if not problems:
@@ -59,9 +59,9 @@ def evaluate(policy: Policy, problems: Sequence[Problem], settings: EvaluationSe
 
 
 def distinct_answers(groups: Sequence[Group]) -> float:
-    """How different the answers to one problem are: distinct final answers over answers, a mean.
+    """Diversity: the number of distinct final answers divided by the number of answers, averaged.
 
-    Read leniently; completions without any answer count as one. 1/G where all of a group agree.
+    Answers are read leniently; those without a final answer count as one. 1/G if all G agree.
     """
     shares = []
     for group in groups:
@@ -73,5 +73,5 @@ def distinct_answers(groups: Sequence[Group]) -> float:
 
 
 def accuracy(rows: Sequence[dict]) -> float:
-    """Share of problems whose greedy answer is right by the strict verdict."""
+    """Share of problems whose greedy answer is correct by the strict rule."""
     return sum(row["greedy"]["strict"] for row in rows) / max(1, len(rows))

@@ -1,4 +1,4 @@
-"""What a run measures in addition to its updates: KL to the reference, probes, validation."""
+"""Measurements between updates: KL to the reference, probes, and validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .evaluation import accuracy, distinct_answers, evaluate
 
 @dataclass(frozen=True)
 class Measuring:
-    """Measures a policy while it is trained."""
+    """Measures a policy during training."""
 
     policy: Policy
     learner: Learner

@@ -1,10 +1,10 @@
-"""What a run tells while it goes on, a plain line now and then, and how long it took."""
+"""What a run reports while it goes on, and how long it took."""
 
 import time
 
 
 class Observer:
-    """Told what happens in a run. This one says nothing; subclasses show it."""
+    """Receives the events of a run. This one ignores them; subclasses show them."""
 
     def note(self, sentence: str) -> None: ...
 
@@ -20,12 +20,12 @@ class Observer:
 
 
 class Lines(Observer):
-    """Plain lines: one every `seconds` at most, so that logs and notebooks stay readable.
+    """Plain lines for logs and notebooks.
 
     Args:
-        seconds: between two lines of progress.
-        name: what the lines begin with.
-        write: takes a line.
+        seconds: minimum time between two lines of progress.
+        name: prefix of every line.
+        write: receives a line.
     """
 
     def __init__(self, seconds: float = 15.0, name: str = "", write=None):
@@ -68,9 +68,9 @@ class Lines(Observer):
 
 
 class Stopwatch:
-    """Seconds of wall clock and of processor that a run took, over all processes that worked on it.
+    """Wall-clock and processor seconds of a run, over all processes that worked on it.
 
-    What a process did after its last checkpoint and lost is not in it.
+    Work that was lost after the last checkpoint is not included.
     """
 
     def __init__(self):
@@ -84,12 +84,12 @@ class Stopwatch:
                 in zip(self._before, now, self._began, strict=True)]
 
     def resume_from(self, before: list[float]) -> None:
-        """Adds what earlier processes had read at the checkpoint that this one goes on from."""
+        """Adds the reading that is in the checkpoint being resumed."""
         self._before = tuple(before)
 
 
 def duration(seconds: float) -> str:
-    """A length of time as a person says it."""
+    """A duration in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:

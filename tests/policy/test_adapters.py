@@ -37,7 +37,7 @@ def change(folder, **entries):
 
 
 def test_an_adapter_is_saved_alone(adapter):
-    """A few per cent of the model, in safetensors, with the tokenizer beside it."""
+    """A few percent of the model, in safetensors, with the tokenizer."""
     policy, folder = adapter
     names = {path.name for path in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
@@ -46,7 +46,7 @@ def test_an_adapter_is_saved_alone(adapter):
 
 
 def test_an_adapter_folder_loads_on_its_base(adapter, make_policy):
-    """model.path=<adapter folder>: rank, alpha and base are what the folder says."""
+    """model.path=<adapter folder>: rank, alpha, and base are what the folder says."""
     policy, folder = adapter
     again = load(folder)
     torch.testing.assert_close(scores_of(again), scores_of(policy), atol=1e-5, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_an_adapter_folder_loads_on_its_base(adapter, make_policy):
     assert not any("lora" in name for name, _ in again.model.named_parameters())
 
 
-def test_a_run_goes_on_from_an_adapter_with_another_one(adapter, tmp_path):
+def test_a_run_continues_from_an_adapter_with_another_one(adapter, tmp_path):
     """LoRA after LoRA: the reference is the model as loaded, and what is saved loads again."""
     policy, folder = adapter
     second = load(folder, adapter="lora")
@@ -81,29 +81,48 @@ def test_merged_is_unmerged(adapter, tmp_path):
         c.token_ids for c in answers[1][0].completions]
 
 
-@pytest.mark.parametrize(("entries", "words"), [
-    ({"base_model_name_or_path": None}, "does not say which model"),
-    ({"base_model_name_or_path": "/no/such/model"}, "/no/such/model"),
-    ({"base_model_name_or_path": "~/no/such/model"}, "is not there"),
-    ({"peft_type": "PREFIX_TUNING"}, "peft_type"),
-    ({"use_dora": True}, "use_dora"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"target_modules": "(a+)+$"}, "target_modules"),
-    ({"r": 10**9}, "target_modules, r or lora_alpha"),
-    ({"r": 4}, "cannot be added"),
-    ({"init_lora_weights": "pissa"}, "init_lora_weights"),  # it changes the base weights too
-    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-    ({"use_qalora": True}, "use_qalora"),
-    ({"an_option_of_tomorrow": "on"}, "an_option_of_tomorrow"),
-    ({"target_modules": ["q_proj", "lm_head"]}, "embeddings"),
-    ({"target_modules": ["q_proj"]}, "cannot be added"),
-])
-def test_an_adapter_that_cannot_be_used_is_one_sentence(adapter, entries, words):
-    """Another kind of adapter, another model's, or one whose base is not there."""
-    change(adapter[1], **entries)
-    with pytest.raises(UserError, match="(?s)") as caught:
-        load(adapter[1])
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+def test_an_adapter_that_cannot_be_used_is_refused(adapter):
+    """Another kind of adapter, another model's, or one whose base is missing: an error in one
+    line that names the entry of adapter_config.json, or what is missing."""
+    _, folder = adapter
+    path, wrong = folder / "adapter_config.json", []
+    good, weights = path.read_text(), "adapter_model.safetensors"
+    for entries, fact in (
+            ({"base_model_name_or_path": None}, "adapter_config.json"),
+            ({"base_model_name_or_path": "/no/such/model"}, "/no/such/model"),
+            ({"base_model_name_or_path": "~/no/such/model"}, "~/no/such/model"),
+            ({"peft_type": "PREFIX_TUNING"}, "peft_type"),
+            ({"use_dora": True}, "use_dora"),
+            ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+            ({"target_modules": "(a+)+$"}, "target_modules"),
+            ({"r": 10**9}, "r or lora_alpha"),
+            ({"r": 4}, str(folder)),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights"),  # it changes base weights too
+            ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+            ({"use_qalora": True}, "use_qalora"),
+            ({"an_option_of_tomorrow": "on"}, "an_option_of_tomorrow"),
+            ({"target_modules": ["q_proj", "lm_head"]}, "embeddings"),
+            ({"target_modules": ["q_proj"]}, str(folder)),
+            # an adapter of itself would be followed forever
+            ({"base_model_name_or_path": str(folder)}, str(folder))):
+        path.write_text(json.dumps(json.loads(good) | entries))
+        try:
+            load(folder)
+        except UserError as error:
+            if fact in str(error) and "\n" not in str(error):
+                continue
+            wrong.append((entries, fact, str(error)))
+        else:
+            wrong.append((entries, "loaded"))
+    assert not wrong
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match="adapter_config.json"):
+        load(folder)
+    path.write_text(good)
+    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight":
+               torch.zeros(3, 5)}, folder / weights)  # another model's sizes
+    with pytest.raises(UserError, match="adapter"):
+        load(folder)
 
 
 def test_the_commit_of_a_hub_model_stays_with_its_adapter(adapter):
@@ -114,47 +133,27 @@ def test_the_commit_of_a_hub_model_stays_with_its_adapter(adapter):
     assert unfold(str(folder)) == ([folder], "someone/model", "c0ffee")
 
 
-def test_a_configuration_nested_without_end_is_one_sentence(adapter):
-    (adapter[1] / "adapter_config.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match="adapter_config.json of .* cannot be read"):
-        load(adapter[1])
-
-
-def test_an_adapter_of_itself_is_refused(adapter):
-    """A folder that names itself would be looked into for ever."""
-    change(adapter[1], base_model_name_or_path=str(adapter[1]))
-    with pytest.raises(UserError, match="of itself"):
-        load(adapter[1])
-
-
 def test_no_pickle_of_an_adapter_is_opened(adapter, tmp_path):
     """PEFT falls back to adapter_model.bin; here safetensors are read, or nothing."""
     folder, ran = adapter[1], tmp_path / "ran"
     torch.save(Pickled(ran), folder / "adapter_model.bin")
     load(folder)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match="only safetensors"):
+    with pytest.raises(UserError, match="safetensors"):
         load(folder)
     assert not ran.exists()
 
 
-def test_weights_of_another_model_are_refused(adapter):
-    """An adapter of other sizes must not be half added."""
-    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight":
-               torch.zeros(3, 5)}, adapter[1] / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="cannot be added"):
-        load(adapter[1])
-
-
-def test_merging_what_is_no_adapter(policy, tmp_path, adapter):
-    """A run with whole weights, an empty folder, and a folder that is already there."""
+def test_merging_what_is_not_an_adapter(policy, tmp_path, adapter):
+    """A run with whole weights, an empty folder, and a folder that already exists."""
     policy.save(tmp_path / "run" / "checkpoint" / "final")
     (tmp_path / "empty").mkdir()
-    for folder, out, words in ((tmp_path / "run", "new", "whole already"),
-                               (tmp_path / "empty", "new", "no adapter"),
-                               (adapter[1], "empty", "already there")):
-        with pytest.raises(UserError, match=words):
+    for folder, out, fact in ((tmp_path / "run", "new", "run/checkpoint/final"),
+                              (tmp_path / "empty", "new", "empty"),
+                              (adapter[1], "empty", "empty")):
+        with pytest.raises(UserError, match=fact):
             merge(folder, tmp_path / out)
+    assert not (tmp_path / "new").exists() and not list((tmp_path / "empty").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["none", "lora"])

@@ -1,4 +1,4 @@
-"""The samplers beside the plain one: steps replayed as a graph, and vllm (a stand-in for it)."""
+"""The other samplers: steps replayed as a graph, and vllm (a stand-in for it)."""
 
 import sys
 from dataclasses import replace
@@ -53,23 +53,24 @@ def graphed(monkeypatch, record):
     monkeypatch.setattr(rollouts, "make_decoder", lambda policy: GraphedDecoder(policy, record))
 
 
-@pytest.mark.parametrize("columns", [4, 128])
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_replayed_steps_are_the_plain_ones_bit_for_bit(make_policy, monkeypatch, adapter, columns):
+def test_replayed_steps_are_the_plain_ones_bit_for_bit(make_policy, monkeypatch):
     """Fixed memory changed in place gives what fresh memory gives, also after rows were dropped."""
-    policy = make_policy(adapter=adapter)
-    if adapter == "lora":
-        move_adapter(policy)
-    for kind in (Decoder, GraphedDecoder):
-        monkeypatch.setattr(kind, "columns", columns)
-        monkeypatch.setattr(kind, "compact_below", 0.8)
-    plain = sample(policy, prompts_of(policy), **ARGUMENTS)
-    graphed(monkeypatch, Replayed)
-    before = Replayed.recorded
-    replayed = sample(policy, prompts_of(policy), **ARGUMENTS)
-    assert Replayed.recorded > before + 1, "rows were dropped, so it was recorded again"
-    assert texts(replayed) == texts(plain)
-    assert torch.equal(sampled_scores(replayed), sampled_scores(plain))
+    for adapter in ("none", "lora"):
+        policy = make_policy(adapter=adapter)
+        if adapter == "lora":
+            move_adapter(policy)
+        for columns in (4, 128):
+            with monkeypatch.context() as patch:
+                for kind in (Decoder, GraphedDecoder):
+                    patch.setattr(kind, "columns", columns)
+                    patch.setattr(kind, "compact_below", 0.8)
+                plain = sample(policy, prompts_of(policy), **ARGUMENTS)
+                graphed(patch, Replayed)
+                before = Replayed.recorded
+                replayed = sample(policy, prompts_of(policy), **ARGUMENTS)
+            assert Replayed.recorded > before + 1, "rows were dropped, so it was recorded again"
+            assert texts(replayed) == texts(plain)
+            assert torch.equal(sampled_scores(replayed), sampled_scores(plain))
 
 
 def test_where_no_graph_can_be_recorded_the_steps_are_run(policy, monkeypatch):
@@ -83,22 +84,22 @@ def test_where_no_graph_can_be_recorded_the_steps_are_run(policy, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_graphs_on_a_gpu_are_the_plain_steps(make_policy, monkeypatch, adapter):
+def test_graphs_on_a_gpu_are_the_plain_steps(make_policy, monkeypatch):
     """The recorded kernels give the numbers of the launched ones, before and after an update."""
-    policy = make_policy(adapter=adapter)
-    policy.model.to("cuda")
-    for shift in (0.0, 0.01):
-        with torch.no_grad():
-            for weight in policy.model.parameters():
-                weight.add_(shift * weight.requires_grad)
-        replayed = sample(policy, prompts_of(policy), **ARGUMENTS)
-        with monkeypatch.context() as patched:
-            patched.setattr(rollouts, "make_decoder", Decoder)
-            plain = sample(policy, prompts_of(policy), **ARGUMENTS)
-        assert texts(replayed) == texts(plain)
-        torch.testing.assert_close(sampled_scores(replayed), sampled_scores(plain),
-                                   atol=1e-4, rtol=1e-4)
+    for adapter in ("none", "lora"):
+        policy = make_policy(adapter=adapter)
+        policy.model.to("cuda")
+        for shift in (0.0, 0.01):
+            with torch.no_grad():
+                for weight in policy.model.parameters():
+                    weight.add_(shift * weight.requires_grad)
+            replayed = sample(policy, prompts_of(policy), **ARGUMENTS)
+            with monkeypatch.context() as patched:
+                patched.setattr(rollouts, "make_decoder", Decoder)
+                plain = sample(policy, prompts_of(policy), **ARGUMENTS)
+            assert texts(replayed) == texts(plain)
+            torch.testing.assert_close(sampled_scores(replayed), sampled_scores(plain),
+                                       atol=1e-4, rtol=1e-4)
 
 
 # vllm ---------------------------------------------------------------------------------------------
@@ -148,28 +149,28 @@ def vllm(monkeypatch):
     return StandIn
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
-def test_vllm_gets_the_weights_and_its_scores_are_not_used(make_policy, vllm, architecture,
-                                                           adapter):
+def test_vllm_gets_the_weights_and_its_scores_are_not_used(make_policy, vllm):
     """After an update it samples the new policy; scores are the training model's own."""
-    policy = make_policy(architecture, adapter=adapter, sampler="vllm")
-    first = sample(policy, prompts_of(policy), **ARGUMENTS)
-    with torch.no_grad():
-        for weight in policy.model.parameters():
-            if weight.requires_grad:
-                weight.add_(0.05 * torch.randn(weight.shape,
-                                               generator=torch.Generator().manual_seed(1)))
-    second = sample(policy, prompts_of(policy), **ARGUMENTS)
-    assert len(vllm.made) == 1 and vllm.made[0].loads == 2
-    assert texts(first) != texts(second)
-    torch.testing.assert_close(sampled_scores(second), trained_scores(policy, second, 1.0),
-                               atol=1e-5, rtol=1e-5)
-    merged = dict(plain_weights(policy))
-    own = vllm.made[0].policy
-    greedy = sample(policy, prompts_of(policy), samples=2, max_new_tokens=8, temperature=0.0)
-    theirs = sample(own, prompts_of(own), samples=2, max_new_tokens=8, temperature=0.0)
-    assert texts(greedy) == texts(theirs) and merged
+    for architecture in ("qwen2", "llama"):
+        for adapter in ("none", "lora"):
+            vllm.made.clear()
+            policy = make_policy(architecture, adapter=adapter, sampler="vllm")
+            first = sample(policy, prompts_of(policy), **ARGUMENTS)
+            with torch.no_grad():
+                for weight in policy.model.parameters():
+                    if weight.requires_grad:
+                        weight.add_(0.05 * torch.randn(
+                            weight.shape, generator=torch.Generator().manual_seed(1)))
+            second = sample(policy, prompts_of(policy), **ARGUMENTS)
+            assert len(vllm.made) == 1 and vllm.made[0].loads == 2
+            assert texts(first) != texts(second)
+            torch.testing.assert_close(sampled_scores(second), trained_scores(policy, second, 1.0),
+                                       atol=1e-5, rtol=1e-5)
+            merged = dict(plain_weights(policy))
+            own = vllm.made[0].policy
+            greedy, theirs = (sample(p, prompts_of(p), samples=2, max_new_tokens=8,
+                                     temperature=0.0) for p in (policy, own))
+            assert texts(greedy) == texts(theirs) and merged
 
 
 def test_one_seed_repeats_through_vllm(make_policy, vllm):
@@ -182,7 +183,7 @@ def test_one_seed_repeats_through_vllm(make_policy, vllm):
         assert completion.finished == (completion.token_ids[-1] == policy.eos_id)
 
 
-def test_vllm_that_is_not_there_is_one_sentence(make_policy, monkeypatch):
+def test_vllm_that_is_not_installed_is_refused(make_policy, monkeypatch):
     """Before anything is loaded, and with the command that helps."""
     monkeypatch.setattr(policy_module, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install hybridrl_lib\[vllm\]"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from facts import lines_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def part_ids(parts) -> dict[str, list[str]]:
 
 
 def test_gsm8k_rows_become_boxed_solutions(data_folder):
-    """Calculator notes and `####` must not reach SFT; one answer format serves all benchmarks."""
+    """Calculator notes and `####` must not reach SFT; all benchmarks have one answer format."""
     problems = {problem.id: problem for problem in get_benchmark("gsm8k").load().problems}
     choirs = problems["gsm8k/train/4"]
     assert choirs.answer == "1260"
@@ -76,8 +77,8 @@ def test_gsm8k_rows_become_boxed_solutions(data_folder):
     assert len(problems) == 22 and "gsm8k/test/5" in problems
 
 
-def test_math500_rows_stay_as_they_are(data_folder):
-    """Level, subject, figures and solutions of several boxes must survive loading."""
+def test_math500_rows_are_unchanged(data_folder):
+    """Level, subject, figures, and solutions with several boxes must survive loading."""
     problems = {problem.id: problem for problem in get_benchmark("math500").load().problems}
     triangle = problems["math500/test/geometry/9005.json"]
     assert (triangle.level, triangle.subject, triangle.answer) == (2, "Geometry", "15")
@@ -91,22 +92,23 @@ def test_solution_steps_count_lines_of_working(data_folder):
     """`max_solution_steps: 3` must mean three steps of the source, not the rewritten text."""
     problems = {p.id: p for name in REAL for p in BENCHMARKS[name].load().problems}
     assert solution_steps(problems["gsm8k/train/0"]) == 2
-    assert solution_steps(problems["gsm8k/train/7"]) == 3  # a blank line is no step
+    assert solution_steps(problems["gsm8k/train/7"]) == 3  # a blank line is not a step
     assert solution_steps(problems["gsm8k/train/10"]) == 5
     assert solution_steps(problems["math500/test/geometry/9005.json"]) == 2  # nor is a figure
 
 
-@pytest.mark.parametrize("name", ["tiny_word", "tiny_symbolic"])
-def test_generated_benchmarks_are_the_same_every_time(name):
+def test_generated_benchmarks_are_the_same_every_time():
     """A generated benchmark is frozen: same problems, same revision, a box in every solution."""
-    first, second = BENCHMARKS[name].load(), BENCHMARKS[name].load()
-    assert first == second and first.revision.startswith("generated sha256 ")
-    assert all(rf"\boxed{{{p.answer}}}" in p.solution for p in first.problems)
-    assert {p.benchmark for p in first.problems} == {name}
+    for name, count in (("tiny_word", 480), ("tiny_symbolic", 320)):
+        first, second = BENCHMARKS[name].load(), BENCHMARKS[name].load()
+        assert first == second and first.revision.startswith("generated sha256 ")
+        assert len(first.problems) == count
+        assert all(rf"\boxed{{{p.answer}}}" in p.solution for p in first.problems)
+        assert {p.benchmark for p in first.problems} == {name}
 
 
 def test_unknown_benchmark_names_the_nearest():
-    """A typing slip must be answered with the right word."""
+    """A typo must be answered with the correct name."""
     with pytest.raises(UsageError, match="'gsm8k'"):
         get_benchmark("gsm8")
 
@@ -120,8 +122,8 @@ def one_sentence(caught) -> str:
     return message
 
 
-def test_missing_folder_and_file_say_what_to_set(data_folder, monkeypatch):
-    """Someone who has mistyped the folder must learn which files it should hold."""
+def test_a_missing_folder_or_file_is_named_with_its_variable(data_folder, monkeypatch):
+    """After a mistyped folder, the error names the files that it should have."""
     (data_folder / "math500" / "test.jsonl").unlink()
     with pytest.raises(UserError) as caught:
         BENCHMARKS["math500"].load()
@@ -134,59 +136,52 @@ def test_missing_folder_and_file_say_what_to_set(data_folder, monkeypatch):
     assert "nowhere" in message and "gsm8k/train.jsonl" in message
 
 
-@pytest.mark.parametrize(("columns", "words"), [
-    ({"answer": None}, "no answer"), ({"answer": "  "}, "no answer"),
-    ({"answer": "2+2 = <<2+2=4>>4"}, "####"), ({"answer": "<<2+2=4>>"}, "####"),
-    ({"answer": "2+2 = 4\n####"}, "####"), ({"question": 7}, "no question")])
-def test_gsm8k_row_without_answer_is_named(data_folder, columns, words):
-    """A broken row must stop the run with its line, never be learned from or skipped unseen."""
-    file = data_folder / "gsm8k" / "test.jsonl"
-    change_row(file, 2, **columns)
+def refused(name: str, file: Path, *facts) -> None:
+    """Loading a benchmark must fail with one sentence that names the file and the facts."""
     with pytest.raises(UserError) as caught:
-        BENCHMARKS["gsm8k"].load()
+        BENCHMARKS[name].load()
+        pytest.fail(f"{facts} was accepted")
     message = one_sentence(caught)
-    assert words in message and f"line 3 of {file}" in message
+    assert str(file) in message and lines_with(message, *facts)
 
 
-@pytest.mark.parametrize(("columns", "words"), [
-    ({"answer": None}, "no answer"), ({"solution": "It is 24."}, "boxed"),
-    ({"level": "hard"}, "level"), ({"unique_id": None}, "unique_id")])
-def test_math500_row_without_answer_is_named(data_folder, columns, words):
-    """The same for MATH-500."""
-    file = data_folder / "math500" / "test.jsonl"
-    change_row(file, 0, **columns)
-    with pytest.raises(UserError) as caught:
-        BENCHMARKS["math500"].load()
-    message = one_sentence(caught)
-    assert words in message and f"line 1 of {file}" in message
+def test_a_row_without_a_usable_answer_is_named(data_folder):
+    """A broken row must stop the run with its line, and is never learned from or skipped."""
+    for name, row, cases in (
+            ("gsm8k", 2, [({"answer": None}, "answer"), ({"answer": "  "}, "answer"),
+                          ({"answer": "2+2 = <<2+2=4>>4"}, "####"), ({"answer": "<<2+2=4>>"}, "####"),
+                          ({"answer": "2+2 = 4\n####"}, "####"), ({"question": 7}, "question")]),
+            ("math500", 0, [({"answer": None}, "answer"), ({"solution": "It is 24."}, "boxed"),
+                            ({"level": "hard"}, "level"), ({"unique_id": None}, "unique_id")])):
+        file = data_folder / name / "test.jsonl"
+        before = file.read_text()
+        for columns, fact in cases:
+            change_row(file, row, **columns)
+            refused(name, file, row + 1, fact)
+            file.write_text(before)
+        BENCHMARKS[name].load()
 
 
-@pytest.mark.parametrize("line", ['{"question": "How', "[1, 2]", "\udcff"])
-def test_line_that_is_not_json_is_named(data_folder, line):
-    """A download cut off in the middle of a line must be named, not shown as a traceback."""
+def test_a_line_that_is_not_json_is_named(data_folder):
+    """A truncated download must be named, not shown as a traceback; nor may a file be empty."""
     file = data_folder / "gsm8k" / "train.jsonl"
-    file.write_bytes(file.read_bytes() + line.encode(errors="surrogateescape"))
-    with pytest.raises(UserError) as caught:
-        BENCHMARKS["gsm8k"].load()
-    assert f"line 17 of {file}" in one_sentence(caught)
-
-
-def test_empty_file_is_refused(data_folder):
-    """An empty file must not pass for a benchmark without problems."""
-    (data_folder / "gsm8k" / "train.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no rows"):
-        BENCHMARKS["gsm8k"].load()
+    before = file.read_bytes()
+    for line in ('{"question": "How', "[1, 2]", "\udcff"):
+        file.write_bytes(before + line.encode(errors="surrogateescape"))
+        refused("gsm8k", file, 17)
+    file.write_text("\n")
+    refused("gsm8k", file)
 
 
 def test_repeated_id_is_refused(data_folder):
-    """Records are matched by id, so an id that occurs twice would mix two problems up."""
+    """Records are matched by id, so a repeated id would mix up two problems."""
     change_row(data_folder / "math500" / "test.jsonl", 3, unique_id="test/prealgebra/9001.json")
     with pytest.raises(UserError, match="math500/test/prealgebra/9001.json"):
         load_parts(DataSettings(benchmarks=("math500",)))
 
 
-def test_gold_that_cannot_be_parsed_stops_with_its_id(data_folder):
-    """A gold answer that no completion can match would give wrong rewards in silence."""
+def test_a_gold_that_cannot_be_parsed_is_named(data_folder):
+    """A gold answer that no completion can match would silently give wrong rewards."""
     change_row(data_folder / "math500" / "test.jsonl", 3, answer="\\frac{")
     with pytest.raises(UserError) as caught:
         load_parts(DataSettings(benchmarks=("math500",)))
@@ -219,8 +214,8 @@ def test_hub_is_read_at_a_pinned_revision(no_folder, monkeypatch):
         assert from_folder.revision.startswith("sha256 ")
 
 
-def test_unreachable_hub_says_how_to_use_a_folder(no_folder, monkeypatch):
-    """Without a connection the way out is a folder, in one sentence."""
+def test_an_unreachable_hub_suggests_a_folder(no_folder, monkeypatch):
+    """Without a connection, the error names the variable for a folder."""
     def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach the Hub\nwith a second line")
 
@@ -236,7 +231,7 @@ def test_unreachable_hub_says_how_to_use_a_folder(no_folder, monkeypatch):
 
 @st.composite
 def benchmark_data(draw) -> BenchmarkData:
-    """A benchmark with repeated questions (in other case and spacing) and perhaps a test file."""
+    """A benchmark with repeated questions (in different case and spacing), maybe a test file."""
     questions = draw(st.lists(st.integers(0, 25), min_size=1, max_size=60))
     test_ids = draw(st.sets(st.integers(0, len(questions) - 1), max_size=len(questions)))
     problems = []
@@ -269,7 +264,7 @@ def test_no_question_is_in_two_parts(loaded, seed, train, validation, split):
 @given(seed=st.integers(0, 10**9), train=st.floats(0.3, 0.9), validation=st.floats(0.05, 0.6),
        split=st.sampled_from(["paper", "official"]))
 def test_no_problem_is_in_two_parts_of_real_rows(seed, train, validation, split):
-    """The same through the public door, with both real benchmarks joined."""
+    """The same through the public function, with both real benchmarks joined."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYBRIDRL_DATA_DIR", str(FIXTURE))
         parts = load_parts(DataSettings(benchmarks=REAL, split=split, split_seed=seed,
@@ -283,7 +278,7 @@ def test_no_problem_is_in_two_parts_of_real_rows(seed, train, validation, split)
 
 
 def test_duplicates_are_dropped_and_counted(data_folder):
-    """Of two equal questions the later one goes, over benchmarks too, and the count says so."""
+    """Of two equal questions the later one is dropped and counted, also across benchmarks."""
     lines = (data_folder / "gsm8k" / "train.jsonl").read_text().splitlines()
     repeated = json.loads(lines[0])["question"]
     change_row(data_folder / "gsm8k" / "test.jsonl", 0, question=f"  {repeated.upper()}")
@@ -298,7 +293,7 @@ def test_duplicates_are_dropped_and_counted(data_folder):
 
 
 def test_split_official_keeps_the_test_file(data_folder):
-    """`official` is what others report on: GSM8K's test file, whole; MATH-500 has only one file."""
+    """`official` is what others report: GSM8K's whole test file; MATH-500 has only one file."""
     parts = load_parts(DataSettings(benchmarks=REAL, split="official"))
     test = part_ids(parts)["test"]
     assert {i for i in test if i.startswith("gsm8k")} == {f"gsm8k/test/{n}" for n in range(6)}
@@ -318,7 +313,7 @@ def test_split_never_changes():
 
 
 def test_split_does_not_depend_on_other_benchmarks(data_folder):
-    """A run on MATH-500 alone must be comparable with the run on both."""
+    """A run on MATH-500 only must be comparable with the run on both."""
     alone = load_parts(DataSettings(benchmarks=("math500",)))
     both = load_parts(DataSettings(benchmarks=REAL))
     for part in ("train", "validation", "test"):
@@ -327,7 +322,7 @@ def test_split_does_not_depend_on_other_benchmarks(data_folder):
 
 
 def test_smaller_limit_is_a_prefix(data_folder):
-    """A study over data sizes must add problems, not exchange them."""
+    """A study of data sizes must add problems, not replace them."""
     data = DataSettings(benchmarks=REAL, max_solution_steps=3)
     small = load_parts(replace(data, train_limits=(3, 0), test_limits=(2, 1)))
     large = load_parts(replace(data, train_limits=(7, 4), test_limits=(4, 3)))
@@ -359,7 +354,7 @@ def test_no_training_problem_left_is_an_error(data_folder):
 
 
 def test_tiny_parts_have_the_promised_size():
-    """The preset `tiny` is worth its name with 400 training and 320 test problems, no fewer."""
+    """The preset `tiny` has at least 400 training and 320 test problems."""
     parts = load_parts(DataSettings())
     assert len(parts.train) >= 400 and len(parts.test) >= 320 and len(parts.validation) >= 32
     assert set(parts.counts) == set(parts.revisions) == {"tiny_word", "tiny_symbolic"}
@@ -405,7 +400,7 @@ def make_tokenizer(*special: str, chat: bool = False, adds_begin: bool = False, 
 
 
 def test_plain_prompt():
-    """Without a chat template the prompt is plain text, without tokens at its ends."""
+    """Without a chat template, the prompt is plain text without tokens at its ends."""
     tokenizer = make_tokenizer("</s>", eos_token="</s>")
     text = prompt_text(tokenizer, "What is 2+2?")
     assert text == f"Problem: What is 2+2?\n{INSTRUCTION}\nSolution:\n"
@@ -413,8 +408,8 @@ def test_plain_prompt():
         text.replace(" ", ""))
 
 
-def test_plain_prompt_begins_as_the_tokenizer_wants():
-    """The beginning-of-text token is put there once where the tokenizer does so, EOS never."""
+def test_plain_prompt_begins_as_the_tokenizer_does():
+    """The beginning-of-text token is added once if the tokenizer adds it, and EOS never."""
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     with_begin = make_tokenizer("<s>", "</s>", adds_begin=True, **names)
     ids = encode_prompt(with_begin, "1+1")
@@ -425,7 +420,7 @@ def test_plain_prompt_begins_as_the_tokenizer_wants():
 
 
 def test_chat_prompt():
-    """With a chat template the model is asked as in its own training, and text comes back."""
+    """With a chat template, the model is asked as in its training."""
     tokenizer = make_tokenizer("<|im_start|>", "<|im_end|>", chat=True, eos_token="<|im_end|>")
     text = prompt_text(tokenizer, "What is 2+2?")
     assert text == (f"<|im_start|>user\nWhat is 2+2?\n{INSTRUCTION}<|im_end|>\n"
@@ -447,17 +442,17 @@ def test_stop_tokens_of_a_base_model_with_a_chat_template():
 
 
 def test_stop_tokens_without_chat_template():
-    """A turn's end that the model was never taught to write must not be mistaken for the unknown
-    token, and a tokenizer that cannot end anything is refused."""
+    """A missing end-of-turn token must not become the unknown token, and a tokenizer without an
+    end-of-text token is refused."""
     assert stop_token_ids(make_tokenizer("</s>", eos_token="</s>", unk_token="<unk>")) == (1,)
     chat = make_tokenizer("</s>", chat=True, eos_token="</s>", unk_token="<unk>")
     assert stop_token_ids(chat) == (1,)
-    with pytest.raises(UserError, match="end-of-text"):
+    with pytest.raises(UserError, match="tokenizer"):
         stop_token_ids(make_tokenizer("<s>"))
 
 
-def test_padding_is_no_stop_token_where_another_is_left():
-    """Padding that equals EOS has made other projects lose EOS from the loss."""
+def test_padding_is_not_a_stop_token_if_another_token_is_available():
+    """If padding equals EOS, EOS may be lost from the loss."""
     own = make_tokenizer("<pad>", "</s>", eos_token="</s>", pad_token="<pad>")
     assert pad_token_id(own) == own.pad_token_id
     shared = make_tokenizer("<|fim_pad|>", "</s>", eos_token="</s>", pad_token="</s>")
@@ -471,7 +466,7 @@ def test_padding_is_no_stop_token_where_another_is_left():
 
 
 def test_in_turn_begins_with_all_benchmarks():
-    """The probe takes the first few validation problems: each benchmark has its part of them."""
+    """The probe takes the first validation problems, so each benchmark must be among them."""
     names = ["a", "a", "a", "b", "c", "c"]
     problems = [SimpleNamespace(benchmark=name, id=i) for i, name in enumerate(names)]
     assert [problem.id for problem in in_turn(problems)] == [0, 3, 4, 1, 5, 2]

@@ -1,4 +1,4 @@
-"""Detectors: silent on healthy runs, loud on sick ones, and the same after a resume."""
+"""Detectors: silent on healthy runs, loud on sick ones, and unchanged by a resume."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from facts import lines_with
 from small_training import SMALL, Coin, Fixed
 
 from hybridrl_lib.config.presets import KEYS
@@ -24,7 +25,7 @@ from hybridrl_lib.rewards.verifier import REASONS, Verdict, Verifier
 from hybridrl_lib.training.observer import Lines, Observer
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
-# experiment/setup/seed-n: names of its warnings. RL alone never sees a right answer at smollm2.
+# experiment/setup/seed-n: names of its warnings. RL never sees a correct answer at smollm2.
 SAID = {"smollm2/rl/seed-0": ["reward_zero"],
         "smollm2/rl_entropy/seed-0": ["reward_zero", "entropy_explosion"]}
 NAMES = {detector.name for detector in DETECTORS}
@@ -34,10 +35,9 @@ NAMES = {detector.name for detector in DETECTORS}
 
 
 def test_published_runs_are_silent():
-    """Protects readers from false alarms: six setups, five seeds, not one warning in preset `tiny`.
+    """Protects readers from false alarms: six setups, five seeds, no warning in preset `tiny`.
 
-    Whoever moves a threshold sees here what it costs. `SAID` is all that the runs of `tiny` and
-    `smollm2` say.
+    Whoever changes a threshold sees its cost here. `SAID` has all warnings of `tiny` and `smollm2`.
     """
     said, runs = {}, sorted(
         path.parent for name in ("tiny", "smollm2")
@@ -50,7 +50,7 @@ def test_published_runs_are_silent():
     assert said == SAID and len(runs) >= 30
 
 
-# Sick runs: every warning happens for real ------------------------------------------------------
+# Sick runs: every warning happens in training ---------------------------------------------------
 
 
 class Listener(Observer):
@@ -62,7 +62,7 @@ class Listener(Observer):
 
 
 class Silence(Coin):
-    """Pays for saying nothing, which a policy learns at once."""
+    """Rewards empty answers, which a policy learns at once."""
 
     def verify(self, golds, texts, finished):
         return [Verdict(not text, not text, "wrong" if text else "right") for text in texts]
@@ -70,10 +70,10 @@ class Silence(Coin):
 
 @pytest.fixture()
 def sicken(make_trainer):
-    """sicken(setup, ...) -> {name: Alarm} of a run of 16 steps, whose record is checked on the way.
+    """sicken(setup, ...) -> {name: Alarm} of a run of 16 steps, whose record is checked, too.
 
-    The rows name the warnings from the step they began at, the observer was told once, and reading
-    the record again gives the same.
+    The rows name the warnings from their first step on, the observer was told once, and reading the
+    record again gives the same.
     """
     def train(setup, *overrides, prepare=None, **arguments):
         listener = Listener()
@@ -95,32 +95,32 @@ def sicken(make_trainer):
 
 
 def test_a_healthy_small_run_has_no_such_key(sicken):
-    """A run without warnings leaves the rows that it left before there were any."""
+    """The rows of a run without warnings have no column of warnings."""
     assert sicken("rl") == {}
 
 
 def test_entropy_collapse(sicken):
-    """A learning rate at which one rewarded answer takes all probability."""
+    """A learning rate at which one rewarded answer gets all probability."""
     alarms = sicken("rl", "rl.learning_rate=0.02", verifier=Silence())
     assert "rl.learning_rate" in alarms["entropy_collapse"].advice
 
 
 def test_entropy_explosion(sicken, make_policy):
-    """An entropy term that outweighs everything turns a sure policy into noise; gamma is named."""
+    """A dominant entropy term turns a confident policy into noise; gamma is named."""
     policy = make_policy("llama")
     with torch.no_grad():
-        policy.model.get_output_embeddings().weight.mul_(5)  # sure of its tokens
+        policy.model.get_output_embeddings().weight.mul_(5)  # confident
     alarms = sicken("rl_entropy", "rl.gamma=10", "rl.learning_rate=0.003", policy=policy)
     assert "rl.gamma" in alarms["entropy_explosion"].advice
 
 
 def test_kl_runaway_in_rl(sicken):
-    """A learning rate far too high takes the policy away from the base model."""
+    """A learning rate that is far too high moves the policy away from the base model."""
     assert "rl.learning_rate" in sicken("rl", "rl.learning_rate=0.05")["kl_runaway"].advice
 
 
 def test_kl_runaway_in_sft(sicken, make_trainer):
-    """SFT's steps do not measure the divergence; the probe does, and is heard."""
+    """SFT's steps do not measure the divergence; the probe does."""
     validation = make_trainer("sft").parts.train[:2]
     alarms = sicken("sft", "sft.learning_rate=1", "probe.every=2", validation=validation)
     assert "sft.learning_rate" in alarms["kl_runaway"].advice
@@ -128,46 +128,41 @@ def test_kl_runaway_in_sft(sicken, make_trainer):
 
 
 def test_reward_fall(sicken):
-    """Right half of the time, then never."""
+    """Correct half of the time, then never."""
     verifier = Fixed([1, 0] * 16 * 9 + [0] * 32 * 20)
     assert sicken("rl", verifier=verifier)["reward_fall"].step == 9 + WINDOW // 2
 
 
-@pytest.mark.parametrize(("overrides", "fault", "advice"), [
-    (("rl.max_new_tokens=2",), "cut off at the length limit", "rl.max_new_tokens"),
-    (("rl.max_new_tokens=40",), "had no boxed answer", "SFT first")])
-def test_reward_zero_says_why(sicken, overrides, fault, advice):
-    """The advice follows from the verdicts: longer answers help those that were cut off alone."""
+def test_the_advice_on_reward_zero_follows_from_the_verdicts(sicken):
+    """Longer answers only help those that were truncated."""
     with Verifier(1, 5.0) as verifier:
-        alarms = sicken("rl", *overrides, verifier=verifier)
-    alarm = alarms["reward_zero"]
-    assert alarm.step == WINDOW and fault in alarm.sentence and advice in alarm.advice
-    assert "no_signal" not in alarms, "said once, with its reason"
-    assert ("length_limit" in alarms) == ("max_new_tokens" in advice)
+        short = sicken("rl", "rl.max_new_tokens=2", verifier=verifier, folder="short")
+        long = sicken("rl", "rl.max_new_tokens=40", verifier=verifier, folder="long")
+    wrong = sicken("rl", verifier=Fixed([0]), folder="wrong")
+    alarms = [found["reward_zero"] for found in (short, long, wrong)]
+    assert {alarm.step for alarm in alarms} == {WINDOW}
+    assert [alarm.advice for alarm in alarms] == [
+        health.FAULTS[reason][1] for reason in ("truncated", "no_box", "wrong")]
+    assert "rl.max_new_tokens" in alarms[0].advice and "100%" in alarms[2].sentence
+    assert not {"no_signal"} & {*short, *long, *wrong}, "reported once, with its reason"
+    assert "length_limit" in short and "length_limit" not in long
 
 
-def test_reward_zero_with_wrong_answers(sicken):
-    """Answers that are parsed and wrong: the problems are too hard."""
-    alarm = sicken("rl", verifier=Fixed([0]))["reward_zero"]
-    assert "100% were wrong" in alarm.sentence and "too hard" in alarm.advice
-
-
-@pytest.mark.parametrize(("rewards", "words"), [
-    ([1], "learned"), ([1] * 4 + [0] * (32 * 8 - 4), "too hard")])
-def test_no_signal(sicken, rewards, words):
-    """All right and nearly all wrong are different illnesses with one symptom."""
-    alarm = sicken("rl", verifier=Fixed(rewards))["no_signal"]
-    assert alarm.step == WINDOW and words in alarm.advice
+def test_no_signal(sicken):
+    """All correct and nearly all wrong have the same symptom and different advice."""
+    learned = sicken("rl", verifier=Fixed([1]), folder="learned")["no_signal"]
+    hard = sicken("rl", verifier=Fixed([1] * 4 + [0] * (32 * 8 - 4)), folder="hard")["no_signal"]
+    assert learned.step == hard.step == WINDOW and learned.advice != hard.advice
 
 
 def test_gradient_spike(sicken):
-    """One problem unlike all others, after the model has learned those by heart."""
+    """One problem unlike all others, after the model has memorized the others."""
     likes = [Problem(id=f"a/{i}", question="How many?", solution=r"\boxed{3}", answer="3",
                      benchmark="tiny_word") for i in range(7)]
     stranger = replace(likes[0], id="a/7", solution="9 * 8 = 72, 72 - 69 = 3.")
 
     def arrange(trainer):
-        trainer._batch = lambda stage, step, *rest: [stranger] if step == 40 else likes
+        trainer._batch = lambda progress, *rest: [stranger] if progress.step == 40 else likes
 
     alarms = sicken("sft", "sft.learning_rate=0.003", "training.epochs=44", prepare=arrange,
                     train=[*likes, stranger])
@@ -203,24 +198,24 @@ def steps_of(rows, name, probe=()):
     return [(alarm.step, alarm.ended) for alarm in replay(rows, probe).alarms if alarm.name == name]
 
 
-@pytest.mark.parametrize(("name", "key", "sick", "between", "well"), [
-    ("entropy_collapse", "entropy", 0.04, 0.08, 0.2),
-    ("entropy_explosion", "entropy", 2.1, 1.7, 1.2),
-    ("kl_runaway", "kl/reference", 1.1, 0.7, 0.2),
-    ("reward_fall", "reward", 0.2, 0.3, 0.4),
-    ("no_signal", "frac_reward_zero_std", 1.0, 0.92, 0.5),
-    ("length_limit", "completions/clipped_ratio", 1.0, 0.8, 0.1),
-])
-def test_a_warning_begins_once_and_ends_lower(name, key, sick, between, well):
+def test_a_warning_begins_once_and_ends_lower():
     """A level between the two thresholds neither begins a warning nor ends it."""
-    levels = [between, sick, between, sick, between, well, between, sick]
-    rows = healthy(20)
-    for level in levels:
-        rows += healthy(20, len(rows) + 1, **{key: level})
-    found = steps_of(rows, name)
-    assert len(found) == 2, found
-    (began, ended), (again, never) = found
-    assert 40 < began <= 60 and 120 < ended <= 140 and 160 < again and never is None
+    wrong = []
+    for name, key, sick, between, well in (
+            ("entropy_collapse", "entropy", 0.04, 0.08, 0.2),
+            ("entropy_explosion", "entropy", 2.1, 1.7, 1.2),
+            ("kl_runaway", "kl/reference", 1.1, 0.7, 0.2),
+            ("reward_fall", "reward", 0.2, 0.3, 0.4),
+            ("no_signal", "frac_reward_zero_std", 1.0, 0.92, 0.5),
+            ("length_limit", "completions/clipped_ratio", 1.0, 0.8, 0.1)):
+        rows = healthy(20)
+        for level in (between, sick, between, sick, between, well, between, sick):
+            rows += healthy(20, len(rows) + 1, **{key: level})
+        found = steps_of(rows, name)
+        if len(found) != 2 or not (40 < found[0][0] <= 60 and 120 < found[0][1] <= 140
+                                   and 160 < found[1][0] and found[1][1] is None):
+            wrong.append((name, found))
+    assert not wrong
 
 
 def test_a_spike_is_one_step():
@@ -231,13 +226,13 @@ def test_a_spike_is_one_step():
 
 
 def test_the_first_gradient_with_signal_is_no_spike():
-    """Where no group has signal the gradient is that of the KL alone: 10,000 times smaller."""
+    """Without signal the gradient is that of the KL term, which is 10,000 times smaller."""
     rows = healthy(30, grad_norm=1e-4, frac_reward_zero_std=1.0) + healthy(20, 31)
     assert steps_of(rows, "gradient_spike") == []
 
 
 def test_rare_rewards_do_not_warn_again_and_again():
-    """One right answer in twenty steps does not end the warning, three in eight do."""
+    """One correct answer in twenty steps does not end the warning; three in eight do."""
     rows = [row(step, reward=float(step % 20 == 0 or step > 100)) for step in range(1, 120)]
     assert steps_of(rows, "reward_zero") == [(8, 102)]
 
@@ -250,8 +245,8 @@ def test_a_stage_starts_afresh():
         ("entropy_collapse", "sft", 31)]
 
 
-def test_nothing_is_said_before_there_is_something_to_compare():
-    """The first steps of a stage, whatever they are, are no change."""
+def test_there_is_no_warning_before_there_is_something_to_compare():
+    """The first steps of a stage are not a change, whatever they are."""
     for count in range(1, WINDOW):
         assert replay(healthy(count, entropy=9.0, reward=0.0, grad_norm=50.0)).alarms == []
     assert START < WINDOW
@@ -267,7 +262,7 @@ def test_steps_on_rollouts_are_not_compared_with_steps_on_demonstrations():
 
 
 def test_rows_of_an_unknown_method_do_not_stop_a_run():
-    """A row needs no more than its step and stage: a missing column is a symptom not measured."""
+    """A row only needs step and stage: a missing column is a symptom that is not measured."""
     bare = [{"step": step, "stage": "mine"} for step in range(1, 40)]
     assert replay(bare).alarms == []
     no_verdicts = [{**entry, "reward": 0.0} for entry in bare]
@@ -280,7 +275,7 @@ def test_every_reason_has_advice():
 
 
 def test_setting_names_in_advice_exist():
-    """Advice that names a setting which is gone is worse than none."""
+    """Advice must not name a setting that is gone."""
     source = Path(health.__file__).read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:rl|sft|model|data|training|verifier)\.[a-z_]+", source))
     assert len(named) > 6 and named <= set(KEYS), named - set(KEYS)
@@ -303,8 +298,8 @@ class CrashAt(Listener):
             raise Crash
 
 
-def test_a_resumed_run_warns_as_an_undisturbed_one(model_folders, monkeypatch):
-    """The state comes from the rows: cut off before, between and after warnings, nothing moves."""
+def test_a_resumed_run_warns_like_an_uninterrupted_one(model_folders, monkeypatch):
+    """The state comes from the rows: stopped before, between, or after warnings, it is the same."""
     monkeypatch.setattr("hybridrl_lib.experiments.run.Verifier", Coin)
     settings = (*SMALL, "training.epochs=12", "training.checkpoint_every=2", "probe.every=3",
                 "rl.learning_rate=0.05", "rl.reference_every=4", "model.device=cpu",
@@ -338,20 +333,21 @@ def sick_rows():
     return healthy(20) + healthy(10, 21, entropy=0.01)
 
 
-def test_plain_lines_say_it_at_once():
-    """A log that is read in the morning has the step, the sentence and the advice."""
+def test_plain_lines_have_the_warning_at_once():
+    """A log that is read the next morning has the step, the sentence, and the advice."""
     said = []
     lines = Lines(1e9, "rl", write=said.append)
     watch = Health()
     for entry in sick_rows():
         for alarm in watch.see(entry):
             lines.on_warning(alarm.name, str(alarm))
-    assert len(said) == 1 and said[0].startswith("rl: warning entropy_collapse at step 25: The ent")
-    assert "Lower rl.learning_rate" in said[0]
+    (alarm,) = watch.alarms
+    assert len(said) == 1 and lines_with(said[0], "entropy_collapse", 25, "rl.learning_rate")
+    assert said[0].endswith(str(alarm)) and alarm.advice in said[0]
 
 
 def test_live_view_shows_a_warning_while_it_holds(capsys):
-    """The picture shows what holds now; a printed line stays."""
+    """The picture shows current warnings; a printed line stays."""
     view = LiveRun("rl", show=None)
     view.due = float("inf")
     view.on_warning("no_signal", "step 3: <b>bad</b>")
@@ -359,23 +355,24 @@ def test_live_view_shows_a_warning_while_it_holds(capsys):
     assert "no_signal" in view.html() and "&lt;b&gt;bad" in view.html()
     view.on_step(row(4, epoch=1.0), total=9)
     assert "no_signal" not in view.html()
-    assert capsys.readouterr().out == "rl: warning no_signal at step 3: <b>bad</b>\n"
+    assert lines_with(capsys.readouterr().out, "no_signal", 3, "<b>bad</b>")
 
 
 def test_show_health(tmp_path, monkeypatch, capsys):
-    """A notebook lists the warnings with advice, or says that there was nothing."""
+    """A notebook lists the warnings with advice, or prints that there are none."""
     shown = []
     monkeypatch.setattr(wellness, "display", lambda piece: shown.append(piece.data))
     record = RunFolder(tmp_path)
     show_health(record)
+    nothing_trained = capsys.readouterr().out
     record.write_lines("metrics.jsonl", healthy(20))
     show_health(record)
-    out = capsys.readouterr().out
-    assert "Nothing was trained" in out and f"none of {len(NAMES)} detectors" in out
+    no_warning = capsys.readouterr().out
+    assert nothing_trained and nothing_trained != no_warning and not shown
+    assert lines_with(no_warning, len(NAMES))
     record.write_lines("metrics.jsonl", sick_rows())
     show_health(record)
-    assert "| entropy_collapse | from 25 on | The entropy is 0.01 nat" in shown[0]
-    assert "Lower rl.learning_rate" in shown[0]
+    assert lines_with(shown[0], "entropy_collapse", 25, "0.01") and "rl.learning_rate" in shown[0]
 
 
 def test_report_lists_warnings():
@@ -384,6 +381,7 @@ def test_report_lists_warnings():
         return Run("rl", seed, {}, {}, metrics, [], {})
 
     well, ill = made(0, healthy(20)), made(1, sick_rows())
-    assert "none spoke up" in warnings_table(Experiment("a", (well,), ()))
+    nothing = warnings_table(Experiment("a", (well,), ()))
+    assert lines_with(nothing, len(NAMES), 1) and "| RL |" not in nothing
     text = warnings_table(Experiment("a", (well, ill), ()))
-    assert "| RL | 1 | entropy_collapse | from 25 on |" in text and "| RL | 0 |" not in text
+    assert "| RL | 1 | entropy_collapse |" in text and "| RL | 0 |" not in text

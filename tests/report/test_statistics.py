@@ -1,5 +1,6 @@
 """Pass@k against brute force, coverage of the intervals by simulation, Holm's correction."""
 
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -24,28 +25,28 @@ def chance(logit):
     return 1.0 / (1.0 + np.exp(-logit))
 
 
-def true_mean(centre, seed_spread, problem_spread=PROBLEM_SPREAD):
+def true_mean(center, seed_spread, problem_spread=PROBLEM_SPREAD):
     """Mean score over the whole population of seeds and problems."""
-    grid = chance(centre + seed_spread * NODES[:, None] + problem_spread * NODES[None, :])
+    grid = chance(center + seed_spread * NODES[:, None] + problem_spread * NODES[None, :])
     return float(WEIGHTS @ grid @ WEIGHTS)
 
 
-def draw(random, seeds, problems, centre, seed_spread, hardness=None):
+def draw(random, seeds, problems, center, seed_spread, hardness=None):
     """A (seeds, problems) table of right and wrong greedy answers."""
     if hardness is None:
         hardness = random.normal(0.0, PROBLEM_SPREAD, (1, problems))
     shift = random.normal(0.0, seed_spread, (seeds, 1))
-    return (random.random((seeds, problems)) < chance(centre + shift + hardness)).astype(float)
+    return (random.random((seeds, problems)) < chance(center + shift + hardness)).astype(float)
 
 
-def coverage(seeds, problems, centre, seed_spread, interval, repeats=1000):
-    """Share of simulated intervals (low, high) that hold the true mean."""
-    random = np.random.default_rng([seeds, problems, int(10 * abs(centre)),
+def coverage(seeds, problems, center, seed_spread, interval, repeats=1000):
+    """Fraction of simulated intervals (low, high) that contain the true mean."""
+    random = np.random.default_rng([seeds, problems, int(10 * abs(center)),
                                     int(100 * seed_spread)])
-    truth = true_mean(centre, seed_spread)
+    truth = true_mean(center, seed_spread)
     hits = 0
     for _ in range(repeats):
-        low, high = interval(draw(random, seeds, problems, centre, seed_spread))
+        low, high = interval(draw(random, seeds, problems, center, seed_spread))
         hits += low <= truth <= high
     return hits / repeats
 
@@ -56,30 +57,25 @@ def crossed(scores):
     return result.low, result.high
 
 
-@pytest.mark.parametrize("samples", [1, 4, 7])
-def test_pass_at_k_equals_brute_force_over_subsets(samples):
-    """Protects the estimator: the share of all subsets of k samples that hold a right one."""
-    for right in range(samples + 1):
-        verdicts = [1] * right + [0] * (samples - right)
-        for k in range(1, samples + 1):
-            subsets = list(combinations(verdicts, k))
-            brute = sum(any(subset) for subset in subsets) / len(subsets)
-            assert pass_at_k(samples, right, k) == pytest.approx(brute, abs=1e-12)
-
-
-@pytest.mark.parametrize("samples", [2, 5])
-def test_group_signal_equals_brute_force_over_subsets(samples):
-    """Protects the share of groups RL can learn from: subsets with both verdicts."""
-    for right in range(samples + 1):
-        verdicts = [1] * right + [0] * (samples - right)
-        for group in range(1, samples + 1):
-            subsets = list(combinations(verdicts, group))
-            brute = sum(0 < sum(subset) < group for subset in subsets) / len(subsets)
-            assert group_signal(samples, right, group) == pytest.approx(brute, abs=1e-12)
+def test_pass_at_k_and_signal_equal_brute_force_over_subsets():
+    """Protects the estimators: the fraction of all subsets of k samples with a correct one, and of
+    those with both verdicts, which RL can learn from."""
+    wrong = []
+    for samples in (1, 2, 4, 5, 7):
+        for right in range(samples + 1):
+            verdicts = [1] * right + [0] * (samples - right)
+            for k in range(1, samples + 1):
+                subsets = list(combinations(verdicts, k))
+                solved = sum(any(subset) for subset in subsets) / len(subsets)
+                mixed = sum(0 < sum(subset) < k for subset in subsets) / len(subsets)
+                if pass_at_k(samples, right, k) != pytest.approx(solved, abs=1e-12) or (
+                        group_signal(samples, right, k) != pytest.approx(mixed, abs=1e-12)):
+                    wrong.append((samples, right, k))
+    assert not wrong
 
 
 def test_pass_at_k_is_exact_at_its_ends_and_stable():
-    """Protects the corners: pass@1 is the mean, all wrong 0, fewer than k wrong 1, no overflow."""
+    """Protects the limits: pass@1 is the mean, all wrong 0, fewer than k wrong 1, no overflow."""
     right = np.arange(17)
     assert pass_at_k(16, right, 1) == pytest.approx(right / 16)
     assert pass_at_k(16, 0, 8) == 0.0
@@ -89,33 +85,26 @@ def test_pass_at_k_is_exact_at_its_ends_and_stable():
 
 
 def test_pass_at_k_refuses_impossible_counts():
-    """Protects against a silent number where k exceeds the samples or a count is impossible."""
+    """Protects against a number if k exceeds the samples or a count is impossible."""
     for samples, right, k in [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)]:
         with pytest.raises(ValueError):
             pass_at_k(samples, right, k)
 
 
-@pytest.mark.parametrize("seed_spread", [0.0, 0.1, 0.3])
-@pytest.mark.parametrize("problems", [50, 128, 192, 500])
-def test_interval_covers_with_five_seeds(problems, seed_spread):
-    """Protects the table's promise: 95 % covers 92-98 % (seeds deviate by up to 5 points)."""
-    assert 0.92 <= coverage(5, problems, 0.5, seed_spread, crossed) <= 0.98
-
-
-@pytest.mark.parametrize("centre", [-4.0, -1.5, 4.0])
-def test_interval_covers_near_the_ends_of_the_scale(centre):
-    """Protects coverage where a weak base model or a solved benchmark lies."""
-    assert 0.92 <= coverage(5, 192, centre, 0.1, crossed) <= 0.98
-
-
-@pytest.mark.parametrize("seed_spread", [0.0, 0.1, 0.3])
-def test_interval_nearly_covers_with_three_seeds(seed_spread):
-    """Protects what the table's note says of three seeds: near nominal, within looser bounds."""
-    assert 0.90 <= coverage(3, 192, 0.5, seed_spread, crossed) <= 0.99
+def test_the_interval_covers():
+    """Protects the table's promise: 95% covers 92-98% with five seeds, also for a weak base model
+    and a solved benchmark, and nearly that with three seeds (seeds deviate by up to 5 points)."""
+    cases = [(5, problems, 0.5, spread, 0.92, 0.98) for problems in (50, 128, 192, 500)
+             for spread in (0.0, 0.1, 0.3)]
+    cases += [(5, 192, center, 0.1, 0.92, 0.98) for center in (-4.0, -1.5, 4.0)]
+    cases += [(3, 192, 0.5, spread, 0.90, 0.99) for spread in (0.0, 0.1, 0.3)]
+    wrong = [(case, found) for case in cases
+             if not case[-2] <= (found := coverage(*case[:-2], crossed)) <= case[-1]]
+    assert not wrong
 
 
 def test_one_seed_is_over_problems_only():
-    """Protects the one-seed case: the textbook interval over problems, and it says one seed."""
+    """Protects the one-seed case: the textbook interval over problems."""
     random = np.random.default_rng(3)
     scores = draw(random, 1, 500, 0.5, 0.0)
     result = mean_interval(scores[0])
@@ -126,7 +115,7 @@ def test_one_seed_is_over_problems_only():
 
 
 def percentile_bootstrap(scores, random, over, resamples=200):
-    """The plain percentile bootstrap that draws seeds, answers, or seeds and problems again."""
+    """The plain percentile bootstrap that resamples seeds, answers, or seeds and problems."""
     if over == "answers":
         means = random.binomial(scores.size, scores.mean(), resamples) / scores.size
     else:
@@ -138,19 +127,17 @@ def percentile_bootstrap(scores, random, over, resamples=200):
     return np.quantile(means, [0.025, 0.975])
 
 
-@pytest.mark.parametrize(("over", "seed_spread", "at_most"), [
-    ("answers", 0.3, 0.75), ("seeds", 0.3, 0.85), ("seeds and problems", 0.6, 0.91)])
-def test_percentile_bootstrap_is_too_narrow(over, seed_spread, at_most):
-    """Protects the choice of method: five seeds, resampled, cover less than they claim."""
-    random = np.random.default_rng(5)
-    plain = coverage(5, 500, 0.5, seed_spread,
-                     lambda scores: percentile_bootstrap(scores, random, over), 500)
-    assert plain < at_most
-    assert 0.92 <= coverage(5, 500, 0.5, seed_spread, crossed, 500) <= 0.98
+def test_percentile_bootstrap_is_too_narrow():
+    """Protects the choice of method: five resampled seeds cover less than they claim."""
+    for over, seed_spread, at_most in (("answers", 0.3, 0.75), ("seeds", 0.3, 0.85),
+                                       ("seeds and problems", 0.6, 0.91)):
+        resampled = partial(percentile_bootstrap, random=np.random.default_rng(5), over=over)
+        assert coverage(5, 500, 0.5, seed_spread, resampled, 500) < at_most, over
+        assert 0.92 <= coverage(5, 500, 0.5, seed_spread, crossed, 500) <= 0.98, over
 
 
 def test_interval_over_problems_alone_is_too_narrow_when_seeds_differ():
-    """Protects the seed term: pooling all answers as if they were independent problems fails."""
+    """Protects the seed term: treating all answers as independent problems fails."""
     def pooled(scores):
         result = mean_interval(scores.reshape(1, -1))
         return result.low, result.high
@@ -158,19 +145,20 @@ def test_interval_over_problems_alone_is_too_narrow_when_seeds_differ():
     assert coverage(5, 500, 0.5, 0.3, pooled, 400) < 0.75
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_no_interval_of_zero_width_at_the_ends(share, seeds):
-    """Protects against false certainty: 0 of 50 is no proof of 0 %; Wilson's bound stands in."""
-    result = mean_interval(np.full((seeds, 50), share))
-    assert result.mean == share
-    assert 0.0 <= result.low <= share <= result.high <= 1.0
+def test_no_interval_of_zero_width_at_the_ends():
+    """Protects against false certainty: 0 of 50 does not prove 0%; Wilson's bound is used."""
     quantile = 2.0096  # Student's, 49 degrees of freedom
-    assert result.high - result.low == pytest.approx(quantile**2 / (50 + quantile**2), rel=1e-3)
+    for share in (0.0, 1.0):
+        for seeds in (1, 5):
+            result = mean_interval(np.full((seeds, 50), share))
+            assert result.mean == share
+            assert 0.0 <= result.low <= share <= result.high <= 1.0
+            assert result.high - result.low == pytest.approx(
+                quantile**2 / (50 + quantile**2), rel=1e-3)
 
 
 def test_degenerate_tables_still_have_a_width():
-    """Protects constant and single scores: rounding noise or one problem never looks certain."""
+    """Protects constant and single scores: rounding noise or one problem is never certain."""
     for scores in ([[0.3] * 40] * 3, [[1.0]], [[0.5], [0.5]]):
         result = mean_interval(scores)
         assert result.high - result.low > 0.05
@@ -183,30 +171,30 @@ def test_repeated_seeds_add_no_certainty():
     assert (copies.low, copies.high) == pytest.approx((once.low, once.high))
 
 
-@pytest.mark.parametrize(("one", "other"), [(5, 5), (5, 1), (3, 5)])
-def test_paired_difference_covers_and_rejects_at_its_level(one, other):
+def test_paired_difference_covers_and_rejects_at_its_level():
     """Protects intervals and p-values between setups: independent seeds, the same problems."""
-    random = np.random.default_rng([one, other])
-    spread = 0.2
-    other_spread = 0.0 if other == 1 else spread  # a single row is the untrained base model
-    truth = true_mean(1.0, spread) - true_mean(0.5, other_spread)
-    hits = rejected = 0
-    repeats = 600
-    for _ in range(repeats):
-        hardness = random.normal(0.0, PROBLEM_SPREAD, (1, 192))
-        first = draw(random, one, 192, 1.0, spread, hardness)
-        second = draw(random, other, 192, 0.5, other_spread, hardness)
-        result = paired_difference(first, second)
-        hits += result.low <= truth <= result.high
-        assert (result.p_value < 0.05) == (not result.low <= 0.0 <= result.high)
-        same = draw(random, other, 192, 1.0, other_spread, hardness)
-        rejected += paired_difference(first, same).p_value < 0.05 if other > 1 else 0
-    assert 0.92 <= hits / repeats <= 0.98
-    assert rejected / repeats <= 0.08
+    spread, repeats, wrong = 0.2, 600, []
+    for one, other in ((5, 5), (5, 1), (3, 5)):
+        random = np.random.default_rng([one, other])
+        other_spread = 0.0 if other == 1 else spread  # a single row is the untrained base model
+        truth = true_mean(1.0, spread) - true_mean(0.5, other_spread)
+        hits = rejected = 0
+        for _ in range(repeats):
+            hardness = random.normal(0.0, PROBLEM_SPREAD, (1, 192))
+            first = draw(random, one, 192, 1.0, spread, hardness)
+            second = draw(random, other, 192, 0.5, other_spread, hardness)
+            result = paired_difference(first, second)
+            hits += result.low <= truth <= result.high
+            assert (result.p_value < 0.05) == (not result.low <= 0.0 <= result.high)
+            same = draw(random, other, 192, 1.0, other_spread, hardness)
+            rejected += paired_difference(first, same).p_value < 0.05 if other > 1 else 0
+        if not 0.92 <= hits / repeats <= 0.98 or rejected / repeats > 0.08:
+            wrong.append((one, other, hits / repeats, rejected / repeats))
+    assert not wrong
 
 
 def test_setups_that_hardly_differ_have_a_narrow_difference():
-    """Protects twins, which also share their sampling noise: what the seeds add nearly cancels, and
+    """Protects twins, which share their sampling noise: the seeds' contribution nearly cancels, and
     Student's quantile at a fraction of a degree of freedom gave 0.0 [-100, +100]."""
     random = np.random.default_rng(5)
     for _ in range(300):
@@ -218,10 +206,10 @@ def test_setups_that_hardly_differ_have_a_narrow_difference():
 
 
 def test_pairing_narrows_and_swapping_flips():
-    """Protects the pairing of problems: shared hardness cancels; the order only turns the sign."""
+    """Protects the pairing of problems: shared difficulty cancels; order only flips the sign."""
     random = np.random.default_rng(8)
     hardness = random.normal(0.0, 3.0, (1, 300))
-    first, second = (draw(random, 5, 300, centre, 0.05, hardness) for centre in (0.6, 0.2))
+    first, second = (draw(random, 5, 300, center, 0.05, hardness) for center in (0.6, 0.2))
     result, flipped = paired_difference(first, second), paired_difference(second, first)
     shuffled = paired_difference(first, random.permuted(second, axis=1))
     assert result.high - result.low < 0.7 * (shuffled.high - shuffled.low)
@@ -230,33 +218,33 @@ def test_pairing_narrows_and_swapping_flips():
 
 
 def test_difference_without_any_variance():
-    """Protects the corners: equal answers prove no equality, opposite ones prove a difference."""
+    """Protects the limits: equal answers do not prove equality, opposite ones a difference."""
     ones, zeros = np.ones((5, 60)), np.zeros((5, 60))
     equal, opposite = paired_difference(ones, ones), paired_difference(ones, zeros)
     assert equal.p_value == 1.0 and equal.low < 0.0 < equal.high
     assert opposite.p_value < 1e-6 and opposite.low > 0.9 and opposite.high == 1.0
 
 
-@pytest.mark.parametrize("seeds", [1, 5])
-def test_gap_covers(seeds):
-    """Protects the train-test gap: other problems on each side, the same seeds."""
-    random = np.random.default_rng(seeds)
-    common, own = (0.3, 0.2) if seeds > 1 else (0.0, 0.0)
-    both = float(np.hypot(common, own))
-    truth = true_mean(1.5, both) - true_mean(0.5, both)
-    hits = 0
-    for _ in range(600):
-        shift = random.normal(0.0, common, (seeds, 1))
-        train, test = (draw(random, seeds, problems, centre, own,
-                            shift + random.normal(0.0, PROBLEM_SPREAD, (1, problems)))
-                       for centre, problems in ((1.5, 250), (0.5, 150)))
-        result = gap_interval(train, test)
-        hits += result.low <= truth <= result.high
-    assert 0.92 <= hits / 600 <= 0.98
+def test_gap_covers():
+    """Protects the gap between training and test: other problems, the same seeds."""
+    for seeds in (1, 5):
+        random = np.random.default_rng(seeds)
+        common, own = (0.3, 0.2) if seeds > 1 else (0.0, 0.0)
+        both = float(np.hypot(common, own))
+        truth = true_mean(1.5, both) - true_mean(0.5, both)
+        hits = 0
+        for _ in range(600):
+            shift = random.normal(0.0, common, (seeds, 1))
+            train, test = (draw(random, seeds, problems, center, own,
+                                shift + random.normal(0.0, PROBLEM_SPREAD, (1, problems)))
+                           for center, problems in ((1.5, 250), (0.5, 150)))
+            result = gap_interval(train, test)
+            hits += result.low <= truth <= result.high
+        assert 0.92 <= hits / 600 <= 0.98, seeds
 
 
 def test_holm_on_a_worked_example():
-    """Protects the step-down rule, its monotony, the cap at 1 and the order of the answers."""
+    """Protects the step-down rule, its monotonicity, the cap at 1, and the order of the answers."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([0.02]) == [0.02]
@@ -264,7 +252,7 @@ def test_holm_on_a_worked_example():
 
 
 def test_impossible_tables_are_refused():
-    """Protects against scores in percent, gaps, empty tables and problems that do not match."""
+    """Protects against scores in percent, NaN, empty tables, and problems that do not match."""
     for scores in ([[50.0, 60.0]], [[0.5, float("nan")]], [[]]):
         with pytest.raises(ValueError):
             mean_interval(scores)

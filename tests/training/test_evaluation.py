@@ -1,5 +1,7 @@
 """Scores: one greedy answer and m samples per problem, and each row is what it says it is."""
 
+import re
+
 import pytest
 from small_training import Coin, Fixed, parts_of, small_settings
 
@@ -118,6 +120,5 @@ def test_signal_lines_say_what_rl_can_learn_from():
             row("test", "math500", [1, 0, 1, 0]),
             {"part": "train", "checkpoint": "last", "benchmark": "math500"}]
     line, = signal_lines(rows, group_size=8)
-    for fact in ("gsm8k", "Pass@4 50.0%", "groups of 4", "25.0%"):
-        assert fact in line
+    assert re.findall(r"[0-9.]+%", line) == ["31.2%", "50.0%", "25.0%"] and "Pass@4" in line
     assert signal_lines([], 8) == []

@@ -1,4 +1,4 @@
-"""The same code, seed and machine give the same bytes, by whichever way a run is started."""
+"""The same code, seed, and machine give the same bytes, however a run is started."""
 
 import json
 import os
@@ -30,7 +30,8 @@ def recorded_bytes(folder: RunFolder) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_one_seed_gives_the_same_bytes_by_every_way(results, monkeypatch):
+@pytest.mark.xdist_group("papermill")
+def test_one_seed_gives_the_same_bytes_every_way(results, monkeypatch):
     """In this process, and through papermill one at a time or two side by side."""
     for name, value in {"HYBRIDRL_SMOKE": "1", "OMP_NUM_THREADS": "1",
                         "PYTHONPATH": str(ROOT)}.items():
