@@ -11,22 +11,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
-from .experiments.commands import (
-    compare_command,
-    doctor_command,
-    list_command,
-    merge_command,
-    pretrain_command,
-    publish_command,
-    report_command,
-    reproduce_command,
-    rerun_command,
-    run_command,
-    sweep_command,
-)
+from .experiments import commands
 from .system.errors import UsageError, UserError, out_of_memory, printable, unknown
 from .system.processes import may_complain
 
@@ -37,9 +25,9 @@ EPILOG = "HYBRIDRL_DEBUG=1 shows the full traceback of an error."
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        parser = make_parser(next((word for word in words if not word.startswith("-")), None))
-        arguments, left_over = parser.parse_known_args(words)
+        given = list(sys.argv[1:] if argv is None else argv)
+        parser = make_parser(next((word for word in given if not word.startswith("-")), None))
+        arguments, left_over = parser.parse_known_args(given)
         if left_over:
             raise not_understood(left_over[0], arguments.command)
         if arguments.command is None:
@@ -64,11 +52,11 @@ def not_understood(word: str, command: str | None) -> UsageError:
     """The error for a word on the command line that no command or option accepts."""
     if not word.startswith("-"):
         return UsageError(f"unexpected argument {word!r}; see 'hybridrl {command} --help'.")
-    one = Parser() if command else make_parser()
+    parser = Parser() if command else make_parser()
     if command:
-        COMMANDS[command][1](one)
+        add_options(parser, command)
     return unknown("option", word.partition("=")[0],
-                   [name for action in one._actions for name in action.option_strings])
+                   [name for action in parser._actions for name in action.option_strings])
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -110,49 +98,27 @@ def make_parser(chosen: str | None = None) -> Parser:
     parser = Parser(prog="hybridrl", epilog=EPILOG, description=(
         "Train language models on math problems by SFT, RL, and combinations of both."))
     parser.add_argument("--version", action="version", version=f"hybridrl {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for name, (run, add, summary, example) in COMMANDS.items():
-        one = commands.add_parser(
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, (run, _, summary, example) in COMMANDS.items():
+        one = parsers.add_parser(
             name, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.",
             epilog=f"Example: {example}\n{EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
-        if name == chosen:  # options of the others may import what this command does not need
-            add(one)
+        if name == chosen:
+            add_options(one, name)
         one.set_defaults(run=run)
     return parser
 
 
-def add_preset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="tiny",
-                        help="tiny, smollm2, colab, paper, or auto; default: tiny")
+def add_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """Adds the options of a command. Values of `OPTIONS` may be functions, since some import
+    what other commands do not need."""
+    for key in COMMANDS[command][1].split():
+        option = OPTIONS[key]
+        parser.add_argument(key.partition("@")[0], **(option() if callable(option) else option))
 
 
-def add_seeds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=seed_list, default=(0,), metavar="N",
-                        help="number of seeds, starting at 0, or a list such as 0,3,5; default: 1")
-
-
-def add_jobs(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--jobs", type=positive_number, metavar="J",
-                        help=f"{what} at a time; default: one per GPU, else one per core")
-
-
-def add_executor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--executor", default="local", metavar="WHERE",
-                        help="local (default): processes on this machine; ray or ray:ADDRESS: the "
-                             "nodes of a Ray cluster, by default that in RAY_ADDRESS or this "
-                             "machine's")
-
-
-def add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--experiment", metavar="NAME",
-                        help="folder of the records in results/runs/; default: the preset's name")
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", dest="settings", nargs="+", action="extend", default=[],
-                        metavar="KEY=VALUE",
-                        help="change settings of the preset, such as rl.beta=0.04; can be repeated")
+# Types of values --------------------------------------------------------------------------------
 
 
 def whole_number(text: str) -> int:
@@ -173,183 +139,137 @@ def seed_list(text: str) -> tuple[int, ...]:
     """`3` means the seeds 0, 1, and 2; `0,4,7` means those; `4,` means seed 4 only."""
     if "," not in text:
         return tuple(range(positive_number(text)))
-    seeds = tuple(whole_number(part.strip()) for part in text.split(",") if part.strip())
+    seeds = tuple(map(whole_number, words(text)))
     if not seeds:
         raise argparse.ArgumentTypeError(f"{text!r} contains no seed")
     return seeds
 
 
-# run --------------------------------------------------------------------------------------------
-
-
-def add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("setup", metavar="SETUP", help="a name from 'hybridrl list'")
-    parser.add_argument("--seed", type=whole_number, default=0,
-                        help="order of the problems and all sampling; default: 0")
-    add_preset(parser)
-    add_place(parser)
-    add_settings(parser)
-
-
-# reproduce --------------------------------------------------------------------------------------
-
-
-def add_reproduce(parser: argparse.ArgumentParser) -> None:
-    add_preset(parser)
-    add_seeds(parser)
-    add_jobs(parser, "notebooks")
-    add_executor(parser)
-    parser.add_argument("--setups", nargs="+", action="extend", default=[], metavar="SETUP",
-                        help="only these; default: all")
-    add_place(parser)
-    add_settings(parser)
-
-
-# compare ----------------------------------------------------------------------------------------
-
-
 def factor_list(text: str) -> tuple[float, ...]:
     """`0.5,1,2` as numbers."""
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        return tuple(map(float, words(text)))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of factors such as "
                                          "0.5,1,2") from None
 
 
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    from .experiments.compare import GRID, TRANSFER
-
-    add_preset(parser)
-    add_seeds(parser)
-    parser.add_argument("--methods", nargs="+", action="extend", default=[], metavar="NAME",
-                        help="setups, or methods, each with its control; default: the paper's "
-                             "setups and all methods")
-    parser.add_argument("--grid", type=factor_list, default=GRID, metavar="FACTORS",
-                        help="factors of the preset's learning rates that are tried on validation "
-                             "problems, for every arm; 1 tunes nothing; default: "
-                             + ",".join(f"{factor:g}" for factor in GRID))
-    parser.add_argument("--transfer", type=whole_number, default=TRANSFER, metavar="N",
-                        help="also train on each benchmark alone, with the first N seeds, and test "
-                             f"on all; 0 for none; default: {TRANSFER}")
-    add_jobs(parser, "runs")
-    add_executor(parser)
-    add_place(parser)
-    add_settings(parser)
+def words(text: str) -> tuple[str, ...]:
+    """`a, b` as a and b."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-# sweep ------------------------------------------------------------------------------------------
+# Options and commands ---------------------------------------------------------------------------
 
 
-def add_sweep(parser: argparse.ArgumentParser) -> None:
+def grid_option() -> dict[str, Any]:
+    from .experiments.compare import GRID
+
+    return {"type": factor_list, "default": GRID, "metavar": "FACTORS", "help": (
+        "factors of the preset's learning rates that are tried on validation problems, for every "
+        "arm; 1 tunes nothing; default: " + ",".join(f"{factor:g}" for factor in GRID))}
+
+
+def transfer_option() -> dict[str, Any]:
+    from .experiments.compare import TRANSFER
+
+    return {"type": whole_number, "default": TRANSFER, "metavar": "N", "help": (
+        "also train on each benchmark alone, with the first N seeds, and test on all; 0 for none; "
+        f"default: {TRANSFER}")}
+
+
+def parameter_option() -> dict[str, Any]:
     from .experiments.sweep import SWEEPS
 
-    parser.add_argument("--parameter", required=True, metavar="NAME",
-                        help="one of " + ", ".join(SWEEPS))
-    parser.add_argument("--values", type=lambda text: tuple(
-                            part.strip() for part in text.split(",") if part.strip()),
-                        default=(), metavar="LIST",
-                        help="such as 0,0.02,0.1; default: the parameter's own list")
-    parser.add_argument("--setup", metavar="SETUP",
-                        help="such as sft_then_rl; default: the parameter's own")
-    add_preset(parser)
-    add_seeds(parser)
-    add_jobs(parser, "runs")
-    add_executor(parser)
-    add_place(parser)
-    add_settings(parser)
+    return {"required": True, "metavar": "NAME", "help": "one of " + ", ".join(SWEEPS)}
 
 
-# report -----------------------------------------------------------------------------------------
-
-
-def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", nargs="?", metavar="EXPERIMENT",
-                        help="a name under results/runs/ or results/published/, or a folder")
-    parser.add_argument("--docs", action="store_true",
-                        help="instead, rewrite the tables of README.md and docs/ of this checkout "
-                             "from the published pages")
-    parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="where to write; default: the experiment's folder, or "
-                             "results/runs/NAME for a published one given by name")
-
-
-# rerun ------------------------------------------------------------------------------------------
-
-
-def add_rerun(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", type=Path, metavar="MANIFEST",
-                        help="manifest.json or config.json of a run, or its folder")
-    parser.add_argument("--experiment", metavar="NAME",
-                        help="where the second run goes; default: the first one's name with -rerun")
-    parser.add_argument("--set", dest="settings", nargs="+", action="extend", default=[],
-                        metavar="KEY=VALUE",
-                        help="differences from the record, such as model.path=FILE.gguf")
-
-
-# merge ------------------------------------------------------------------------------------------
-
-
-def add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="RUN",
-                        help="the folder of a finished run with model.adapter=lora, or of an "
-                             "adapter")
-    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder for the whole model")
-
-
-# publish ----------------------------------------------------------------------------------------
-
-
-def add_publish(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="a name under results/runs/")
-    parser.add_argument("--to", type=Path, metavar="FOLDER",
-                        help="default: results/published; the folder of the experiment's name "
-                             "there is created or replaced")
-
-
-# list, doctor, pretrain-tiny --------------------------------------------------------------------
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="JSON output")
-
-
-def add_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="check only this one; exit code 1 if it does not fit")
-    add_json(parser)
-
-
-def add_pretrain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="a new folder; default: the package's own, if it is missing")
-    parser.add_argument("--seed", type=whole_number, default=0, help="default: 0")
-
-
-COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
-    "run": (run_command, add_run, "train and evaluate one setup",
+LIST = {"nargs": "+", "action": "extend", "default": []}
+FOLDER = {"type": Path, "metavar": "FOLDER"}
+OPTIONS: dict[str, dict[str, Any] | Callable[[], dict[str, Any]]] = {
+    # Of several commands. What follows an @ names a variant.
+    "setup": {"metavar": "SETUP", "help": "a name from 'hybridrl list'"},
+    "experiment": {"metavar": "EXPERIMENT", "help": "a name under results/runs/"},
+    "--preset": {"default": "tiny", "help": "tiny, smollm2, colab, paper, or auto; default: tiny"},
+    "--seed": {"type": whole_number, "default": 0, "help": "of all random numbers; default: 0"},
+    "--seeds": {"type": seed_list, "default": (0,), "metavar": "N", "help": (
+        "number of seeds, starting at 0, or a list such as 0,3,5; default: 1")},
+    "--jobs": {"type": positive_number, "metavar": "J", "help": (
+        "runs at a time; default: one per GPU, else one per core")},
+    "--executor": {"default": "local", "metavar": "WHERE", "help": (
+        "local (default): processes on this machine; ray or ray:ADDRESS: the nodes of a Ray "
+        "cluster, by default that in RAY_ADDRESS or this machine's")},
+    "--experiment": {"metavar": "NAME", "help": (
+        "folder of the records in results/runs/; default: the preset's name")},
+    "--set": LIST | {"dest": "settings", "metavar": "KEY=VALUE", "help": (
+        "change settings, such as rl.beta=0.04; can be repeated")},
+    "--json": {"action": "store_true", "help": "JSON output"},
+    # Of one command.
+    "--setups": LIST | {"metavar": "SETUP", "help": "only these; default: all"},
+    "--methods": LIST | {"metavar": "NAME", "help": (
+        "setups, or methods, each with its control; default: the paper's setups and all methods")},
+    "--grid": grid_option,
+    "--transfer": transfer_option,
+    "--parameter": parameter_option,
+    "--values": {"type": words, "default": (), "metavar": "LIST", "help": (
+        "such as 0,0.02,0.1; default: the parameter's own list")},
+    "--setup": {"metavar": "SETUP", "help": "such as sft_then_rl; default: the parameter's own"},
+    "experiment@report": {"nargs": "?", "metavar": "EXPERIMENT", "help": (
+        "a name under results/runs/ or results/published/, or a folder")},
+    "--docs": {"action": "store_true", "help": (
+        "instead, rewrite the tables of README.md and docs/ of this checkout from the published "
+        "pages")},
+    "--out@report": FOLDER | {"help": (
+        "where to write; default: the experiment's folder, or results/runs/NAME for a published "
+        "one given by name")},
+    "manifest": {"type": Path, "metavar": "MANIFEST", "help": (
+        "manifest.json or config.json of a run, or its folder")},
+    "--experiment@rerun": {"metavar": "NAME", "help": (
+        "where the second run goes; default: the first one's name with -rerun")},
+    "run_folder": {"type": Path, "metavar": "RUN", "help": (
+        "the folder of a finished run with model.adapter=lora, or of an adapter")},
+    "out": {"type": Path, "metavar": "OUT", "help": "a new folder for the whole model"},
+    "--to": FOLDER | {"help": (
+        "default: results/published; the folder of the experiment's name there is created or "
+        "replaced")},
+    "--preset@doctor": {"help": "check only this one; exit code 1 if it does not fit"},
+    "--out@pretrain": FOLDER | {"help": (
+        "a new folder; default: the package's own, if it is missing")},
+}
+COMMANDS: dict[str, tuple[Callable, str, str, str]] = {  # function, options, summary, example
+    "run": (commands.run_command, "setup --seed --preset --experiment --set",
+            "train and evaluate one setup",
             "hybridrl run sft_then_rl --preset tiny --seed 1 --set rl.beta=0.04"),
-    "reproduce": (reproduce_command, add_reproduce,
+    "reproduce": (commands.reproduce_command,
+                  "--preset --seeds --jobs --executor --setups --experiment --set",
                   "run the notebooks of all setups and seeds through papermill, then the report",
                   "hybridrl reproduce --preset tiny --seeds 3 --jobs 2"),
-    "compare": (compare_command, add_compare,
+    "compare": (commands.compare_command, "--preset --seeds --methods --grid --transfer --jobs "
+                "--executor --experiment --set",
                 "tune, train, and test methods in the same way, and compare them with SFT -> RL",
                 "hybridrl compare --preset tiny --seeds 3 --methods relift,combined"),
-    "sweep": (sweep_command, add_sweep, "train one setup with several values of a setting",
+    "sweep": (commands.sweep_command, "--parameter --values --setup --preset --seeds --jobs "
+              "--executor --experiment --set",
+              "train one setup with several values of a setting",
               "hybridrl sweep --parameter beta --values 0,0.02,0.1 --seeds 3"),
-    "report": (report_command, add_report, "write Table 2 and the figures from records",
-               "hybridrl report tiny"),
-    "rerun": (rerun_command, add_rerun, "run a recorded run again and compare the answers",
+    "report": (commands.report_command, "experiment@report --docs --out@report",
+               "write Table 2 and the figures from records", "hybridrl report tiny"),
+    "rerun": (commands.rerun_command, "manifest --experiment@rerun --set",
+              "run a recorded run again and compare the answers",
               "hybridrl rerun results/runs/tiny/sft/seed-0"),
-    "merge": (merge_command, add_merge, "merge the adapter of a LoRA run into its base model",
+    "merge": (commands.merge_command, "run_folder out",
+              "merge the adapter of a LoRA run into its base model",
               "hybridrl merge results/runs/lora/sft/seed-0 my-model"),
-    "publish": (publish_command, add_publish,
+    "publish": (commands.publish_command, "experiment --to",
                 "copy the records of an experiment to results/published, compressed",
                 "hybridrl publish tiny --to results/published"),
-    "list": (list_command, add_json, "show setups, methods, and presets with their costs",
+    "list": (commands.list_command, "--json", "show setups, methods, and presets with their costs",
              "hybridrl list --json"),
-    "doctor": (doctor_command, add_doctor, "show what this machine has and which presets fit",
+    "doctor": (commands.doctor_command, "--preset@doctor --json",
+               "show what this machine has and which presets fit",
                "hybridrl doctor --preset smollm2"),
-    "pretrain-tiny": (pretrain_command, add_pretrain, "train the tiny base model",
+    "pretrain-tiny": (commands.pretrain_command, "--out@pretrain --seed",
+                      "train the tiny base model",
                       "hybridrl pretrain-tiny --out my-tiny --seed 0"),
 }
 

@@ -120,7 +120,7 @@ def test_errors_become_one_sentence(monkeypatch, capsys):
     def fail(arguments):
         raise raised[-1]
 
-    monkeypatch.setitem(COMMANDS, "list", (fail, cli.add_json, "", ""))
+    monkeypatch.setitem(COMMANDS, "list", (fail, "--json", "", ""))
     wrong = []
     for error, code, hint in (
             (UserError("Do this."), 1, "Do this."), (UsageError("Not so."), 2, "Not so."),

@@ -76,7 +76,7 @@ class Child:
             os.kill(self.pid, number)
 
     def complaint(self) -> str:
-        """Why its end was not that of a good citizen: no traceback, a failure in one sentence."""
+        """What was wrong with its end: a traceback, or a failure without its one sentence."""
         text = self.output.read_text(errors="replace")
         sentences = [line for line in text.splitlines() if line.startswith("hybridrl: ")]
         if self.wait() == BROKEN or "Traceback" in text:
@@ -128,7 +128,7 @@ def start(command: Command, results: Path, prepare: Callable[[], None] = lambda:
 
 
 def keep_promises(place: Path) -> None:
-    """In a run's process: notes each checkpoint and manifest as soon as its writer returned."""
+    """In a run's process: notes each checkpoint and manifest as soon as it was written."""
     save, write = Checkpoints.save, RunFolder.write
 
     def note(line: str) -> None:
@@ -155,7 +155,7 @@ def without_times(row: dict) -> dict:
 
 
 def record(folder: RunFolder) -> dict:
-    """All that must repeat: answers and weights as bytes, the logs and the manifest less times."""
+    """All that must repeat: answers and weights as bytes, logs and manifest without times."""
     manifest = folder.read("manifest.json") or {}
     final = folder.path / "checkpoint" / "final"
     verdicts = {name: number for name, number in manifest.get("verdicts", {}).items()
@@ -171,7 +171,7 @@ def record(folder: RunFolder) -> dict:
 
 
 def is_read(name: str) -> bool:
-    """Whether any reader looks at a file: not at locks and half-written ones that a kill leaves."""
+    """Whether any reader uses a file: not locks and partial files that a kill leaves."""
     return not name.endswith((".lock", ".tmp"))
 
 
@@ -185,12 +185,12 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
             for path in sorted(folder.rglob("*")) if path.is_file() and is_read(path.name)}
 
 
-# The undisturbed run ------------------------------------------------------------------------------
+# The uninterrupted run ----------------------------------------------------------------------------
 
 
 @dataclass
 class Reference:
-    """What a run that nothing happened to left, and how long it took.
+    """What an uninterrupted run left, and how long it took.
 
     Attributes:
         record: see `record`.
@@ -207,7 +207,7 @@ class Reference:
 
 
 def make_reference(command: Command, folder: Path) -> Reference:
-    """Runs a command undisturbed."""
+    """Runs a command without faults."""
     from .moments import Moments
 
     results, kept = folder / "runs", folder / "kept"
@@ -220,7 +220,7 @@ def make_reference(command: Command, folder: Path) -> Reference:
 
         def keep(self, *arguments, **more):
             after_step(self, *arguments, **more)
-            save_file(self.weights(), kept / str(self.step))
+            save_file(self.copy_of_weights(), kept / str(self.step))
 
         Trainer._after_step = keep
         moments = Moments(results, 1, lambda: None)
@@ -247,7 +247,7 @@ class Trial:
     Attributes:
         results: the results folder.
         losses: sentences; empty if the run survived.
-        was_hit: whether the fault came before the run had ended.
+        was_hit: whether the fault came before the run ended.
     """
 
     def __init__(self, command: Command, reference: Reference, folder: Path, chance):
@@ -276,13 +276,13 @@ class Trial:
         self.losses.append(sentence)
 
     def check_end(self, child: Child) -> None:
-        """A process that was not killed must have ended well, or with one sentence."""
+        """A process that was not killed must have succeeded, or failed with one sentence."""
         self.was_hit |= child.wait() != 0
         if child.complaint():
             self.lost(child.complaint())
 
     def look(self, promises_hold: bool = True) -> None:
-        """After a fault: what is there is whole, and what was promised is there."""
+        """After a fault: what exists is complete, and what was written is still there."""
         try:
             complete = self.run.is_complete
         except Exception as error:
@@ -312,7 +312,7 @@ class Trial:
                           f"written (there are {whole})")
 
     def check_finished(self) -> None:
-        """The record of a finished run is the undisturbed one's, and stays."""
+        """The record of a finished run is that of the uninterrupted one, and never changes."""
         different = difference(self.reference.record, record(self.run))
         if different:
             self.lost(f"another result: {different}")
@@ -325,7 +325,7 @@ class Trial:
         self.finished = now
 
     def finish(self) -> None:
-        """The same command until the run is complete; then once more, which changes nothing."""
+        """Repeats the command until the run is complete, then once more, which changes nothing."""
         for _ in range(TRIES):
             child = start(self.command, self.results)
             if child.wait() == 0:

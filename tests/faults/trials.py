@@ -1,11 +1,11 @@
-"""Many trials, and their sum."""
+"""Many trials, and their summary."""
 
 import itertools
 import random
 import time
 from pathlib import Path
 
-import hybridrl_lib.experiments.run  # noqa: F401  imported here once, for all processes that are forked
+import hybridrl_lib.experiments.run  # noqa: F401  once, for all processes that are forked
 from hybridrl_lib.training.observer import duration
 
 from .kinds import KINDS, NOTEBOOKS, cleaned_up
@@ -14,7 +14,7 @@ from .runs import COMMANDS, Command, Trial, make_reference
 
 def run_trials(folder: Path, trials: int, seed: int, only: list[str], each_once: bool,
                may_mount: bool) -> int:
-    """Runs trials of all kinds in turn, prints what came of them.
+    """Runs trials of all kinds in turn and prints their outcome.
 
     Returns:
         0 if nothing was lost, else 1.

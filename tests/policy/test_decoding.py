@@ -4,7 +4,6 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 
-import pytest
 import torch
 from scipy.stats import chisquare
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_training import distance
 from transformers import AutoModelForCausalLM
+from transformers import modeling_gguf_pytorch_utils as reader
+from transformers.utils.logging import disable_progress_bar
 
 from hybridrl_lib.config.sections import ModelSettings
 from hybridrl_lib.policy.device import choose_device, choose_precision
@@ -96,17 +98,18 @@ def test_a_reference_that_was_not_kept_is_an_error(policy):
 # Adapters -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
-def test_merged_adapter_equals_unmerged(make_policy, architecture):
-    """In fp32 the adapter beside the weights and inside them is the same model."""
-    policy = make_policy(architecture, adapter="lora")
-    move(policy)
-    merged = copy.deepcopy(policy.model).merge_and_unload()
-    torch.testing.assert_close(scores_of(policy, merged), scores_of(policy), atol=1e-5, rtol=1e-5)
+def test_merged_adapter_equals_unmerged(make_policy):
+    """In fp32 the adapter outside of the weights and inside them is the same model."""
+    for architecture in ("qwen2", "llama"):
+        policy = make_policy(architecture, adapter="lora")
+        move(policy)
+        merged = copy.deepcopy(policy.model).merge_and_unload()
+        torch.testing.assert_close(scores_of(policy, merged), scores_of(policy), atol=1e-5,
+                                   rtol=1e-5)
 
 
 def test_only_the_adapter_is_trained(make_policy):
-    """LoRA moves its own weights and no other."""
+    """LoRA moves its own weights and no others."""
     policy = make_policy(adapter="lora", lora_rank=2)
     trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
@@ -127,41 +130,33 @@ def test_an_adapter_starts_from_the_same_weights_every_time(make_policy):
         assert torch.equal(first, second), name
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_words_is_refused(make_policy, target):
-    """Scores and sampler read these weights directly, so an adapter there would never be seen."""
-    with pytest.raises(UserError, match=target):
-        make_policy(adapter="lora", lora_targets=("q_proj", target))
-
-
-def test_adapter_targets_that_the_model_lacks(make_policy):
-    """A layer that this architecture lacks is passed over; with none left the sentence says so."""
+def test_adapter_targets(make_policy):
+    """A layer that this architecture lacks is ignored, unless none is left. Adapters on words are
+    refused: scores and sampler read these weights directly, so they would have no effect."""
     make_policy(adapter="lora", lora_targets=("q_proj", "c_attn"))
     with pytest.raises(UserError, match="lora_targets"):
         make_policy(adapter="lora", lora_targets=("c_attn",))
+    for target in ("lm_head", "embed_tokens"):
+        with pytest.raises(UserError, match=target):
+            make_policy(adapter="lora", lora_targets=("q_proj", target))
 
 
 # Gradient checkpointing ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
-def test_gradient_checkpointing_changes_no_gradient(make_policy, adapter):
-    """It trades time for memory and nothing else."""
-    plain, saving = (make_policy(adapter=adapter, gradient_checkpointing=on)
-                     for on in (False, True))
-    assert torch.equal(scores_of(plain), scores_of(saving))
-    assert distance(gradient_of(saving), gradient_of(plain)) < 1e-6
-
-
-def test_sampling_leaves_gradient_checkpointing_on(make_policy):
-    """The sampler switches training mode off for itself alone."""
-    policy = make_policy(gradient_checkpointing=True)
-    sample(policy, [[5, 6]], samples=2, max_new_tokens=3, temperature=1.0)
-    assert policy.model.training
+def test_gradient_checkpointing_changes_no_gradient(make_policy):
+    """It trades time for memory and nothing else; sampling leaves it on."""
+    for adapter in ("none", "lora"):
+        plain, saving = (make_policy(adapter=adapter, gradient_checkpointing=on)
+                         for on in (False, True))
+        assert torch.equal(scores_of(plain), scores_of(saving))
+        assert distance(gradient_of(saving), gradient_of(plain)) < 1e-6
+        sample(saving, [[5, 6]], samples=2, max_new_tokens=3, temperature=1.0)
+        assert saving.model.training
 
 
 def test_dropout_is_off(model_folders, tmp_path):
-    """The sampled and the trained policy are one: no dropout in any pass."""
+    """The sampled and the trained policy are the same: no dropout in any pass."""
     folder = copy_of(model_folders["qwen2"], tmp_path / "model", attention_dropout=0.5)
     policy = load_policy(ModelSettings(path=str(folder), device="cpu"))
     packed = packed_for(policy)
@@ -181,7 +176,7 @@ def test_a_demonstration_ends_with_one_eos(policy):
 
 
 def test_prompt_and_completion_join_without_a_seam(policy):
-    """The tokens of prompt and solution apart are those of the whole text: no merge across."""
+    """The tokens of prompt and solution are those of the whole text: no token spans both."""
     question, solution = "How many?", r"First 2 + 3 = 5. So \boxed{5}."
     whole = policy.tokenizer(prompt_text(policy.tokenizer, question) + solution,
                              add_special_tokens=False)["input_ids"]
@@ -192,7 +187,7 @@ def test_prompt_and_completion_join_without_a_seam(policy):
 
 
 def test_precision_follows_the_device(monkeypatch):
-    """fp32 on a CPU, bf16 where the GPU has it, fp32 on a T4 (no bf16); a wish is a wish."""
+    """fp32 on a CPU, bf16 where the GPU has it, fp32 on a T4 (no bf16); a choice is kept."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert choose_precision("auto", cpu) == "fp32"
     assert choose_precision("fp16", cpu) == "fp16"
@@ -200,14 +195,14 @@ def test_precision_follows_the_device(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert choose_precision("auto", gpu) == precision
         if capability < (8, 0):  # torch would imitate it, slower than fp32
-            with pytest.raises(UserError, match="8.0 on, and this one has 7.5; set it to 'auto'"):
+            with pytest.raises(UserError, match="8.0.*7.5"):
                 choose_precision("bf16", gpu)
         else:
             assert choose_precision("bf16", gpu) == "bf16"
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    """model.device=cuda on a machine without one is a sentence, not a fall-back."""
+    """model.device=cuda on a machine without one is an error, not a fallback."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")
     with pytest.raises(UserError, match="model.device"):
@@ -272,66 +267,59 @@ def test_pickled_weights_are_not_read(policy, model_folders, tmp_path):
 
 
 def broken_folders(model_folders, root):
+    """{folder: the fact that its error names}."""
     good = model_folders["qwen2"]
     (root / "empty").mkdir()
     (root / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x10")
     weights = copy_of(good, root / "cut weights") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    no_eos = copy_of(good, root / "no eos")
-    for name in ("tokenizer_config.json",):
-        content = json.loads((no_eos / name).read_text())
-        content.pop("eos_token")
-        (no_eos / name).write_text(json.dumps(content))
+    no_eos = copy_of(good, root / "no eos") / "tokenizer_config.json"
+    content = json.loads(no_eos.read_text())
+    content.pop("eos_token")
+    no_eos.write_text(json.dumps(content))
     return {
-        "no model": (root / "empty", "config.json"),
-        "no folder": (root / "nowhere", "check model.path"),
-        "no tokenizer": (copy_of(good, root / "bare", ["tokenizer.json", "tokenizer_config.json"]),
-                         "no tokenizer"),
-        "no end of text": (no_eos, "eos_token"),
-        "cut weights": (root / "cut weights", "safetensors"),
-        "cut GGUF file": (root / "cut.gguf", "cut off"),
-        "no GGUF file": (root / "nowhere.gguf", "no GGUF file"),
-        "hub": ("nobody/nothing", "hub"),
+        root / "empty": "config.json", root / "nowhere": "model.path",
+        copy_of(good, root / "bare", ["tokenizer.json", "tokenizer_config.json"]): "tokenizer",
+        no_eos.parent: "eos_token", root / "cut weights": "safetensors",
+        root / "cut.gguf": "cut.gguf", root / "nowhere.gguf": "nowhere.gguf",
+        "nobody/nothing": "nobody/nothing",
+        # a model with another output layer would be loaded with random numbers in its place
+        copy_of(good, root / "classifier", architectures=["Qwen2ForSequenceClassification"]):
+            "Qwen2ForSequenceClassification",
+        copy_of(good, root / "t5", model_type="t5", architectures=["T5ForConditionalGeneration"]):
+            "T5ForConditionalGeneration",
+        copy_of(good, root / "other", model_type="mine"): "'mine'",
     }
 
 
 def test_models_that_cannot_be_loaded(model_folders, tmp_path):
-    """Each is one sentence that names the model and says what to do."""
-    for kind, (path, words) in broken_folders(model_folders, tmp_path).items():
-        with pytest.raises(UserError) as caught:
-            pytest.fail(f"{kind}: {load_policy(ModelSettings(path=str(path), device='cpu')).name}")
-        assert words in str(caught.value), kind
-        assert "\n" not in str(caught.value), kind
+    """Each is an error in one line that names the model or what is wrong with it."""
+    wrong = []
+    for path, fact in broken_folders(model_folders, tmp_path).items():
+        try:
+            load_policy(ModelSettings(path=str(path), device="cpu"))
+        except UserError as error:
+            if fact in str(error) and "\n" not in str(error):
+                continue
+            wrong.append((path, fact, str(error)))
+        else:
+            wrong.append((path, "loaded"))
+    assert not wrong
 
 
 def test_weights_that_are_missing_are_not_made_up(model_folders, tmp_path):
-    """transformers fills them with random numbers and a warning, and all goes on as if well."""
+    """transformers fills them with random numbers and a warning, and continues."""
     folder = copy_of(model_folders["llama"], tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     gone = weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert gone is not None
-    with pytest.raises(UserError, match=r"lacks 1 of its weights, model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj"):
         load_policy(ModelSettings(path=str(folder), device="cpu"))
-
-
-@pytest.mark.parametrize(("config", "words"), [
-    ({"architectures": ["Qwen2ForSequenceClassification"]}, "'Qwen2ForSequenceClassification'"),
-    ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "'T5ForConditional"),
-    ({"model_type": "mine"}, "'mine', which transformers")])
-def test_a_wrong_architecture_is_one_sentence(model_folders, tmp_path, config, words):
-    """A model with another output layer would be loaded with random numbers in its place."""
-    folder = copy_of(model_folders["qwen2"], tmp_path / "model", **config)
-    with pytest.raises(UserError, match="causal language model") as caught:
-        load_policy(ModelSettings(path=str(folder), device="cpu"))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_no_bar_of_a_gguf_file_where_bars_are_off(model_folders, monkeypatch, capsys):
     """It filled logs with hundreds of lines: transformers' switch does not reach this bar."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-    from transformers.utils.logging import disable_progress_bar
-
     disable_progress_bar()
     load = AutoModelForCausalLM.from_pretrained
 
@@ -344,13 +332,14 @@ def test_no_bar_of_a_gguf_file_where_bars_are_off(model_folders, monkeypatch, ca
     assert "Converting" not in capsys.readouterr().err
 
 
-def test_a_missing_chat_template_is_said(model_folders):
-    """The user may have taken a base model, or lost the template: both are asked in plain text."""
+def test_a_missing_chat_template_is_noted(model_folders):
+    """The user may have chosen a base model, or lost the template: both get plain text. For the
+    shipped model it is expected."""
     said = []
     load_policy(ModelSettings(path=str(model_folders["qwen2"]), device="cpu"), said.append)
-    assert len(said) == 1 and "has no chat template" in said[0] and "plain text" in said[0]
+    assert len(said) == 1 and "qwen2" in said[0] and "chat template" in said[0]
     load_policy(ModelSettings(path="tiny", device="cpu"), said.append)
-    assert len(said) == 1, "everybody knows of the shipped one"
+    assert len(said) == 1
 
 
 @pytest.mark.real_model
@@ -378,8 +367,8 @@ def test_the_sampler_computes_a_pretrained_model():
         assert group.completions[0].token_ids == theirs[0, len(prompt):].tolist()
 
 
-def test_padding_that_ends_answers_is_said_by_name(model_folders, tmp_path, caplog):
-    """Where a run says everything else: with the model's name, and by one process of several."""
+def test_padding_that_ends_answers_is_noted(model_folders, tmp_path, caplog):
+    """Where a run says everything else, with the model's name; not by logging."""
     folder = copy_of(model_folders["qwen2"], tmp_path / "endless")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("unk_token")
@@ -390,20 +379,21 @@ def test_padding_that_ends_answers_is_said_by_name(model_folders, tmp_path, capl
     said = []
     policy = load_policy(ModelSettings(path=str(folder), device="cpu"), said.append)
     assert policy.pad_id == policy.eos_id
-    assert "of endless has no padding token of its own" in said[-1] and len(said) == 2
+    assert "endless" in said[-1] and "padding" in said[-1] and len(said) == 2
     assert not [record for record in caplog.records if record.name.startswith("hybridrl_lib")]
 
 
-@pytest.mark.parametrize(("path", "arguments", "advice"), [
-    ("model.gguf", {"gguf_file": "model.gguf"}, "take a conversion of the model that names one"),
-    ("someone/model", {}, "fetch it into a folder and set eos_token"),
-    (".", {}, "; set eos_token in its tokenizer_config.json")])
-def test_no_eos_says_what_helps_there(monkeypatch, path, arguments, advice):
-    """A GGUF file has no tokenizer_config.json, and nobody can edit one on the hub."""
+def test_no_eos_says_what_helps_there(monkeypatch):
+    """A GGUF file has no tokenizer_config.json, and a hub model must be downloaded to edit it."""
     loaded = type("Tokenizer", (), {"__call__": lambda self, text: {"input_ids": [1]},
                                     "eos_token_id": None})()
     monkeypatch.setattr("hybridrl_lib.policy.loading.AutoTokenizer.from_pretrained",
                         lambda *a, **more: loaded)
-    with pytest.raises(UserError) as caught:
-        _load_tokenizer("nowhere", arguments, path)
-    assert advice in str(caught.value)
+    said = []
+    for path, arguments in (("model.gguf", {"gguf_file": "model.gguf"}), ("someone/model", {}),
+                            (".", {})):
+        with pytest.raises(UserError, match=path.replace(".", r"\.")) as caught:
+            _load_tokenizer("nowhere", arguments, path)
+        said.append(("tokenizer_config.json" in str(caught.value), str(caught.value)))
+    assert [named for named, _ in said] == [False, True, True]
+    assert len({sentence for _, sentence in said}) == 3

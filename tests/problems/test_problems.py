@@ -149,7 +149,8 @@ def test_a_row_without_a_usable_answer_is_named(data_folder):
     """A broken row must stop the run with its line, and is never learned from or skipped."""
     for name, row, cases in (
             ("gsm8k", 2, [({"answer": None}, "answer"), ({"answer": "  "}, "answer"),
-                          ({"answer": "2+2 = <<2+2=4>>4"}, "####"), ({"answer": "<<2+2=4>>"}, "####"),
+                          ({"answer": "2+2 = <<2+2=4>>4"}, "####"),
+                          ({"answer": "<<2+2=4>>"}, "####"),
                           ({"answer": "2+2 = 4\n####"}, "####"), ({"question": 7}, "question")]),
             ("math500", 0, [({"answer": None}, "answer"), ({"solution": "It is 24."}, "boxed"),
                             ({"level": "hard"}, "level"), ({"unique_id": None}, "unique_id")])):
