@@ -13,14 +13,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """What there is, and what happens to a request for weights.
+    """The models, and what happens to a request for weights.
 
     Attributes:
         models: name -> folder.
         gated: names whose files need a login.
-        fault: of a request for weights: `` (none), `cut` (half of it once), `stall` (half of it,
-            and then nothing), `drop` (nothing at all), `wrong` (other bytes).
-        ranges: the Range headers of requests for weights, in their order.
+        fault: of a request for weights: `` (none), `cut` (only half, once), `stall` (half, then
+            nothing), `drop` (nothing).
+        ranges: the Range headers of requests for weights, in order.
         requests: paths of all requests.
     """
 
@@ -86,8 +86,6 @@ def running(hub: Hub):
                 hub.ranges.append(self.headers.get("Range"))
                 if hub.fault == "drop":
                     return self.hang_up()
-                if hub.fault == "wrong":
-                    content = bytes(len(content))
             if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
                 start = int(found[1])
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
@@ -131,6 +129,6 @@ def running(hub: Hub):
 
 
 def etag(file: Path) -> str:
-    """As the hub has it: sha256 of a large file, sha1 of a small one."""
+    """Like the hub's: sha256 of a large file, sha1 of a small one."""
     kind = hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1
     return kind(file.read_bytes()).hexdigest()

@@ -1,7 +1,6 @@
-"""What there is to run and what it costs: `hybridrl list`. No torch needed.
+"""What can be run and what it costs: `hybridrl list`. No torch needed.
 
-Steps and sampled answers follow from the settings. Minutes are those of the published runs, with
-the device they took; where there are none, nothing is guessed.
+Steps and samples follow from the settings. Minutes are those of published runs, with their device.
 """
 
 import json
@@ -23,12 +22,12 @@ ROWS = {"gsm8k": 8792, "math500": 500}  # of the real benchmarks, training and t
 
 @dataclass(frozen=True)
 class Measured:
-    """What published runs of a setup at a preset took.
+    """The mean time of published runs of a setup at a preset.
 
     Attributes:
         device: the machine, in words.
-        runs: how many runs the mean is over.
-        minutes: wall time of a run, evaluation included.
+        runs: number of runs.
+        minutes: wall time of a run, including evaluation.
     """
 
     device: str
@@ -41,10 +40,10 @@ class Cost:
     """What one run of a setup at a preset costs.
 
     Attributes:
-        steps: passes of the training loop.
-        demonstrations: reference solutions learned from, epochs counted; None = as many as needed.
+        steps: of the training loop.
+        demonstrations: reference solutions learned from, counted in each epoch; None = as needed.
         rollouts: answers sampled to learn from.
-        measured: what it took where it was measured.
+        measured: time of published runs, if there are any.
     """
 
     steps: int
@@ -54,7 +53,7 @@ class Cost:
 
 
 def training_problems(settings: Settings) -> int:
-    """Training problems at most; repeated questions and over-long problems are left out later."""
+    """Maximum number of training problems, before repeated and over-long ones are left out."""
     data, total = settings.data, 0
     generated = {"tiny_word": load_tiny_word, "tiny_symbolic": load_tiny_symbolic}
     for position, name in enumerate(data.benchmarks):
@@ -66,7 +65,7 @@ def training_problems(settings: Settings) -> int:
 
 
 def cost(setup: Setup, settings: Settings, measured: tuple[Measured, ...] = ()) -> Cost:
-    """What a run of the setup costs with these settings."""
+    """The cost of a run of the setup with these settings."""
     problems, method = training_problems(settings), settings.method
     steps = demonstrations = rollouts = 0
     for name, epochs in method.stages(setup, settings.training.epochs):
@@ -81,9 +80,9 @@ def cost(setup: Setup, settings: Settings, measured: tuple[Measured, ...] = ()) 
 
 
 def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]]:
-    """{(preset, setup): what its published runs took}; runs that were cut off do not count.
+    """{(preset, setup): time of its published runs}, without interrupted runs.
 
-    Only the experiment that is named like the preset has its settings.
+    Only the experiment named like the preset has its settings.
     """
     minutes: dict[tuple[str, str, str], list[float]] = {}
     for path in sorted(path for name in preset_names()
@@ -95,7 +94,7 @@ def read_measured(published: Path) -> dict[tuple[str, str], tuple[Measured, ...]
                 minutes.setdefault((preset, setup, str(manifest["device"])), []).append(
                     float(manifest["seconds/wall"]) / 60)
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # the report names broken records; here they are merely not counted
+            continue  # the report names broken records; here they do not count
     found: dict[tuple[str, str], tuple[Measured, ...]] = {}
     for (preset, setup, device), values in minutes.items():
         found[preset, setup] = (*found.get((preset, setup), ()), Measured(
@@ -115,7 +114,7 @@ def preset_description(name: str) -> str:
 
 
 def catalogue() -> dict:
-    """Setups, methods and presets as plain data, for `hybridrl list --json`."""
+    """Setups, methods, and presets as plain data, for `hybridrl list --json`."""
     measured = read_measured(published_folder())
     presets = []
     for name in preset_names():
@@ -140,7 +139,7 @@ def catalogue() -> dict:
 
 
 def render(listing: dict) -> str:
-    """The catalogue as text for a terminal."""
+    """The catalogue as text for the terminal."""
     setups = [[row["name"], row["title"], row["method"],
                " then ".join(row["stages"]) or "evaluated only", row["notebook"] or "-"]
               for row in listing["setups"]]
@@ -164,7 +163,7 @@ def render(listing: dict) -> str:
 
 
 def minutes(measured: list[dict] | tuple[dict, ...]) -> str:
-    """`1.4 min (CPU: ..., 5 runs)`, or that nobody measured it."""
+    """`1.4 min (CPU: ..., 5 runs)`, or that it was not measured."""
     return "; ".join(f"{entry['minutes']:.1f} min ({entry['device']}, "
                      f"{entry['runs']} run{'s' if entry['runs'] > 1 else ''})"
                      for entry in measured) or NOT_MEASURED

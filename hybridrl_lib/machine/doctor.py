@@ -1,6 +1,6 @@
-"""What this machine has and what will therefore work: `hybridrl doctor`.
+"""What this machine has and which presets fit: `hybridrl doctor`.
 
-Nothing is downloaded and no model is loaded; the hub gets one question with a short time limit.
+Nothing is downloaded and no model is loaded; the hub gets one request with a short time limit.
 """
 
 import os
@@ -45,13 +45,13 @@ class Machine:
     """What was found.
 
     Attributes:
-        device: `cuda` or `cpu`; empty where torch cannot be imported.
-        device_name: for people.
-        precision: what `model.precision = auto` comes to.
-        gpu_memory, memory: GiB; 0 where there is none or it cannot be told.
+        device: `cuda` or `cpu`; empty if torch cannot be imported.
+        device_name: its name.
+        precision: what `model.precision = auto` means here.
+        gpu_memory, memory: GiB; 0 if there is none or it is unknown.
         hub: why the hub cannot be read; empty if it can.
         data: why the real problems cannot be read from a folder; empty if they can.
-        tiny_model: whether the shipped model is there.
+        tiny_model: whether the shipped model exists.
     """
 
     device: str
@@ -65,13 +65,13 @@ class Machine:
 
 
 def report(preset: str | None = None) -> list[Row]:
-    """(topic, value, advice) of everything looked at; advice is empty where nothing is to be done.
+    """(topic, value, advice) of everything checked; advice is empty if nothing needs to be done.
 
     Args:
-        preset: judge this preset alone; None judges them all.
+        preset: the preset to judge; None for all.
 
     Raises:
-        UsageError: there is no such preset.
+        UsageError: the preset does not exist.
     """
     presets = preset_names() if preset is None else (resolve_preset(preset),)
     machine = look()
@@ -93,7 +93,7 @@ def report(preset: str | None = None) -> list[Row]:
 
 
 def render(preset: str | None = None, rows: list[Row] | None = None) -> str:
-    """The report as text: a line a topic, with its advice on a line below."""
+    """The report as text: a line per topic, with advice on the next line."""
     rows = report(preset) if rows is None else rows
     width = max(len(topic) for topic, _, _ in rows)
     lines = []
@@ -105,7 +105,7 @@ def render(preset: str | None = None, rows: list[Row] | None = None) -> str:
 
 
 def look() -> Machine:
-    """Looks at the machine; takes as long as importing torch and asking the hub."""
+    """Examines the machine; as slow as importing torch and asking the hub."""
     try:
         from ..policy.device import choose_device, choose_precision
         from ..system.paths import tiny_model_folder
@@ -127,13 +127,13 @@ def look() -> Machine:
 
 
 def preset_row(name: str, machine: Machine) -> Row:
-    """Whether a preset will work, and if not, everything that stands in its way."""
+    """Whether a preset fits, and if not, all reasons."""
     problems = preset_problems(name, load_settings(name, smoke=False), machine)
     return f"preset {name}", "no" if problems else "yes", "; ".join(problems)
 
 
 def budget_rows(preset: str, machine: Machine) -> list[Row]:
-    """What a preset needs by the models of memory and time, where its model's shape is known."""
+    """What a preset needs by the memory estimate, if its model's shape is known."""
     settings = load_settings(preset, smoke=False)
     shape = shape_of(settings.model)
     if shape is None:
@@ -145,12 +145,12 @@ def budget_rows(preset: str, machine: Machine) -> list[Row]:
     try:
         chosen, expected = fit(settings, shape, precision, device, room)
         advice = tight(expected, room)
-    except UserError as error:  # shown with the smallest micro-batches that there are
+    except UserError as error:  # with the smallest micro-batches
         chosen = with_micro_batches(settings, settings.training.micro_batch_tokens
                                     or MICRO_BATCHES[-1])
         expected = estimate(shape, chosen, precision, device)
         advice = str(error) if room else ""
-    where = "of the GPU" if device == "cuda" else "beside the program itself"
+    where = "of the GPU" if device == "cuda" else "in addition to the program itself"
     rows = [("needs memory", f"estimated {expected.peak / GIB:.1f} GiB {where} at its peak, in "
              f"{precision} with micro-batches of {chosen.training.micro_batch_tokens} tokens",
              advice)]
@@ -162,10 +162,10 @@ def budget_rows(preset: str, machine: Machine) -> list[Row]:
 
 
 def setups_that_need_more(preset: str, precision: str, room: float) -> list[Row]:
-    """Setups that hold more models than the others at a preset for a GPU, with what they need.
+    """Setups of a GPU preset that hold more models than the others, with what they need.
 
     Args:
-        room: bytes of the GPU; 0 where there is none.
+        room: bytes of the GPU; 0 without one.
     """
     def least(setup: Setup | None) -> Estimate:
         settings = load_settings(preset, smoke=False, setup=setup)
@@ -187,9 +187,9 @@ def setups_that_need_more(preset: str, precision: str, room: float) -> list[Row]
 
 
 def precision_for(preset: str, machine: Machine) -> str:
-    """The precision that a preset takes: on the machine, or where it is made for a GPU, on one.
+    """The precision of a preset: on this machine, or on the GPU that it is made for.
 
-    colab is judged for a T4, which has no bf16, and paper for a GPU that has it.
+    colab is made for a T4, which has no bf16; paper for a GPU that has it.
     """
     if machine.device == "cuda" or not NEEDS[preset][0]:
         return machine.precision if machine.precision in PRECISIONS else "fp32"
@@ -197,7 +197,7 @@ def precision_for(preset: str, machine: Machine) -> str:
 
 
 def smallest_gpu(preset: str, settings: Settings, machine: Machine) -> float:
-    """GiB of the smallest GPU that a preset made for one fits on; 0 for the others."""
+    """GiB of the smallest GPU that a preset for a GPU fits on; 0 for other presets."""
     shape = shape_of(settings.model)
     if not NEEDS[preset][0] or shape is None:
         return 0.0
@@ -207,7 +207,7 @@ def smallest_gpu(preset: str, settings: Settings, machine: Machine) -> float:
 
 
 def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str]:
-    """Why a preset will not work on a machine, with what to do, one a problem."""
+    """Why a preset does not fit a machine, with what to do, one per problem."""
     gpu_memory, memory = smallest_gpu(name, settings, machine), NEEDS[name][1]
     problems = []
     if not machine.device:
@@ -231,7 +231,7 @@ def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str
 
 
 def package_row(name: str) -> Row:
-    """The installed version of a package, with advice if it is missing or below our floor."""
+    """The installed version of a package, with advice if it is missing or too old."""
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -264,5 +264,5 @@ def folder_problem() -> str:
 
 
 def gibibytes(amount: float) -> str:
-    """An amount of memory for people."""
+    """An amount of memory in words."""
     return f"{amount:.1f} GiB" if amount else "none"

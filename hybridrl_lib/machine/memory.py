@@ -15,12 +15,12 @@ from ..system.processes import launched
 from .memory_estimate import Estimate, estimate
 from .shapes import Shape, shape_of
 
-# (whether the preset is made for a GPU, main memory in GiB that a machine should have).
+# (whether the preset is made for a GPU, main memory in GiB that it needs)
 NEEDS = {"tiny": (False, 2), "smollm2": (False, 6), "colab": (True, 8), "paper": (True, 12)}
 
 
 def main_memory() -> float:
-    """The machine's memory in GiB; 0 where the system does not tell."""
+    """The machine's memory in GiB; 0 if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (AttributeError, ValueError, OSError):
@@ -33,8 +33,8 @@ def usable_cores() -> int:
 
 
 GIB = 2**30
-TO_USE = 0.9  # of the free memory: an allocator leaves gaps, and products need some room to work
-# Tokens, the largest first; more than these make nothing faster.
+TO_USE = 0.9  # of the free memory: allocators leave gaps, and products need workspace
+# Tokens, largest first; more make nothing faster.
 MICRO_BATCHES = tuple(2**power for power in range(14, 7, -1))
 CGROUP = Path("/sys/fs/cgroup")  # where Linux says what a container or batch job may take
 
@@ -44,9 +44,9 @@ def fit(settings: Settings, shape: Shape, precision: str, device: str,
     """Settings whose micro-batches fit, and what they need; sampling alone may need more.
 
     Args:
-        settings: `training.micro_batch_tokens` is chosen if it is 0, and else checked.
-        room: bytes to be had.
-        refuse: False takes the smallest micro-batches where none is small enough.
+        settings: `training.micro_batch_tokens` is chosen if it is 0, and checked otherwise.
+        room: available bytes.
+        refuse: False takes the smallest micro-batches if none fits.
 
     Raises:
         UserError: no micro-batch is small enough.
@@ -68,7 +68,7 @@ def with_micro_batches(settings: Settings, tokens: int) -> Settings:
 
 
 def too_much(expected: Estimate, settings: Settings, device: str, room: float) -> str:
-    """The sentence for a run that does not fit, with the setting that helps most."""
+    """The message for a run that does not fit, with the setting that helps most."""
     phase, model = expected.surely, settings.model
     parts, needed = expected.phases[phase], expected.total(phase)
     largest = max(parts, key=lambda name: parts[name])
@@ -88,7 +88,7 @@ def too_much(expected: Estimate, settings: Settings, device: str, room: float) -
 
 
 def tight(expected: Estimate, room: float) -> str:
-    """A note where sampling could need more than there is; empty where it cannot."""
+    """A note if sampling may need more than there is; otherwise empty."""
     if expected.peak <= room:
         return ""
     return (f"{expected.phase} may need up to {expected.peak / GIB:.1f} GiB and {room / GIB:.1f} "
@@ -96,7 +96,7 @@ def tight(expected: Estimate, room: float) -> str:
 
 
 def in_words(parts: Mapping[str, int]) -> str:
-    """`weights 1.8, logits 0.6` in GiB, the largest first."""
+    """`weights 1.8, logits 0.6` in GiB, largest first."""
     shown = sorted(parts.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {size / GIB:.1f}" for name, size in shown if size > 0.05 * GIB) or (
         ", ".join(f"{name} {size / GIB:.3f}" for name, size in shown[:3]))
@@ -107,11 +107,11 @@ def fit_to_device(settings: Settings, room: float, shape: Shape | None = None, *
     """`fit` for the device that the settings choose.
 
     Args:
-        room: bytes to be had.
-        shape: of the loaded model; unless given what can be known before it is loaded.
+        room: available bytes.
+        shape: of the loaded model; default: what is known before it is loaded.
 
     Returns:
-        The settings as they are and None where the model's shape is not known.
+        Unchanged settings and None if the model's shape is unknown.
     """
     from ..policy.device import choose_device, choose_precision
 
@@ -123,11 +123,11 @@ def fit_to_device(settings: Settings, room: float, shape: Shape | None = None, *
 
 
 def free_memory(device: str) -> int:
-    """Bytes to be had now: of the GPU, or of main memory."""
+    """Available bytes of the GPU, or of main memory."""
     if device == "cuda":
         import torch
 
-        gc.collect()  # what an earlier run of this process left is there for this one
+        gc.collect()  # memory cached by an earlier run of this process is available
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
     import psutil
@@ -136,7 +136,7 @@ def free_memory(device: str) -> int:
 
 
 def room_for(settings: Settings, device: str, processes: int = 1) -> float:
-    """Bytes that a run may plan with: of what is free, and without what vllm will take.
+    """Bytes that a run may plan with, without what vllm will take.
 
     Args:
         processes: of the run that share the device.
@@ -150,7 +150,7 @@ def room_for(settings: Settings, device: str, processes: int = 1) -> float:
 
 
 def container_memory() -> float:
-    """Bytes that the container or batch job may still take; infinite without a limit."""
+    """Bytes that the container or batch job may still use; infinite without a limit."""
     try:
         limit, taken = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         cache = re.search(r"^inactive_file (\d+)$", (CGROUP / "memory.stat").read_text(), re.M)
@@ -160,11 +160,11 @@ def container_memory() -> float:
 
 
 class PeakMemory:
-    """How much memory a run takes at most, from here on.
+    """Measures the peak memory of a run from here on.
 
-    On a GPU it is that of tensors. On a CPU it is the resident memory of the process less what it
-    was here: with libraries that are only now imported, and where something else ran in the same
-    process before, at most that.
+    On a GPU it is the memory of tensors. On a CPU it is the resident memory of the process minus
+    its value here. It includes libraries imported later; after earlier work in the same process it
+    is an upper bound.
     """
 
     def __init__(self, device: str):
@@ -189,7 +189,7 @@ class PeakMemory:
 
 
 def peak_resident() -> int:
-    """The largest resident memory that this process ever had, in bytes."""
+    """The peak resident memory of this process so far, in bytes."""
     import psutil
 
     if not psutil.POSIX:

@@ -1,8 +1,8 @@
-"""How much memory a run needs, by what and in which phase, said before a model is loaded.
+"""An estimate of a run's memory by phase, before a model is loaded.
 
-The sizes follow from the model's shape and the settings, at their caps: every prompt and every
-answer as long as allowed, and no answer that ends early. What a run takes is therefore less, most
-of the time. `benchmarks/memory.py` compares with what is measured where the caps are reached.
+Sizes follow from the model's shape and the settings at their limits: all prompts and answers have
+the maximum length. Most runs need less. `benchmarks/memory.py` compares the estimate with
+measurements at the limits.
 """
 
 from dataclasses import dataclass, replace
@@ -12,19 +12,19 @@ from ..config.settings import Settings
 from .shapes import Shape, shape_of
 
 FULL, HALF = 4, 2  # bytes of a number
-OWN = 48 * 2**20  # of a process on a CPU beside its large tensors: measured, benchmarks/memory.py
-GPU_BLOCK = 2**26  # logits of which tokens are chosen at once (rollouts.py)
+OWN = 48 * 2**20  # of a process on a CPU without its large tensors; measured by benchmarks/memory.py
+GPU_BLOCK = 2**26  # tokens whose logits are in memory when they are chosen (policy/sampling.py)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of a run, {phase: {what: bytes}}; the phases do not overlap."""
+    """Bytes of a run, {phase: {item: bytes}}; phases do not overlap."""
 
     phases: dict[str, dict[str, int]]
 
     @property
     def phase(self) -> str:
-        """The one that needs most."""
+        """The phase that needs most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
@@ -33,9 +33,9 @@ class Estimate:
 
     @property
     def surely(self) -> str:
-        """The update that needs more: it fills its micro-batches, however short the texts are.
+        """The larger of the updates, which fill their micro-batches even with short texts.
 
-        What sampling needs depends on the prompts and on how soon answers end.
+        What sampling needs depends on the prompts and on when answers end.
         """
         return max((name for name in self.phases if "update" in name), key=self.total)
 
@@ -45,12 +45,12 @@ class Estimate:
 
 def estimate(shape: Shape, settings: Settings, precision: str, device: str,
              processes: int = 1) -> Estimate:
-    """What a run needs at its peak, if prompts and answers are as long as the settings allow.
+    """The peak memory of a run whose prompts and answers have the maximum length.
 
     Args:
         shape: of the model.
         settings: with `training.micro_batch_tokens` above 0.
-        precision: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, `bf16`, or `fp16`.
         device: `cuda` or `cpu`.
         processes: that train together.
     """
@@ -97,7 +97,7 @@ def estimate(shape: Shape, settings: Settings, precision: str, device: str,
 def behavior_model(shape: Shape, settings: Settings) -> dict[str, int]:
     """The model that writes PEAR's demonstrations; it is dropped before the first update.
 
-    The policy's own optimizer has no moments yet while this one has, so these count once.
+    The policy's own optimizer has no moments yet when this one has, so they count once.
     """
     if settings.method.section != "pear":
         return {}
@@ -113,14 +113,13 @@ def trains_base(settings: Settings) -> bool:
 
 
 def trained_weights(shape: Shape, settings: Settings) -> int:
-    """How many weights an optimizer moves."""
+    """Number of weights that an optimizer trains."""
     adapter = shape.adapter(settings.model)
     return adapter + shape.parameters * trains_base(settings)
 
 
 def held_weights(shape: Shape, settings: Settings, device: str) -> dict[str, int]:
-    """What is in memory in every phase.
-    """
+    """What is in memory in every phase."""
     model, rl = settings.model, settings.rl
     adapter, trained = shape.adapter(model), trained_weights(shape, settings)
     held = {"weights": FULL * (shape.parameters + adapter), "optimizer": 2 * FULL * trained}
@@ -139,12 +138,12 @@ def held_weights(shape: Shape, settings: Settings, device: str) -> dict[str, int
 
 def update(shape: Shape, settings: Settings, precision: str, device: str, prompt: int,
            length: int, batch: int, groups: bool) -> dict[str, int]:
-    """Memory of an update beside what is held and the gradients.
+    """Memory of an update, without what is always held and the gradients.
 
     Args:
-        prompt, length: tokens of every prompt and of every completion.
+        prompt, length: tokens of every prompt and completion.
         batch: completions of an update.
-        groups: whether several completions share a prompt.
+        groups: whether completions share prompts.
     """
     model, training = settings.model, settings.training
     number = FULL if precision == "fp32" else HALF
@@ -153,24 +152,24 @@ def update(shape: Shape, settings: Settings, precision: str, device: str, prompt
     each = settings.rl.group_size if groups else 1
     everything = batch // each * prompt + batch * length
     tokens = max(prompt + length, min(training.micro_batch_tokens, everything))
-    # What a layer keeps for its backward pass, bytes a token: two norms, attention, feed-forward.
+    # Bytes per token kept for a layer's backward pass: two norms, attention, feed-forward.
     norms = 2 * (2 * FULL * width + number * width)
     attention = (3 * number + (0 if precision == "fp32" else FULL)) * shape.queries + (
         2 * number * shape.queries * (prompt / (prompt + each * length) if groups else 1)
         + (2 * number * shape.keys * (prompt + length) / length if groups else 0))
     layer = norms + attention + 4 * number * wide
-    if model.adapter != "none" and precision != "fp32":  # PEFT hands inputs on in fp32
+    if model.adapter != "none" and precision != "fp32":  # PEFT passes inputs on in fp32
         layer += number * (2 * width + shape.queries + wide)
     at_work = 3 * number * wide + 2 * FULL * width  # gradients inside one layer
     saving = model.gradient_checkpointing
     kept = tokens * layers * (FULL * width if saving else layer)
-    if groups:  # the mask of the scores, once for all layers
+    if groups:  # the attention mask, once for all layers
         kept += shape.heads // shape.key_value_heads * tokens * (prompt + length) * number
     predicted = tokens if not groups else min(tokens, round(
         tokens * each * length / (prompt + each * length)))
     chunk = min(training.logit_chunk_tokens, predicted)
     words = number * shape.embedding if full else 0
-    # Backwards the words come first, then layer after layer, and last the embeddings.
+    # The backward pass starts with the logits, then goes through the layers to the embeddings.
     moments = (
         {"activations": kept + 4 * FULL * predicted * width,
          "logits": 3 * FULL * chunk * shape.vocabulary,
@@ -191,11 +190,11 @@ def update(shape: Shape, settings: Settings, precision: str, device: str, prompt
 
 def sampling(shape: Shape, model: ModelSettings, precision: str, device: str, prompts: int,
              samples: int, prompt: int, length: int) -> dict[str, int]:
-    """Memory of sampling beside what is held: the sampler's copy, the cache, the logits.
+    """Memory of sampling, without what is always held: the sampler's copy, the cache, the logits.
 
     Args:
         prompts, samples: prompts read together, and answers to each.
-        prompt, length: tokens of every prompt and of every answer.
+        prompt, length: tokens of every prompt and answer.
     """
     number = FULL if precision == "fp32" else HALF
     rows, prompt = prompts * samples, -(-prompt // 8) * 8
@@ -223,9 +222,10 @@ def sampling(shape: Shape, model: ModelSettings, precision: str, device: str, pr
 
 
 def columns(length: int, device: str) -> tuple[int, int]:
-    """Columns of the cache of `length` answer tokens, before it grew last and after (0 if never).
+    """Cache columns for `length` answer tokens, before and after it last grew (0 if it never
+    grows).
 
-    While it grows both are in memory (decoding.py).
+    Both are in memory while it grows (policy/decoding.py).
     """
     least = 128 if device == "cuda" else 16
     sizes = [0, 0]

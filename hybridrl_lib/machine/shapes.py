@@ -1,4 +1,4 @@
-"""The sizes of a model's parts, known from its config.json before its weights are."""
+"""The sizes of a model's parts, from its config.json."""
 
 import json
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ class Shape:
 
     Attributes:
         vocabulary, width, layers, heads, key_value_heads, head_size: as in its config.json.
-        feed_forward: width between the two products of a layer's second half.
+        feed_forward: inner width of the feed-forward block.
         tied: whether the embeddings are also the output layer.
-        biases: whether queries, keys and values have one.
+        biases: whether queries, keys, and values have biases.
     """
 
     vocabulary: int
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def linear(self) -> int:
-        """Weights in the linear layers between the embeddings."""
+        """Number of weights in the linear layers between the embeddings."""
         return self.layers * sum(a * b for a, b in self.products.values())
 
     @property
@@ -63,15 +63,15 @@ class Shape:
         return self.linear + biases + norms + self.embedding * (1 if self.tied else 2)
 
     def adapter(self, model: ModelSettings) -> int:
-        """Weights of the adapter that the settings ask for."""
+        """Number of weights of the adapter that the settings ask for."""
         if model.adapter == "none":
             return 0
         return self.layers * model.lora_rank * sum(
             sum(self.products[name]) for name in model.lora_targets if name in self.products)
 
 
-# Shapes of the presets' models, so that they are known before anything is fetched; each is compared
-# with the config.json of the model itself as soon as there is one.
+# Shapes of the presets' models, known before anything is fetched; each is compared with the
+# model's config.json once that exists.
 KNOWN_SHAPES = {
     "Qwen/Qwen2.5-0.5B": Shape(151_936, 896, 24, 14, 2, 64, 4864, True, True),
     "HuggingFaceTB/SmolLM2-135M-Instruct": Shape(49_152, 576, 30, 9, 3, 64, 1536, True, False),
@@ -79,7 +79,7 @@ KNOWN_SHAPES = {
 
 
 def shape_from(config: Mapping[str, Any]) -> Shape | None:
-    """The shape that a config.json (or `config.to_dict()`) describes; None for other models."""
+    """The shape described by a config.json (or `config.to_dict()`); None for other models."""
     try:
         kind, heads = config["model_type"], config["num_attention_heads"]
         if kind not in ("qwen2", "llama"):
@@ -95,9 +95,9 @@ def shape_from(config: Mapping[str, Any]) -> Shape | None:
 
 
 def shape_of(model: ModelSettings) -> Shape | None:
-    """The shape of a model that is not loaded: from its folder, or of one of the presets.
+    """The shape of a model that is not loaded, from its folder or from the presets' models.
 
-    None if only loading it will tell, as with a GGUF file.
+    None if it is unknown before loading, as for a GGUF file.
     """
     if model.path in KNOWN_SHAPES:
         return KNOWN_SHAPES[model.path]

@@ -1,7 +1,7 @@
-"""What a notebook shows: a live view while a run trains, then curves, answers, scores, findings.
+"""What a notebook shows: a live view of training, curves, answers, scores, and findings.
 
-A notebook calls these and holds no work of its own. Whatever a model wrote is data: it is escaped
-before it becomes part of a page.
+Notebooks only call these functions. Text written by a model is escaped before it becomes part of a
+page.
 """
 
 from . import quiet  # noqa: F401  first: the other modules import what it quiets

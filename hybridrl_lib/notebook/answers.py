@@ -1,4 +1,4 @@
-"""What models wrote, as tables. It is data: every piece is escaped."""
+"""Tables of what models wrote, with every piece escaped."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ Rows = Sequence[Mapping[str, object]]
 
 
 def show_completions(record: RunFolder, count: int = 4) -> None:
-    """Shows some of the completions that were sampled in training: the first and the last ones."""
+    """Shows some completions that were sampled in training, the first and the last."""
     rows = record.lines("samples.jsonl")
     if not rows:
         print("No completions were sampled in training: SFT learns from reference solutions.")
@@ -35,7 +35,7 @@ def _ended(text: object, row: Mapping[str, object]) -> str:
 
 
 def show_answers(record: RunFolder, count: int = 4) -> None:
-    """Shows greedy answers to test problems: right and wrong ones of every benchmark, by turns."""
+    """Shows greedy answers to test problems, correct and wrong ones of every benchmark in turn."""
     rows = [row for row in record.lines("eval.jsonl")
             if row["part"] == "test" and row["checkpoint"] == "last"]
     questions = _questions(record)
@@ -52,7 +52,7 @@ def show_answers(record: RunFolder, count: int = 4) -> None:
 
 
 def _questions(record: RunFolder) -> dict[str, str]:
-    """Question by id; empty where the problems cannot be had any more."""
+    """Question by id; empty if the problems are no longer available."""
     try:
         config = record.read("config.json") or {}
         return {p.id: p.question
@@ -63,13 +63,13 @@ def _questions(record: RunFolder) -> dict[str, str]:
 
 def show_tokens(answers: Sequence[Sequence[str]], values: Sequence[Sequence[float]],
                 labels: Sequence[str], largest: float | None = None, digits: int = 2) -> None:
-    """Shows the tokens of some answers with a number under each: blue above 0, orange below.
+    """Shows the tokens of some answers with a number under each; blue is positive, orange negative.
 
     Args:
         answers: the tokens of every answer, as text.
-        values: a number for each of them.
-        labels: what stands before every answer.
-        largest: the number with the strongest color; the largest one unless given.
+        values: a number for each token.
+        labels: a label for every answer.
+        largest: the number with the strongest color; default: the largest one.
     """
     strongest = largest or max((abs(v) for row in values for v in row), default=0.0) or 1.0
     lines = []
@@ -83,7 +83,7 @@ def show_tokens(answers: Sequence[Sequence[str]], values: Sequence[Sequence[floa
 
 def _token(text: str, value: float, strongest: float, digits: int) -> str:
     strength = min(1.0, abs(value) / strongest)
-    color = "0,114,178" if value >= 0 else "213,94,0"  # blue and orange: told apart by everyone
+    color = "0,114,178" if value >= 0 else "213,94,0"  # blue and orange, also for color-blind readers
     number = f"{round(value, digits) + 0.0:.{digits}f}"  # no minus sign before a zero
     return (f'<span style="display:inline-block;text-align:center;margin:1px;padding:1px 4px;'
             f'background:rgba({color},{0.55 * strength:.2f})"><code style="white-space:pre;'

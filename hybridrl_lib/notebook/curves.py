@@ -1,4 +1,4 @@
-"""Curves of one run as it goes on, or from its record: small PNG pictures, no global style."""
+"""Curves of one run, while it trains or from its record, as small PNG figures."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from ..setups import SETUPS
 from ..system.errors import printable
 
 DOTS_PER_INCH = 100
-SMOOTH = 0.9  # of the running mean that is drawn over single steps
+SMOOTH = 0.9  # of the running mean over single steps
 STEPS, PROBE, VALIDATION = "#0072B2", "#D55E00", "#009E73"
 
 Rows = Sequence[Mapping[str, object]]
@@ -33,7 +33,7 @@ def new_panels(height: float = 2.6, columns: int = 1, rows: int = 1, width: floa
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG of some tens of kilobytes."""
+    """The figure as a small PNG."""
     out = io.BytesIO()
     with style():
         figure.savefig(out, format="png", dpi=DOTS_PER_INCH)
@@ -45,12 +45,12 @@ def png(figure: Figure) -> bytes:
 
 
 def show(figure: Figure, alt: str = "A figure") -> None:
-    """Shows a figure as a picture in the notebook."""
+    """Shows a figure in the notebook."""
     display(Image(png(figure), metadata={"alt": alt}))  # IPython 7 has no alt=
 
 
 def plot_run(record: RunFolder) -> None:
-    """Draws what a run wrote down: step log, probe and validation, over epochs."""
+    """Draws a run's step log, probe, and validation over epochs."""
     metrics, probe = record.lines("metrics.jsonl"), record.lines("probe.jsonl")
     if not metrics:
         print("Nothing was trained, so there are no curves.")
@@ -63,17 +63,17 @@ def plot_run(record: RunFolder) -> None:
 
 @style()
 def draw_run(metrics: Rows, probe: Rows, validation: Rows, own_loss: bool = False) -> Figure:
-    """Six panels over epochs, of one run.
+    """Six panels over epochs for one run.
 
     Args:
-        own_loss: whether the method's loss on demonstrations is another than SFT's.
+        own_loss: whether the method's loss on demonstrations differs from SFT's.
     """
     figure, panels = new_panels(4.6, columns=3, rows=2)
     one, two, three, four, five, six = panels.flat
     _steps(one, metrics, "reward", "training, each step")
     _probe(one, probe, "reward", "probe (validation, sampled)")
     _points(one, validation, "strict", "validation (greedy answer, or loss)")
-    finish(one, "reward: share of right answers", floor=True)
+    finish(one, "reward: share of correct answers", floor=True)
     if any("loss/sft" in row for row in metrics):
         _steps(two, metrics, "loss/sft", "training, each step")
         _points(two, validation, "loss", "")
@@ -100,7 +100,7 @@ def draw_run(metrics: Rows, probe: Rows, validation: Rows, own_loss: bool = Fals
 
 @style()
 def draw_live(metrics: Rows, probe: Rows) -> Figure:
-    """Four panels over epochs, quick to draw, for a run that goes on."""
+    """Four panels over epochs, quick to draw, for a run in progress."""
     figure, panels = new_panels(2.3, columns=4, width=9.6)
     if any("reward" in row for row in metrics):
         _steps(panels[0], metrics, "reward", "each step")
@@ -124,7 +124,7 @@ def draw_live(metrics: Rows, probe: Rows) -> Figure:
 
 @style()
 def plot_against(record: RunFolder, other: str) -> None:
-    """Draws a run's probe over that of another setup, same experiment and seed, if it has run."""
+    """Draws a run's probe together with that of another setup of the same experiment and seed."""
     setup, seed = record.path.parent.name, record.path.name
     folders = {setup: record.path, other: record.path.parent.parent / other / seed}
     probes = {name: RunFolder(Path(path)).lines("probe.jsonl") for name, path in folders.items()}
@@ -156,7 +156,7 @@ def column(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Exponential mean without the pull of its start."""
+    """Exponential mean, corrected for its start."""
     mean, weight, result = 0.0, 0.0, []
     for value in values:
         mean = SMOOTH * mean + (1 - SMOOTH) * value
@@ -205,7 +205,7 @@ def _below_zero(panel: Axes) -> bool:
 
 
 def mark_stages(panels: Iterable[Axes], metrics: Rows) -> None:
-    """A dotted line where the second stage starts."""
+    """Adds a dotted line where the second stage starts."""
     stages = [(row["stage"], row["epoch"]) for row in metrics]
     for (stage, epoch), (following, _) in zip(stages, stages[1:], strict=False):
         if stage != following:
@@ -215,7 +215,7 @@ def mark_stages(panels: Iterable[Axes], metrics: Rows) -> None:
 
 
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    """One legend for all panels, below them."""
+    """One legend below all panels."""
     entries = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""What was found, in sentences made from the published tables: no number is written by hand."""
+"""Findings as sentences, made from the published tables; no number is written by hand."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..report.text import NOTHING, code_span, literal, markdown_table, p_text, r
 
 Line = Mapping[str, str]
 
-# The paper's claims that one difference can answer: (claim, first, second, expected sign).
+# The paper's claims that one difference can test: (claim, first, second, expected sign).
 CLAIMS = (
     ("RL alone is worse than SFT", "rl", "sft", -1),
     ("RL after SFT is better than RL alone", "sft_then_rl", "rl", +1),
@@ -25,12 +25,12 @@ CLAIMS = (
 
 
 def show_findings(setup: str, experiment: str = "tiny") -> None:
-    """Says what the published records show about a setup."""
+    """Shows what the published records say about a setup."""
     display(Markdown(findings(setup, published_folder() / experiment)))
 
 
 def findings(setup: str, folder: Path) -> str:
-    """The sentences, as Markdown: scores, then every comparison that begins with the setup."""
+    """The sentences as Markdown: scores, then all comparisons of the setup."""
     scores = [row for row in _lines(folder / "table2.csv") if row["setup"] == setup]
     if not scores:
         return (f"There are no published records of this setup here ({code_span(folder.name)}): "
@@ -71,18 +71,19 @@ def _difference_sentence(row: Line) -> str:
     if float(row["p_holm"]) < SIGNIFICANT:
         verdict = f"**{'better' if size > 0 else 'worse'}** than {second}, beyond chance"
     else:
-        verdict = f"not told apart from {second}"
+        verdict = f"not distinguishable from {second}"
     return (f"    - {first} is {verdict}: {_signed(row)} points, "
             f"{p_said(float(row['p_holm']))} (Holm).")
 
 
 def show_claims(folder: Path) -> None:
-    """Shows the paper's claims beside the differences that an experiment's report measured."""
+    """Shows the paper's claims next to an experiment's measured differences."""
     display(Markdown(claims(Path(folder))))
 
 
 def claims(folder: Path) -> str:
-    """A Markdown table: claim, comparison, what was measured, what it says about the claim."""
+    """A Markdown table: claim, comparison, measured difference, and what it says about the claim.
+    """
     measured = {(row["first"], row["second"], row["benchmark"]): row
                 for row in _lines(folder / "differences.csv") if row["metric"] == "exact_match"}
     rows = []
@@ -112,7 +113,7 @@ def p_said(p_value: float) -> str:
 
 
 def _signed(row: Line) -> str:
-    """The difference with its interval, with the table's own digits."""
+    """The difference with its interval, with the digits of the table."""
     return f"{_plus(row['difference'])} [{_plus(row['ci_low'])}, {_plus(row['ci_high'])}]"
 
 

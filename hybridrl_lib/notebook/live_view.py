@@ -1,4 +1,4 @@
-"""The live view of a run: curves and a few completions while somebody watches, else plain lines."""
+"""The live view of a run: curves and a few completions, or plain lines without an audience."""
 
 import time
 
@@ -11,12 +11,12 @@ from .curves import draw_live, png
 from .place import is_headless
 from .tables import escaped
 
-MOST_SHARE_OF_TIME = 0.05  # that drawing may take from training
+MOST_SHARE_OF_TIME = 0.05  # share of the time that drawing may take
 COMPLETIONS = 4
 
 
 def live(setup: str) -> Observer:
-    """What watches a run of a setup: the live view, or plain lines where nobody looks on."""
+    """The observer of a run: the live view, or plain lines if nobody watches."""
     return Lines(name=setup) if is_headless() else LiveRun(setup)
 
 
@@ -24,9 +24,9 @@ class LiveRun(Observer):
     """Redraws its curves and completions every few seconds, in place.
 
     Args:
-        setup: what its lines begin with.
-        seconds: between two pictures, at least; more where drawing is slow.
-        show: what puts something on the page and returns a handle (`IPython.display.display`).
+        setup: prefix of its lines.
+        seconds: minimum time between drawings; longer if drawing is slow.
+        show: puts something on the page and returns a handle (`IPython.display.display`).
     """
 
     def __init__(self, setup: str, seconds: float = 3.0, show=display):
@@ -67,13 +67,13 @@ class LiveRun(Observer):
         self.samples = [*self.samples, row][-COMPLETIONS:]
 
     def draw(self) -> None:
-        """Puts the newest curves and completions on the page."""
+        """Shows the newest curves and completions."""
         began = time.monotonic()
         try:
             self._put("picture", {"image/png": png(draw_live(self.metrics, self.probe)),
                                   "text/plain": self.status})
             self._put("page", {"text/html": self.html(), "text/plain": self.status})
-        except Exception as error:  # a picture must never end a run of hours
+        except Exception as error:  # drawing must never end a run
             self.note(f"the live view failed ({error!r}) and is off; training goes on")
             self.due = float("inf")
             return
@@ -81,7 +81,7 @@ class LiveRun(Observer):
         self.due = now + max(self.seconds, (now - began) / MOST_SHARE_OF_TIME)
 
     def html(self) -> str:
-        """Where the run stands, the warnings that hold, and the newest completions, as HTML."""
+        """The state of the run, its active warnings, and its newest completions, as HTML."""
         page = f"<p>{escaped(self.status)}</p>" + "".join(
             f"<p><b>{escaped(name)}</b> since {escaped(text)}</p>"
             for name, text in self.warnings.items())

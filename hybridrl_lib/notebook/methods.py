@@ -1,4 +1,4 @@
-"""What a method's notebook shows: its code as it stands in the library, and its own diagnostics."""
+"""What a method's notebook shows: its code in the library, and its diagnostics."""
 
 import inspect
 import textwrap
@@ -16,21 +16,21 @@ MOST_PANELS = 9
 
 
 def show_source(*things: object) -> None:
-    """Shows the code of classes, methods and functions: what runs is what is read."""
+    """Shows the code of classes, methods, and functions."""
     for thing in things:
         display(Markdown(source_of(thing)))
 
 
 def source_of(thing: object) -> str:
-    """The code of a class, method or function as a block of Markdown."""
+    """The code of a class, method, or function as a Markdown block."""
     return f"```python\n{textwrap.dedent(inspect.getsource(thing)).rstrip()}\n```"
 
 
 @style()
 def plot_diagnostics(record: RunFolder, *extra: str) -> None:
-    """Draws the columns that a run's method added to metrics.jsonl, each in a panel over epochs.
+    """Draws the columns that a run's method added to metrics.jsonl, a panel each, over epochs.
 
-    A column that a setting is the limit or target of has that setting as a dashed line.
+    If a setting is a column's limit or target, it is drawn as a dashed line.
 
     Args:
         extra: further columns, such as `lambda/sft`.
@@ -38,7 +38,7 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     metrics = record.lines("metrics.jsonl")
     counts = Counter(key for row in metrics for key, value in row.items()
                      if isinstance(value, int | float))
-    known = {key for key, count in counts.items() if count > 1}  # one point is no curve
+    known = {key for key, count in counts.items() if count > 1}  # one point makes no curve
     config = record.read("config.json")
     setup = SETUPS.get(config["setup"])
     method = setup.method if setup else ""

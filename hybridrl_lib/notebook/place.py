@@ -1,4 +1,4 @@
-"""Where a notebook stands: its preset, whether anyone watches, and the files it writes."""
+"""Where a notebook runs: its preset, whether anyone watches, and the files it writes."""
 
 import os
 from collections.abc import Iterable
@@ -21,10 +21,10 @@ from ..system.errors import printable, show_in_one_sentence
 
 
 def is_headless() -> bool:
-    """Whether nobody watches: then plain lines are shown and no live view.
+    """Whether nobody watches, so that plain lines replace the live view.
 
-    `HYBRIDRL_HEADLESS` decides if it is set (0: somebody watches). Otherwise a test, a CI job and
-    Python without a notebook count as headless.
+    `HYBRIDRL_HEADLESS` decides if it is set (0: somebody watches). Otherwise tests, CI jobs, and
+    Python outside a notebook count as headless.
     """
     said = os.environ.get("HYBRIDRL_HEADLESS", "")
     if said:
@@ -35,10 +35,10 @@ def is_headless() -> bool:
 
 
 def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
-    """Says what the parameters mean here and returns the preset's own name.
+    """Prints what the parameters mean and returns the preset's resolved name.
 
-    It also makes a `UserError` show as its one sentence, gives the notebook's own figures the
-    report's look, and quiets the progress bars of model loading.
+    It also shows a `UserError` as one sentence, gives figures the report's style, and hides the
+    progress bars of model loading.
 
     Raises:
         UsageError: an unknown preset or setting.
@@ -55,18 +55,18 @@ def begin(preset: str, seed: int, experiment: str, settings: str) -> str:
     if changes:
         print("changed: " + "; ".join(changes))
     if smoke_from_environment():
-        print("HYBRIDRL_SMOKE is set: every budget is cut down, and the scores mean nothing.")
+        print("HYBRIDRL_SMOKE is set: budgets are tiny and scores mean nothing.")
     print(f"new records go to {readable(experiment_path(name, experiment))}")
     return name
 
 
 def experiment_path(preset: str, experiment: str = "") -> Path:
-    """The folder of an experiment's new runs, as a path from here where that is short."""
+    """The folder of an experiment's new runs, relative to here if that is shorter."""
     return from_here(experiment_folder(experiment or default_experiment(preset)))
 
 
 def readable(path: Path) -> str:
-    """A path for people: from the project's folder, and without the folders of this machine."""
+    """A path relative to the project's folder, without folders of this machine."""
     full = path.resolve()
     for root, name in ((project_folder(), ""),
                        (Path(os.environ.get("HYBRIDRL_RESULTS_DIR") or "/nowhere").expanduser(),
@@ -77,7 +77,7 @@ def readable(path: Path) -> str:
 
 
 def list_files(*where: RunFolder | Path | Iterable[Path]) -> None:
-    """Names the files that a notebook wrote, with their sizes."""
+    """Lists the files that a notebook wrote, with their sizes."""
     files: list[Path] = []
     for place in where:
         if isinstance(place, RunFolder | Path):
@@ -91,7 +91,7 @@ def list_files(*where: RunFolder | Path | Iterable[Path]) -> None:
 
 
 def _quiet_model_loading() -> None:
-    """No bars of loading, which fill a page; those of downloads stay where somebody watches."""
+    """Hides the progress bars of loading; those of downloads stay if somebody watches."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,4 +1,4 @@
-"""Questions in a notebook: the reader fills in `answer`, a cell says whether it is right."""
+"""Questions in a notebook: the reader sets `answer`, and a cell checks it."""
 
 import math
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from typing import Any
 
 def check(question: str, answer: Any, expected: Any, hint: str = "",
           tolerance: float = 0.005) -> None:
-    """Prints whether the reader's answer is right. It never stops a notebook.
+    """Prints whether the reader's answer is correct. It never stops a notebook.
 
     Args:
         question: what is asked, in a few words.
-        answer: None while the reader has not tried; a number, text, truth value or a list of them.
-        expected: the right answer, of the same kind. Tensors and arrays are taken as lists.
+        answer: None until the reader has tried; a number, text, truth value, or a list of these.
+        expected: the correct answer, of the same kind. Tensors and arrays count as lists.
         hint: shown with a wrong answer.
-        tolerance: numbers may differ by this much, or by this share of the expected number.
+        tolerance: allowed difference of numbers, absolute or relative to the expected one.
     """
     if answer is None:
-        print(f"your turn: {question}. Put your answer in place of None and run the cell again.")
+        print(f"your turn: {question}. Replace None by your answer and run the cell again.")
     elif _same(_plain(answer), _plain(expected), tolerance):
         print(f"right: {question} = {_said(_plain(answer))}")
     else:
@@ -26,7 +26,7 @@ def check(question: str, answer: Any, expected: Any, hint: str = "",
 
 
 def _plain(value: Any) -> Any:
-    """A number, text, truth value or list out of whatever holds one."""
+    """A number, text, truth value, or list from whatever holds one."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

@@ -1,8 +1,4 @@
-"""Imported before anything else: keeps a warning of no use out of notebooks.
-
-Without ipywidgets the progress bars of other libraries say so on import, with a path of this
-machine. No such bar is shown in a notebook of this project.
-"""
+"""Imported first, to hide a warning of other libraries about missing ipywidgets."""
 
 import warnings
 

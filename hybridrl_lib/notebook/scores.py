@@ -1,4 +1,4 @@
-"""How good a run is: scores with intervals beside the base model, why answers fail, signal."""
+"""How good a run is: scores with intervals next to the base model's, failures, and signal."""
 
 from collections import Counter
 from dataclasses import replace
@@ -35,9 +35,9 @@ def show_scores(record: RunFolder) -> None:
              *(table.text(setup, benchmark, metric) for metric in metrics)]
             for benchmark in experiment.benchmarks for setup in reversed(experiment.setups)]
     text = markdown_table(["benchmark", "", *metrics.values()], rows, range(2, 2 + len(metrics)))
-    text += ("\nPercent of the test problems [95 % interval over them" + (
+    text += ("\nPercent of test problems [95 % interval over problems" + (
         "].\n\n" if record.path.parent.name == "base" else
-        "; one seed, so another seed's luck is not in it].\n\n"))
+        "; one seed, so without the variance between seeds].\n\n"))
     comparisons = [c for c in make_comparisons(experiment)
                    if c.metric in (EXACT_MATCH, EXACT_MATCH_LENIENT)]
     text += "".join(
@@ -54,7 +54,7 @@ def show_scores(record: RunFolder) -> None:
 
 
 def _this_run_and_base(record: RunFolder) -> Experiment:
-    """The experiment, cut down to one run and the base model."""
+    """The experiment reduced to one run and the base model."""
     experiment = load_experiment(record.path.parent.parent)
     setup, seed = record.path.parent.name, int(record.path.name.removeprefix("seed-"))
     mine = [run for run in experiment.runs if (run.setup, run.seed) == (setup, seed)]
@@ -64,7 +64,7 @@ def _this_run_and_base(record: RunFolder) -> Experiment:
 
 
 def show_reasons(record: RunFolder) -> None:
-    """Shows on what the strict verdicts of the greedy test answers rest, by benchmark."""
+    """Shows the reasons of the strict verdicts on greedy test answers, by benchmark."""
     counts: dict[str, Counter] = {}
     for row in _test_rows(record):
         counts.setdefault(row["benchmark"], Counter())[row["greedy"].get("reason", "wrong")] += 1
@@ -79,9 +79,9 @@ def show_reasons(record: RunFolder) -> None:
 
 @style()
 def show_signal(record: RunFolder, group_size: int = 8) -> None:
-    """Draws how many of m samples are right, problem by problem, and what that means for RL.
+    """Draws how many of m samples are correct for each problem, and what this means for RL.
 
-    A group has a signal if some of its G answers are right and some wrong
+    A group has a signal if some of its G answers are correct and some wrong
     (`statistics.group_signal`).
     """
     rows = record.lines("eval.jsonl")
@@ -99,7 +99,7 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
         panel.set(xlabel=f"right samples out of {samples}", ylabel="problems")
         for axis in (panel.xaxis, panel.yaxis):  # counts
             axis.set_major_locator(MaxNLocator(integer=True))
-    show(figure, alt="Histogram of right samples a problem; gray: all wrong or all right")
+    show(figure, alt="Histogram of correct samples per problem; gray: all wrong or all correct")
     for line in signal_lines(rows, group_size, "test"):
         print(printable(line))
 

@@ -1,4 +1,4 @@
-"""Tables as HTML with every cell escaped, and the report's tables and pictures."""
+"""Tables as HTML with every cell escaped, and the report's tables and figures."""
 
 import contextlib
 import html
@@ -17,19 +17,16 @@ from ..report.report import make_report
 from ..report.style import style
 from ..system.errors import UserError, printable
 
-LONGEST_TEXT = 900  # characters of one text in a cell; the record on disk has all of it
+LONGEST_TEXT = 900  # characters of a text in a cell; the record has all of it
 WIDEST_PICTURE, COLOURS = 1000, 64  # pixels
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
-# No typesetting inside: an answer's dollar signs are part of it.
+# No typesetting: an answer's dollar signs are part of it.
 PLAIN = 'class="tex2jax_ignore mathjax_ignore"'
 LEFT = 'style="text-align:left;vertical-align:top"'
 
 
 def escaped(text: object) -> str:
-    """Text as HTML that shows exactly this text, whatever a model wrote into it.
-
-    Control characters become signs that stand for them.
-    """
+    """Text as HTML that shows it unchanged; control characters become visible signs."""
     text = printable(text)
     if len(text) > LONGEST_TEXT:
         text = text[:LONGEST_TEXT] + " …"
@@ -37,7 +34,7 @@ def escaped(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Text as HTML in typewriter letters, spaces and dollar signs kept."""
+    """Text as inline code in HTML, with spaces and dollar signs kept."""
     return f'<code {PLAIN} style="white-space:pre-wrap">{escaped(text)}</code>'
 
 
@@ -62,7 +59,7 @@ def _cell(value: object) -> object:
 def write_report(folder: Path, preset: str) -> list[Path]:
     """Writes the report of an experiment without printing it; the notebook shows its parts.
 
-    The published table of the preset stands beside the new one in report.md, if there is one.
+    report.md also shows the preset's published table, if there is one.
 
     Returns:
         The files written.
@@ -79,7 +76,7 @@ def write_report(folder: Path, preset: str) -> list[Path]:
 
 
 def show_table(path: Path) -> None:
-    """Shows a Markdown table that the report wrote, its headings made smaller.
+    """Shows a Markdown table of the report, with smaller headings.
 
     Raises:
         UserError: the report did not write it.
@@ -88,14 +85,14 @@ def show_table(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"There is no {path.name} in {path.parent.name}; make the report first "
                         "(some of its tables need more than one setup).")
-    # The report writes no HTML, so whatever looks like a tag here comes from elsewhere.
+    # The report writes no HTML, so anything that looks like a tag is foreign.
     text = TAG.sub("<\u200b", path.read_text(encoding="utf-8"))
     display(Markdown("\n".join("##" + line if line.startswith("#") else line
                                for line in text.split("\n"))))
 
 
 def show_picture(folder: Path, name: str) -> None:
-    """Draws one of the report's pictures (`report.figures.FIGURES`) from an experiment's records.
+    """Draws a figure of the report (`report.figures.FIGURES`) from an experiment's records.
 
     Raises:
         UserError: the experiment has no finished run.
@@ -105,23 +102,22 @@ def show_picture(folder: Path, name: str) -> None:
     with style():
         figure = FIGURES[name](load_experiment(Path(folder)))
     if figure is None:
-        print(f"Nothing was measured for the picture {name!r}.")
+        print(f"Nothing was measured for the figure {name!r}.")
     else:
         show(figure, alt=f"The report's picture {name}")
 
 
 def say(text: str) -> None:
-    """Prints what a command says but its tables, which are too wide for a page; `show_file` shows
-    those that it wrote."""
+    """Prints a command's output without its tables, which are too wide; `show_file` shows them."""
     if "\n" not in text.strip():
         print(text.strip())
 
 
 def show_file(path: Path) -> None:
-    """Shows a file that a command wrote: a Markdown table, or a picture as PNG.
+    """Shows a file that a command wrote: a Markdown table, or a figure as PNG.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file does not exist.
     """
     path = Path(path)
     if path.suffix == ".md":
@@ -135,8 +131,9 @@ def show_file(path: Path) -> None:
 
 
 def smaller(png: bytes) -> bytes:
-    """A picture no wider than a page; a wider one becomes narrower and has few colors, since a
-    committed notebook has to stay small."""
+    """A figure no wider than a page; a wider one is reduced in size and colors, to keep committed
+    notebooks small.
+    """
     from PIL import Image as Picture
 
     with Picture.open(io.BytesIO(png)) as picture:
@@ -145,14 +142,14 @@ def smaller(png: bytes) -> bytes:
         height = round(picture.height * WIDEST_PICTURE / picture.width)
         shown = picture.convert("RGB").resize((WIDEST_PICTURE, height), Picture.Resampling.LANCZOS)
     found = io.BytesIO()
-    # median cut, the default, would make one color of thin blue and green lines on much white
+    # the default, median cut, merges thin blue and green lines on a white background
     shown.quantize(COLOURS, method=Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE).save(
         found, "PNG", optimize=True)
     return found.getvalue()
 
 
 def show_published(experiment: str, *names: str) -> None:
-    """Shows files of a published experiment, where the repository's results are at hand."""
+    """Shows files of a published experiment, if the repository's results are available."""
     folder = published_folder() / experiment
     if not folder.is_dir():
         print(f"The published results of {experiment} are in the repository, under "

@@ -1,4 +1,4 @@
-"""Whether a run was well while it trained: its warnings, with what to do about them."""
+"""The warnings of a run, with advice."""
 
 from IPython.display import Markdown, display
 
@@ -8,10 +8,10 @@ from ..report.text import literal, markdown_table
 
 
 def show_health(record: RunFolder) -> None:
-    """Lists a run's warnings (`hybridrl_lib/health.py`) by step, or says that there were none."""
+    """Lists a run's warnings (`records/health.py`) by step."""
     metrics = record.lines("metrics.jsonl")
     if not metrics:
-        print("Nothing was trained, so nothing could go wrong in training.")
+        print("Nothing was trained.")
         return
     alarms = replay(metrics, record.lines("probe.jsonl")).alarms
     if not alarms:
@@ -20,4 +20,4 @@ def show_health(record: RunFolder) -> None:
     rows = [[alarm.name, *map(literal, (alarm.steps, alarm.sentence, alarm.advice))]
             for alarm in alarms]
     text = markdown_table(["warning", "steps", "seen when it began", "what to do"], rows)
-    display(Markdown(text + "\nThe first one is nearest to the cause; others may follow from it."))
+    display(Markdown(text + "\nThe first one is closest to the cause; others may follow from it."))

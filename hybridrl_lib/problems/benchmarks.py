@@ -1,4 +1,4 @@
-"""The one table of benchmarks: name -> how to load it."""
+"""The table of benchmarks: name -> how to load it."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .tiny import load_tiny_symbolic, load_tiny_word
 
 
 def _generated(make: Callable[[], list[Problem]]) -> Callable[[], BenchmarkData]:
-    """A loader for problems made by code; their revision is the sha256 of their texts."""
+    """A loader for generated problems; their revision is the sha256 of their texts."""
     def load() -> BenchmarkData:
         problems = tuple(make())
         content = repr([astuple(problem) for problem in problems]).encode()
@@ -36,7 +36,7 @@ def get_benchmark(name: str) -> Benchmark:
     """The benchmark of that name.
 
     Raises:
-        UsageError: there is none; the sentence names the nearest one.
+        UsageError: it does not exist; the message names the nearest one.
     """
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, BENCHMARKS)

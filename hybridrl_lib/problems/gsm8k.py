@@ -1,8 +1,8 @@
-r"""GSM8K: 8,792 word problems of grade school (Cobbe et al. 2021, MIT license).
+r"""GSM8K: 8,792 grade school word problems (Cobbe et al., 2021, MIT license).
 
-A row's `answer` holds steps with calculator notes (`48/2 = <<48/2=24>>24`) and ends with a line
-`#### 72`. The notes are removed and the last line becomes `The answer is \boxed{72}.`, so that one
-answer format serves all benchmarks (a choice of this project; the paper does not say).
+A row's `answer` has steps with calculator notes (`48/2 = <<48/2=24>>24`) and ends with a line
+`#### 72`. The notes are removed and the last line becomes `The answer is \boxed{72}.`, so that all
+benchmarks have one answer format (a choice of this project; the paper does not say).
 """
 
 import re
@@ -20,7 +20,7 @@ THOUSANDS_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3})")
 
 
 def rewrite_solution(row: Row) -> tuple[str, str]:
-    """The solution as SFT learns it, and the gold answer, of one row.
+    """The solution for SFT and the gold answer of a row.
 
     Raises:
         UserError: the row does not end with a line `#### ANSWER`.
@@ -29,8 +29,8 @@ def rewrite_solution(row: Row) -> tuple[str, str]:
     lines = [line.rstrip() for line in answer.splitlines() if line.strip()]
     found = FINAL_LINE.fullmatch(lines[-1]) if lines else None
     if found is None:
-        raise UserError(f"There is no last line '#### ANSWER' in {row.place}; "
-                        "mend or remove that row.")
+        raise UserError(f"The last line '#### ANSWER' is missing in {row.place}; "
+                        "fix or remove that row.")
     gold = THOUSANDS_SEPARATOR.sub("", found[1])
     return "\n".join([*lines[:-1], answer_sentence(gold)]), gold
 

@@ -1,7 +1,7 @@
-r"""MATH-500: 500 competition problems (Hendrycks et al. 2021, chosen by Lightman et al. 2023; MIT).
+r"""MATH-500: 500 competition problems (Hendrycks et al., 2021; Lightman et al., 2023; MIT license).
 
-Solutions stay as they are: they already box their answer, eight of them more than once, and some
-draw a figure in `[asy]`.
+Solutions stay as they are: they box their answers, eight of them more than once, and some draw a
+figure in `[asy]`.
 """
 
 from ..system.errors import UserError
@@ -16,10 +16,10 @@ LEVELS = range(1, 6)
 def load_math500() -> BenchmarkData:
     """All rows, with level and subject; ids such as `math500/test/algebra/841.json`.
 
-    The data set has one file, so it has no test part of its own.
+    The data set has one file, so no test part of its own.
 
     Raises:
-        UserError: see `load_rows`; a row lacks a text, a box or a level of 1 to 5.
+        UserError: see `load_rows`; a row lacks a text, a box, or a level from 1 to 5.
     """
     rows, revision = load_rows(SOURCE)
     problems = []
@@ -27,10 +27,10 @@ def load_math500() -> BenchmarkData:
         solution, level = row.text("solution"), row.values.get("level")
         if "\\boxed" not in solution:
             raise UserError(f"There is no \\boxed{{}} in the solution in {row.place}; "
-                            "mend or remove that row.")
+                            "fix or remove that row.")
         if level not in LEVELS:
             raise UserError(f"There is no level from 1 to 5 in {row.place}; "
-                            "mend or remove that row.")
+                            "fix or remove that row.")
         problems.append(Problem(id=f"math500/{row.text('unique_id')}",
                                 question=row.text("problem").strip(), solution=solution.strip(),
                                 answer=row.text("answer").strip(), benchmark="math500",

@@ -1,4 +1,4 @@
-"""A maths problem and the benchmark that it belongs to: the pair (x, y) of the paper, section 1."""
+"""A math problem and its benchmark: the pair (x, y) of the paper, section 1."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,13 +13,13 @@ class Problem:
     r"""One problem with its reference solution.
 
     Attributes:
-        id: unique over all benchmarks; begins with the benchmark's name.
-        question: what the model is asked, without instruction or template.
-        solution: the text that SFT learns; its answer stands in `\boxed{}`.
+        id: unique over all benchmarks; starts with the benchmark's name.
+        question: without instruction or template.
+        solution: the text that SFT learns, with its answer in `\boxed{}`.
         answer: the gold answer, as text.
-        benchmark: name of the benchmark, a key of `BENCHMARKS`.
-        level: difficulty, 1 the easiest; None where the benchmark has none.
-        subject: kind of problem; None where the benchmark has none.
+        benchmark: a key of `BENCHMARKS`.
+        level: difficulty, from 1 (easiest); None if the benchmark has no levels.
+        subject: kind of problem; None if the benchmark has no subjects.
     """
 
     id: str
@@ -37,8 +37,8 @@ class BenchmarkData:
 
     Attributes:
         problems: in the order of the source.
-        revision: which data this is: a hub revision or the sha256 of the files.
-        official_test: ids of the benchmark's own test part; empty where it has only one file.
+        revision: a hub revision or the sha256 of the files.
+        official_test: ids of the benchmark's own test part; empty if it has only one file.
     """
 
     problems: tuple[Problem, ...]
@@ -51,10 +51,10 @@ class Benchmark:
     """A named set of problems.
 
     Attributes:
-        name: as in `data.benchmarks` and in every record.
+        name: as in `data.benchmarks` and in records.
         title: as in tables and figures.
-        stands_for: the benchmark of the paper whose part a generated one plays; None: a real one.
-        load: reads or generates the problems; raises `UserError` where that is not possible.
+        stands_for: the paper's benchmark that a generated one replaces; None for a real one.
+        load: reads or generates the problems; raises `UserError` if that is impossible.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Benchmark:
 
     @property
     def paper_key(self) -> str:
-        """The benchmark of the paper's column that is printed beside this one."""
+        """The benchmark whose column of the paper is printed next to this one."""
         return self.stands_for or self.name
 
 
@@ -74,9 +74,9 @@ def answer_sentence(answer: str) -> str:
 
 
 def solution_steps(problem: Problem) -> int:
-    """Steps of the reference solution: its lines of text.
+    """Number of steps of the reference solution: its lines of text.
 
-    Figures, blank lines and a line that only states the answer do not count, so a GSM8K solution
+    Figures, blank lines, and a line that only states the answer do not count, so a GSM8K solution
     has as many steps as its source has lines before `####`.
     """
     text = FIGURE.sub("", problem.solution)
@@ -87,7 +87,7 @@ def solution_steps(problem: Problem) -> int:
 
 
 def first_repeated(words: Iterable[str]) -> str | None:
-    """The first word that occurs a second time, or None."""
+    """The first word that occurs twice, or None."""
     seen: set[str] = set()
     for word in words:
         if word in seen:

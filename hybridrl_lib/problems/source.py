@@ -1,6 +1,6 @@
 """Rows of a public data set, from the folder `HYBRIDRL_DATA_DIR` or from the hub.
 
-Both give the same rows in the same order, so the same ids and the same split.
+Both give the same rows in the same order, and so the same ids and splits.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ FOLDER_HINT = (f"set {FOLDER_VARIABLE} to a folder with gsm8k/train.jsonl, gsm8k
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set lives.
+    """Where a data set is.
 
     Attributes:
-        folder: its folder under `HYBRIDRL_DATA_DIR`, with one `<split>.jsonl` a split.
+        folder: its folder under `HYBRIDRL_DATA_DIR`, with one `<split>.jsonl` per split.
         path: its name on the hub.
-        name: its configuration there; None where it has one only.
-        splits: its splits, in the order in which their rows are joined.
-        revision: the commit on the hub that is read, so that the rows never change unseen.
+        name: its configuration there; None if there is only one.
+        splits: its splits, in the order in which they are joined.
+        revision: the commit on the hub, so that the rows never change.
     """
 
     folder: str
@@ -43,8 +43,8 @@ class Row:
 
     Attributes:
         values: column -> value.
-        split: the split (file) it came from.
-        index: its number there, from 0.
+        split: its split (file).
+        index: its number in the split, from 0.
         place: the same in words, for messages.
     """
 
@@ -54,22 +54,22 @@ class Row:
     place: str
 
     def text(self, column: str) -> str:
-        """The text in that column.
+        """The text in a column.
 
         Raises:
-            UserError: there is none, or it is empty.
+            UserError: it is missing or empty.
         """
         value = self.values.get(column)
         if not isinstance(value, str) or not value.strip():
-            raise UserError(f"There is no {column} in {self.place}; mend or remove that row.")
+            raise UserError(f"There is no {column} in {self.place}; fix or remove that row.")
         return value
 
 
 def load_rows(source: Source) -> tuple[list[Row], str]:
-    """All rows of a data set and the revision they have.
+    """All rows of a data set, and their revision.
 
     Raises:
-        UserError: a file is missing or is not JSON lines, or the hub is not reachable.
+        UserError: a file is missing or is not JSON lines, or the hub cannot be reached.
     """
     folder = os.environ.get(FOLDER_VARIABLE, "").strip()
     if folder:

@@ -1,11 +1,11 @@
-"""Training, validation and test parts (paper, section 1: 60 % of each benchmark is for training).
+"""Training, validation, and test parts (paper, section 1: 60 % of each benchmark is for training).
 
-`split: paper` pools all rows of a benchmark and takes 60/40. `split: official` keeps the
-benchmark's own test file as the test part where it has one (GSM8K) and is the same otherwise
-(MATH-500). In both, a tenth of the training part is validation, on which settings are tuned.
+`split: paper` pools all rows of a benchmark and splits them 60/40. `split: official` keeps the
+benchmark's own test file as the test part (GSM8K), or is the same (MATH-500). In both, a tenth of
+the training part is validation, on which settings are tuned.
 
-The order within a part depends on the seed and the ids alone: not on the order of the rows, on
-Python's random numbers or on the other benchmarks.
+The order within a part depends only on the seed and the ids, not on the order of the rows, Python's
+random numbers, or other benchmarks.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ class ProblemParts:
     """The problems of all chosen benchmarks, joined in the order of `data.benchmarks`.
 
     Attributes:
-        train, validation, test: no question is in two of them.
+        train, validation, test: without common questions.
         counts: benchmark -> part -> number of problems.
         revisions: benchmark -> hub revision or sha256 of the data.
-        dropped_duplicates: benchmark -> problems left out since their question came before.
+        dropped_duplicates: benchmark -> number of problems left out because of a repeated question.
     """
 
     train: tuple[Problem, ...]
@@ -45,12 +45,12 @@ class ProblemParts:
 
 
 def normalized(question: str) -> str:
-    """The question without differences of case and spacing: what makes two questions the same."""
+    """The question without differences in case and spacing, for comparing questions."""
     return " ".join(unicodedata.normalize("NFC", question).casefold().split())
 
 
 def without_duplicates(problems: Iterable[Problem], seen: set[str]) -> list[Problem]:
-    """The problems whose question is not in `seen`, which takes up their questions."""
+    """The problems whose question is not in `seen`, to which their questions are added."""
     kept = []
     for problem in problems:
         key = normalized(problem.question)
@@ -61,15 +61,15 @@ def without_duplicates(problems: Iterable[Problem], seen: set[str]) -> list[Prob
 
 
 def shuffled(problems: Iterable[Problem], seed: int) -> list[Problem]:
-    """The problems in an order fixed by the seed: sorted by a checksum of seed and id."""
+    """The problems sorted by a checksum of seed and id."""
     return sorted(problems, key=lambda p: hashlib.sha256(f"{seed}:{p.id}".encode()).digest())
 
 
 def split_benchmark(loaded: BenchmarkData, data: "DataSettings") -> dict[str, list[Problem]]:
-    """The three parts of one benchmark, shuffled, before any limit.
+    """The three parts of one benchmark, shuffled, before limits.
 
     Of two problems with the same question one is left out: with an official test file the one
-    outside it (a test score stays comparable with others'), otherwise the later one.
+    outside it, so that test scores stay comparable; otherwise the later one.
 
     Raises:
         UserError: two problems have the same id.
@@ -94,14 +94,16 @@ def split_benchmark(loaded: BenchmarkData, data: "DataSettings") -> dict[str, li
 
 
 def is_easy_enough(problem: Problem, data: "DataSettings") -> bool:
-    """Whether a problem passes `max_solution_steps` and `max_level` (rules blind to the model)."""
+    """Whether a problem passes `max_solution_steps` and `max_level`, which do not look at the
+    model.
+    """
     if data.max_level is not None and problem.level is not None and problem.level > data.max_level:
         return False
     return data.max_solution_steps is None or solution_steps(problem) <= data.max_solution_steps
 
 
 def in_turn(problems: Iterable[Problem]) -> list[Problem]:
-    """One problem of each benchmark, then the next of each: so a short beginning has them all."""
+    """Problems taken from the benchmarks in turn, so that a short prefix has all benchmarks."""
     of: dict[str, list[Problem]] = {}
     for problem in problems:
         of.setdefault(problem.benchmark, []).append(problem)
@@ -110,14 +112,14 @@ def in_turn(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def load_parts(data: "DataSettings") -> ProblemParts:
-    """Loads, splits, filters and limits the benchmarks of the settings.
+    """Loads, splits, filters, and limits the benchmarks of the settings.
 
-    The filters apply to training and validation problems, never to test problems. Limits come
-    last and cut off the end, so the problems of a smaller limit are among those of a larger one.
+    Filters apply to training and validation problems only. Limits come last and cut off the end, so
+    a smaller limit gives a prefix of a larger one.
 
     Raises:
-        UserError: data that cannot be read, a gold answer that cannot be parsed (with its id), or
-            no training problem left.
+        UserError: data cannot be read, a gold answer cannot be parsed (the message has its id), or
+            no training problem is left.
     """
     limits = {part: getattr(data, f"{part}_limits") or (None,) * len(data.benchmarks)
               for part in PART_NAMES}

@@ -1,11 +1,11 @@
-"""Finding the answer in a completion, and writing it in one canonical way."""
+"""Finds the final answer in a completion and puts it in canonical form."""
 
 import re
 import unicodedata
 from functools import lru_cache
 
 MAX_ANSWER_CHARACTERS = 2_000
-"""A longer answer is unparsable at once: no answer of GSM8K or MATH-500 is a tenth as long."""
+"""Longer answers are unparsable. Those of GSM8K and MATH-500 are less than a tenth as long."""
 
 MAX_BRACE_DEPTH = 40
 
@@ -26,8 +26,7 @@ is not closed goes to the end, which also keeps the search linear."""
 def scan_boxes(text: str) -> tuple[list[str], bool]:
     r"""The contents of all outermost `\boxed{...}` (or `\fbox{...}`), and whether one is unclosed.
 
-    Comments and code are left out. One pass with a stack: 100 kB of opened boxes cost no more
-    than 100 kB of prose.
+    Comments and code are skipped. One pass with a stack, in linear time.
     """
     text = _HIDDEN.sub(" ", text)
     open_groups: list[int | None] = []  # where a box's content starts, None for a plain group
@@ -64,9 +63,8 @@ _LAST_NUMBER = re.compile(
 
 
 def extract_lenient(text: str) -> str | None:
-    """The answer a forgiving reader would take: last box, else last `#### x`, else last number.
-
-    None if the text has none of them (paper.md §2, "lenient").
+    """The answer that a lenient reader takes: last box, else last `#### x`, else last number; or
+    None.
     """
     boxes = extract_boxes(text)
     if boxes:
@@ -95,7 +93,7 @@ _REPLACEMENTS = tuple(
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
         (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:text(?:bf|it|rm|normal)|math(?:rm|bf|it)|mbox)\s*\{", r"\\text{"),
-        (r"\\text\{\s*i\s*\}", "i"),  # an upright imaginary unit is no word
+        (r"\\text\{\s*i\s*\}", "i"),  # an upright imaginary unit is not a word
         (r"\\(?:displaystyle|limits)(?![A-Za-z])", ""),
         (r"\\(?:degree(?![A-Za-z])|deg(?![A-Za-z]))|°|\^\s*\{\s*\\circ\s*\}", r"^\\circ"),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
@@ -123,7 +121,7 @@ _SYMBOLS = str.maketrans(
 def canonical(answer: str) -> str:
     """`answer` without what does not change its meaning: spaces, dollar signs, text wrappers.
 
-    Two answers with the same canonical text are the same answer. Nothing is evaluated here.
+    Answers with the same canonical text are the same. Nothing is evaluated.
     """
     text = answer.strip()
     if len(text) > MAX_ANSWER_CHARACTERS:
@@ -186,15 +184,15 @@ _GROUP_TOKENS = re.compile(r"\\.|[{}]", re.DOTALL)
 def has_foreign_signs(answer: str) -> bool:
     r"""Whether there are letters or digits outside ASCII (in formulas, not in `\text{...}`).
 
-    Python and SymPy take the digits of every script for numbers and a Cyrillic x for a symbol. An
-    answer is written in ASCII and LaTeX; what only looks like it, or reads like it, earns nothing.
+    Python and SymPy read the digits of every script as numbers and a Cyrillic x as a symbol. An
+    answer must be ASCII and LaTeX.
     """
     return not re.sub(r"\\text\{[^{}]*\}", "", canonical(answer)).isascii()
 
 
 @lru_cache(maxsize=65_536)
 def is_malformed(answer: str) -> bool:
-    """Whether no parser can make sense of `answer`, so that no worker need be asked."""
+    """Whether no parser can read `answer`, so that no worker needs to try."""
     if len(answer.strip()) > MAX_ANSWER_CHARACTERS or _FORBIDDEN.search(answer):
         return True
     text = canonical(answer)

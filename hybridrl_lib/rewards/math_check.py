@@ -1,8 +1,8 @@
-"""What runs in a worker process: math-verify on one gold and one answer at a time.
+"""The worker process: math-verify on one gold answer and one answer at a time.
 
 Run as `python -m hybridrl_lib.rewards.math_check`. Each request and each reply is a JSON object
-behind its length in four bytes. The process ends when its input does. It knows no time limit of
-its own (math-verify's work by signals, which some computations ignore): the parent kills it.
+after its length in four bytes. The process ends with its input. It has no time limit of its own,
+since math-verify's signals are ignored by some computations; the parent kills it.
 """
 
 import json
@@ -27,7 +27,7 @@ def write_message(stream: BinaryIO, message: dict[str, Any]) -> None:
 
 
 def read_message(stream: BinaryIO) -> dict[str, Any] | None:
-    """Receive one JSON object; None when the other side has gone."""
+    """Receive one JSON object; None if the other side has closed."""
     header = stream.read(LENGTH.size)
     if len(header) < LENGTH.size:
         return None
@@ -52,7 +52,7 @@ def _parse(answer: str) -> tuple[Any, ...]:
 
 
 def _with_imaginary_unit(expression: Any) -> Any:
-    """`i` as the imaginary unit: math-verify makes different symbols of "5i" and of "5 i"."""
+    """Reads `i` as the imaginary unit; math-verify makes different symbols of "5i" and "5 i"."""
     import sympy
 
     symbols = [s for s in getattr(expression, "free_symbols", ()) if s.name == "i"]
@@ -99,7 +99,7 @@ def _limit_memory(bytes_allowed: int) -> None:
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """Let the system end this process if the parent is no longer there to do it."""
+    """Lets the system end this process if the parent is gone."""
     try:
         import resource
 
@@ -112,7 +112,7 @@ def _limit_processor_time(seconds: float) -> None:
 
 def main() -> None:
     """Answer requests {"gold", "answer", "seconds"} until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     logging.disable(logging.CRITICAL)
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not look like a reply

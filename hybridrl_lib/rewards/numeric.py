@@ -1,4 +1,4 @@
-"""The fast path: verdicts on plain numbers and words, decided exactly and without a worker."""
+"""The fast path: exact verdicts on plain numbers and words, without a worker."""
 
 import re
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from functools import lru_cache
 from .answers import canonical, has_foreign_signs, is_malformed, is_one_group, is_text, words
 
 TOLERANCE = Fraction(1, 10**6)
-"""How far an answer written as a decimal may be off: 0.333333 is 1/3, and 0.33 is not."""
+"""Tolerance for answers written as decimals: 0.333333 is 1/3, and 0.33 is not."""
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number as it was written: its exact value, and whether in decimals or in per cent."""
+    """A number as written: its exact value, and whether it is a decimal or a percentage."""
 
     value: Fraction
     is_decimal: bool = False
@@ -32,7 +32,7 @@ _ALTERNATIVES = frozenset(
      "thirds", "quarter", "quarters", "fourths", "fifths", "sixths", "eighths", "tenths",
      "hundredths", "remainder", "plus", "minus", "times", "not", "over", "more", "less")
 )  # fmt: skip
-"""Words that make another thing of the number before them than so many of something."""
+"""Words that change the meaning of the number before them."""
 
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,3}(?: [0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_INTEGER}\.[0-9]+|{_INTEGER}|\.[0-9]+)"
@@ -80,7 +80,7 @@ def _parse_unsigned(text: str) -> tuple[Fraction, bool] | None:
 
 
 def _split_unit(text: str) -> tuple[str, int] | None:
-    """The number before a unit and what "thousand" and the like multiply it by."""
+    """The number before a unit, and the factor of "thousand" and the like."""
     match = _UNIT.fullmatch(text)
     if not match:
         return text, 1
@@ -95,10 +95,10 @@ def _split_unit(text: str) -> tuple[str, int] | None:
 
 @lru_cache(maxsize=65_536)
 def parse_number(answer: str) -> Number | None:
-    r"""`answer` as a number, or None if it is none, or none for certain.
+    r"""`answer` as a number, or None if it is not certainly one.
 
-    Integers with separators, decimals, `a/b`, `\frac`, mixed numbers, `x = 5`; a currency sign,
-    a unit, degrees and per cent are allowed around them, "3 million" is 3,000,000.
+    Integers with separators, decimals, `a/b`, `\frac`, mixed numbers, and `x = 5`, with a currency
+    sign, a unit, degrees, or percent; "3 million" is 3,000,000.
     """
     text = re.sub(r"^[A-Za-z]=", "", canonical(answer))
     if not re.search(r"[0-9]", text):
@@ -136,7 +136,7 @@ _MEASURES = {
     ))
     for name in names.split()
 }  # fmt: skip
-"""Units that are told apart; any other unit is taken for decoration."""
+"""Units that are compared; others are ignored."""
 
 
 def measures(answer: str) -> set[int]:
@@ -145,7 +145,7 @@ def measures(answer: str) -> set[int]:
 
 
 def _other_measure(gold: str, answer: str) -> bool:
-    """Whether both name a unit and not the same one: 5.4 dollars for 5.4 cents."""
+    """Whether both have a unit, and different ones: 5.4 dollars and 5.4 cents."""
     one, other = measures(gold), measures(answer)
     return bool(one) and bool(other) and one.isdisjoint(other)
 
@@ -182,13 +182,13 @@ _NO_NUMERAL = re.compile(
 _MORE_THAN_ONE = re.compile(
     r"\\text\{[^{}]*(?<!\^)[0-9]|[0-9]\}?_\{?[0-9]|\\[cl]?dots(?![A-Za-z])"
 )
-"""A number in the words beside the answer, in whatever language, or below it, or a list that goes
-on: what math-verify leaves out, and so a place for a second answer."""
+"""A number in words next to or below the answer, or an open list: math-verify ignores these, so
+they could hold a second answer."""
 _EQUALS = re.compile(r"(?<![<>!\\:])=")
 
 
 def _is_another_thing(text: str) -> bool:
-    """Whether `text` (canonical, not a number) is for certain not the one number asked for."""
+    """Whether `text` (canonical, not a number) is certainly not the number asked for."""
     if _ONLY_WORDS.fullmatch(text) or _WITH_VARIABLE.fullmatch(text):
         return True
     if _NO_NUMERAL.fullmatch(text) or _MORE_THAN_ONE.search(text):
@@ -202,8 +202,7 @@ def _is_another_thing(text: str) -> bool:
             re.findall("[a-z]+", text.lower())
         ):
             return True
-    # A sum or a product of numbers is a calculation that was left to the reader. The value is
-    # right, but rewarding "24-7" for 17 teaches a model to stop before the last step.
+    # An unevaluated calculation: rewarding "24-7" for 17 teaches a model to stop too early.
     if _SUM.fullmatch(text):
         operators = re.findall(r"(?<=[0-9)}])(?:[-+*]|\\times|\\cdot|\\div)", text)
         if "+" in operators or "-" in operators or (operators and "^" not in text):
@@ -214,8 +213,8 @@ def _is_another_thing(text: str) -> bool:
 def numbers_equal(gold: str, answer: str) -> bool | None:
     """Whether `answer` is the number `gold`; None if that takes a computer algebra system.
 
-    Exact in fractions; a decimal may be off by `TOLERANCE` (of the gold, if that is below 1).
-    None too if the gold is no plain number.
+    Exact, in fractions; a decimal may be off by `TOLERANCE` (of the gold, if that is below 1). Also
+    None if the gold is not a plain number.
     """
     gold_number = parse_number(gold)
     if gold_number is None:
@@ -270,7 +269,7 @@ def _numerals_equal(gold: str, answer: str) -> bool | None:
 
 
 def _without_article(found: tuple[str, ...]) -> tuple[str, ...]:
-    """ "an ellipse" as "ellipse"; the letter of a choice, "A" or "A, B", is no article."""
+    """"an ellipse" as "ellipse"; the letter of a choice ("A", "A, B") is not an article."""
     if len(found) > 1 and found[0] in ("a", "an", "the") and len(found[1]) > 1:
         return found[1:]
     return found
@@ -278,7 +277,7 @@ def _without_article(found: tuple[str, ...]) -> tuple[str, ...]:
 
 @lru_cache(maxsize=65_536)
 def decide(gold: str, answer: str) -> str | None:
-    """The outcome "right", "wrong" or "unparsable", or None if a worker has to be asked."""
+    """The outcome "right", "wrong", or "unparsable"; None if a worker must be asked."""
     if is_malformed(answer):
         return "unparsable"
     if canonical(gold) == canonical(answer):

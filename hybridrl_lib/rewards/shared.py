@@ -8,9 +8,9 @@ from .verifier import Verdict, Verifier
 
 
 class SharedVerifier:
-    """A verifier whose work is divided: every process verifies some of the answers.
+    """A verifier whose work is divided among the processes of a run.
 
-    A verdict may depend on a time limit, so each is given once, and all processes use it.
+    A verdict may depend on a time limit, so each is computed once and used by all processes.
     """
 
     def __init__(self, own: Verifier):

@@ -1,22 +1,22 @@
-r"""The arithmetic that a solution writes down: which of its equations hold (paper, introduction).
+r"""The arithmetic in a solution: which of its equations hold (paper, introduction).
 
-`rl.reward=answer_and_steps` rewards a right answer only if
+`rl.reward=answer_and_steps` rewards a correct answer only if
 1. no equation of the solution is false, and
-2. if the reference solution reaches its answer by an equation, so does the solution: a true one of
-   its own that has the answer for its value and more in it than a number or a neutral 0 or 1. If
-   the reference has true equations but none with the answer, any such equation will do.
-Without the second rule leaving all equations out would be the safest way to the reward. It asks for
-one equation and not for the reference's number, as one line may hold what the reference writes in
-two. That the numbers in it come from the question is not checked: 66 / 2 = 33 can be made up.
+2. if the reference solution reaches its answer by an equation, so does the solution: by a true one
+   whose value is the answer, and which is more than a number or a neutral 0 or 1. If the reference
+   has true equations but none with the answer, any such equation will do.
+Without rule 2 the safest solution would have no equations. It asks for one equation only, since one
+line may contain what the reference writes in two. Whether its numbers come from the question is not
+checked: 66 / 2 = 33 can be made up.
 
-An equation is what stands on both sides of a `=`, if both are sums, products, quotients or powers
-of numbers; `a = b = c` is two. Units are read over. A decimal may be rounded or cut in its last
-place; 20 % is 0.2 or 20. What cannot be judged is neither true nor false: unknowns, two plain
-numbers, a number in a sentence (shared by 5 friends = 250 / 5 = 50), mixed units (60 minutes = 1
-hour), a false equation beside "dozen" or "million".
+An equation is a `=` whose sides are sums, products, quotients, or powers of numbers; `a = b = c`
+is two. Units are skipped. A decimal may be rounded or cut in its last place; 20 % is 0.2 or 20.
+What cannot be judged counts as neither true nor false: unknowns, two plain numbers, a number in a
+sentence (shared by 5 friends = 250 / 5 = 50), mixed units (60 minutes = 1 hour), a false equation
+next to "dozen" or "million".
 
-Of the reference solutions all of the tiny benchmarks' earn the reward, and 99.2 % of GSM8K's 8,792
-and of MATH-500's. Most that do not hold a slip such as 60 / 3/4 = 80; a few are misread.
+All reference solutions of the tiny benchmarks earn the reward, and 99.2 % of those of GSM8K
+(8,792) and MATH-500. Most of the others contain an error such as 60 / 3/4 = 80; a few are misread.
 """
 
 import re
@@ -71,7 +71,7 @@ class Equation:
 
     Attributes:
         holds: whether it is true.
-        values: what its left side may be (two readings where there is a per cent sign).
+        values: possible values of its left side (two if it has a percent sign).
         shows: whether it is true and has an operation that changes something.
     """
 
@@ -89,7 +89,7 @@ class _Token:
 
 @dataclass
 class _Side:
-    """One side: its value with per cent as hundredths and as plain numbers, and what is in it."""
+    """One side: its value with percent as hundredths and as plain numbers, and what it contains."""
 
     readings: tuple[Fraction, Fraction]
     operations: int
@@ -107,7 +107,7 @@ class _Unreadable(Exception):
 
 @lru_cache(maxsize=4_096)
 def equations(text: str) -> tuple[Equation, ...]:
-    """The equations of a text that can be judged, those of notes first; in linear time."""
+    """The equations of a text that can be judged, those in notes first; in linear time."""
     if "=" not in text:
         return ()
     found = [equation for note in _NOTE.findall(text) for equation in _judged(_tokens(note))]
@@ -115,7 +115,7 @@ def equations(text: str) -> tuple[Equation, ...]:
 
 
 def steps_hold(text: str, solution: str, answer: str) -> bool:
-    """Whether a solution's arithmetic is shown and holds, by the two rules above.
+    """Whether a solution shows correct arithmetic, by the two rules above.
 
     Args:
         text: the completion.
@@ -174,7 +174,7 @@ def _judged(tokens: list[_Token]) -> Iterator[Equation]:
 
 
 def _may_begin(tokens: list[_Token], place: int) -> bool:
-    """Whether a side can begin here: not inside something that cannot be read."""
+    """Whether a side can begin here, not inside something that cannot be read."""
     token = tokens[place]
     before = tokens[place - 1] if place else None
     if token.kind not in ("number", "money") and token.text not in (*_OPEN, "-"):
@@ -218,7 +218,7 @@ def _equal(one: Fraction, other: Fraction, index: int, other_index: int, left: _
 
 
 class _Reader:
-    """Reads one side from a place on, as far as it goes, by recursive descent."""
+    """Reads one side from a place on by recursive descent."""
 
     def __init__(self, tokens: list[_Token], place: int):
         self.tokens, self.begin, self.place, self.depth = tokens, place, place, 0
@@ -230,7 +230,7 @@ class _Reader:
         """The side and the place after it.
 
         Raises:
-            _Unreadable: there is something in it that is no arithmetic.
+            _Unreadable: it contains something that is not arithmetic.
         """
         readings = self.sum()
         token = self.peek()
@@ -295,7 +295,7 @@ class _Reader:
         return value
 
     def money(self) -> None:
-        """Reads over a currency sign, or a formula's dollar."""
+        """Skips a currency sign or a formula's dollar."""
         while (token := self.peek()) is not None and token.kind == "money":
             self.words.append({"$": "dollar", "¢": "cent"}.get(token.text, ""))
             self.take()
@@ -311,7 +311,7 @@ class _Reader:
         return parsed.value, parsed.value
 
     def units(self) -> None:
-        """Reads over the words between a number and what goes on: "12 skeins per hat + "."""
+        """Skips the words between a number and what follows: "12 skeins per hat + "."""
         end, words = self.place, []
         while end < len(self.tokens) and len(words) <= MAX_UNIT_WORDS:
             token, after = self.tokens[end], self.tokens[end + 1:end + 2]

@@ -1,8 +1,8 @@
-"""Verdicts on completions: is the answer the gold answer, strictly and leniently?
+"""Verdicts on completions: whether the answer is the gold answer, strictly and leniently.
 
-Strict, the reward and Table 2: the completion ended with EOS, it has a box, and all its boxes are
-equivalent to the gold. Lenient, reported beside it: the last box, else the last `#### x`, else the
-last number is equivalent to the gold (paper.md §2).
+Strict, for the reward and Table 2: the completion ended with EOS, has a box, and all its boxes are
+equivalent to the gold answer. Lenient, reported in addition: the last box, or else the last `####
+x`, or else the last number, is equivalent to it.
 """
 
 import threading
@@ -20,14 +20,15 @@ REASONS = (
     "right", "wrong", "truncated", "no_box", "conflicting_boxes", "unparsable", "time_out",
 )  # fmt: skip
 MAX_BOXES = 8
-"""A completion with more different boxes than this is guessing, and is not looked at further."""
+"""A completion with more different boxes is guessing and is wrong."""
 
 _CACHE_SIZE = 200_000
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a completion is right, strictly and leniently, and what the strict verdict rests on.
+    """Whether a completion is correct, strictly and leniently, and the reason of the strict
+    verdict.
 
     `reason` is one of `REASONS`; "right" if and only if `strict`.
     """
@@ -39,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a completion claims: the answers the two verdicts depend on."""
+    """The answers in a completion on which the two verdicts depend."""
 
     gold: str
     boxes: tuple[str, ...]  # different ones only; empty if `reason` is already known
@@ -54,16 +55,15 @@ class _Reading:
 class Verifier:
     """Checks completions against gold answers.
 
-    Plain numbers and words are decided here; the rest goes to worker processes, which are started
-    when first needed and killed and replaced when an answer takes longer than `time_limit`
-    seconds. Outcomes are cached. A context manager; may be shared by threads.
+    Plain numbers and words are decided here. The rest goes to worker processes, which are started
+    when first needed, and killed and replaced when an answer takes longer than `time_limit`
+    seconds. Outcomes are cached. A context manager; threads may share it.
 
-    `counts` counts the reasons of all verdicts given, and under "worker_restarts" the processes
-    that had to be replaced.
+    `counts` counts the reasons of all verdicts and, as "worker_restarts", replaced processes.
     """
 
     def __init__(self, workers: int = 1, time_limit: float = 5.0) -> None:
-        """Check with `workers` processes at most and `time_limit` seconds an answer."""
+        """Args: up to `workers` processes, `time_limit` seconds per answer."""
         if workers < 1 or time_limit <= 0:
             raise ValueError("A verifier needs at least one worker and a time limit above 0 s.")
         self.counts: Counter[str] = Counter()
@@ -85,11 +85,15 @@ class Verifier:
     def verify(
         self, golds: Sequence[str], texts: Sequence[str], finished: Sequence[bool]
     ) -> list[Verdict]:
-        """One verdict a completion.
+        """One verdict per completion.
 
-        `golds[i]` is the gold answer, `texts[i]` the completion without its EOS and `finished[i]`
-        whether it ended with EOS. Raises `UserError` for a gold answer that cannot be parsed: it
-        must never count as answered.
+        Args:
+            golds: the gold answers.
+            texts: the completions without their EOS.
+            finished: whether each ended with EOS.
+
+        Raises:
+            UserError: a gold answer cannot be parsed.
         """
         readings = [
             _read(gold, text, bool(ended))
@@ -115,7 +119,7 @@ class Verifier:
             return self._pool.ask([(canonical(gold), canonical(gold))])[0] in ("right", "wrong")
 
     def _settle(self, questions: list[tuple[str, str]]) -> None:
-        """Put the outcome of every (gold, answer) into the cache."""
+        """Puts the outcome of every (gold, answer) into the cache."""
         undecided: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for question in dict.fromkeys(questions):
             if question in self._outcomes:
@@ -167,7 +171,7 @@ def _read(gold: str, text: str, finished: bool) -> _Reading:
 
 
 def _cut(answer: str) -> str:
-    """An answer too long to be parsed stays so, but does not fill the caches."""
+    """Shortens an answer that is too long to be parsed, so that it does not fill the caches."""
     return answer[: MAX_ANSWER_CHARACTERS + 1]
 
 
@@ -181,7 +185,7 @@ _gold_verifier: Verifier | None = None
 
 
 def check_gold(gold: str, problem_id: str) -> None:
-    """Raise a `UserError` that names the problem if its gold answer cannot be parsed."""
+    """Raises a `UserError` that names the problem if its gold answer cannot be parsed."""
     global _gold_verifier
     if _gold_verifier is None:
         _gold_verifier = Verifier(time_limit=10.0)

@@ -1,8 +1,7 @@
-"""Worker processes that can be killed, and the pool that keeps them.
+"""Worker processes that can be killed, and their pool.
 
-Plain `subprocess` and pipes rather than `multiprocessing`: nothing of the calling program is
-imported again, so that it works from a notebook, from a script without a main guard and from
-any thread.
+Uses `subprocess` and pipes, not `multiprocessing`, which would import the calling program again. So
+it works from a notebook, a script without a main guard, and any thread.
 """
 
 import contextlib
@@ -20,15 +19,16 @@ from ..system.paths import PACKAGE
 START_LIMIT_SECONDS = 120.0
 MEMORY_LIMIT_BYTES = 1 << 30
 IDLE_SHARE = 0.1
-"""A worker that computed for less than this share of its time limit was held up by others."""
+"""Below this share of its time limit in processor time, a worker was held up by other processes."""
 _PACKAGE_PARENT = str(PACKAGE.parent)
 
 
 class Worker:
-    """One child process that runs math-verify; started when first asked, replaced when killed."""
+    """One child process that runs math-verify; started on the first question, replaced when killed.
+    """
 
     def __init__(self, time_limit: float, memory_limit: int = MEMORY_LIMIT_BYTES) -> None:
-        """Hold a worker that gets `time_limit` seconds an answer and `memory_limit` bytes."""
+        """Args: `time_limit` in seconds per answer, `memory_limit` in bytes."""
         self.time_limit = time_limit
         self.memory_limit = memory_limit
         self.restarts = 0
@@ -57,18 +57,18 @@ class Worker:
         return "time_out" if self._expired else "unparsable"
 
     def stop(self) -> None:
-        """Kill the process, if any. A process forked from ours leaves our worker alone."""
+        """Kills the process, if any. A process forked from this one leaves the worker alone."""
         process, self.process = self.process, None
         if process is None or os.getpid() != self._owner:
             return
         process.kill()
         process.wait()
         for stream in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # a request that the dead will not read
+            with contextlib.suppress(OSError):  # a request that nobody will read
                 stream.close()
 
     def kill(self) -> None:
-        """End the process from another thread; the one that waits for its reply cleans up."""
+        """Ends the process from another thread; the thread that waits for its reply cleans up."""
         process = self.process
         if process is not None:
             process.kill()
@@ -93,11 +93,11 @@ class Worker:
             )
 
     def _start(self) -> dict | None:
-        """Start a process; what it says when it is ready, None if it died or was killed."""
+        """Starts a process; returns what it says when ready, or None if it died or was killed."""
         environment = dict(os.environ)
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        environment["PYTHONSAFEPATH"] = "1"  # no module of the working directory's gets in
+        environment["PYTHONSAFEPATH"] = "1"  # modules in the working directory must not be imported
         environment["PYTHONHASHSEED"] = "0"  # SymPy's order of terms must not change a verdict
         # In a session of its own, Ctrl-C in the terminal reaches the parent alone.
         apart = (
@@ -116,7 +116,7 @@ class Worker:
         return self._exchange(None, START_LIMIT_SECONDS)
 
     def _exchange(self, request: dict | None, seconds: float) -> dict | None:
-        """Send `request` and wait for the reply; None if the process died or was killed."""
+        """Sends `request` and waits for the reply; None if the process died or was killed."""
         from .math_check import read_message, write_message
 
         with self._lock:
@@ -132,7 +132,7 @@ class Worker:
             return read_message(self.process.stdout)
         except (OSError, ValueError):  # the pipe is broken, or what came is no message
             return None
-        except BaseException:  # Ctrl-C: a late reply must not be taken for the next one's
+        except BaseException:  # Ctrl-C: a late reply must not be taken for the next one
             self.stop()
             raise
         finally:
@@ -149,7 +149,7 @@ class Worker:
 
 
 def processor_seconds(process: subprocess.Popen[bytes] | None) -> float:
-    """How long a process has computed; 0 if it has gone."""
+    """How long a process has computed; 0 if it is gone."""
     import psutil
 
     try:
@@ -160,10 +160,10 @@ def processor_seconds(process: subprocess.Popen[bytes] | None) -> float:
 
 
 class WorkerPool:
-    """As many workers as asked for; a batch of questions goes through all of them at once."""
+    """Workers that share each batch of questions."""
 
     def __init__(self, workers: int, time_limit: float) -> None:
-        """Hold `workers` workers; no process is started before the first question."""
+        """Args: `workers` is their number; no process is started before the first question."""
         self.workers = [Worker(time_limit) for _ in range(workers)]
 
     @property
@@ -203,6 +203,6 @@ class WorkerPool:
         return outcomes
 
     def close(self) -> None:
-        """End all processes; a later question starts them again."""
+        """Ends all processes; a later question starts them again."""
         for worker in self.workers:
             worker.stop()
