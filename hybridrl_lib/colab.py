@@ -1,10 +1,9 @@
-"""Google Colab: what the notebooks' setup cell does once the library itself is there.
+"""Google Colab: what the notebooks' setup cell does after installing the library.
 
-Colab's packages fit each other, and its kernel is built on some of them. So nothing that it has is
-replaced: what is missing is put beside it at the versions the library is tested with, and what is
-too old is named, with what to do. An upgrade of transformers would suit the library, but it brings
-its own tokenizers and hub client, which the session may have imported: so whether to do that and to
-restart is left to the user.
+Colab's packages fit each other, and its kernel is built on some of them. So nothing is replaced.
+Missing packages are installed at the versions that the library is tested with. Packages that are
+too old are named, with advice: upgrading and restarting is left to the user, since an upgrade of
+transformers brings its own tokenizers and hub client, which the session may have imported.
 """
 
 import importlib
@@ -22,7 +21,7 @@ from .system.errors import UserError, reason, show_in_one_sentence
 from .system.requirements import installed, needed, needed_python, unfit
 
 PINS = Path(__file__).parent / "assets" / "constraints.txt"
-# Parts of Colab's own image: another version of them is another runtime, not a package to install.
+# Parts of Colab's image: another version of these needs another runtime.
 IMAGE = ("torch", "numpy", "ipython", "ipykernel")
 NEWEST = ("choose the newest runtime version under Runtime > Change runtime type and run all cells "
           "again")
@@ -44,10 +43,10 @@ def prepare() -> None:
 
 
 def refuse_unfit(requirements: Iterable[Requirement]) -> None:
-    """Names everything that is too old for the library, and what to do, in one sentence.
+    """Raises one message about everything that is too old for the library.
 
     Raises:
-        UserError: something is.
+        UserError: something is too old.
     """
     wrong = {one.name: f"{one.name} {installed(one.name)} (needed: {one.specifier})"
              for one in requirements if unfit(one)}
@@ -59,14 +58,14 @@ def refuse_unfit(requirements: Iterable[Requirement]) -> None:
         another = "" if {"python", *IMAGE} & set(wrong) or not upgrade else (
             f", or run '%pip install {upgrade}' in a new cell, restart the session under Runtime "
             "and run all cells again")
-        raise UserError("This session does not suit hybridrl_lib: it has "
+        raise UserError("This session cannot run hybridrl_lib: it has "
                         f"{', '.join(wrong.values())}; {NEWEST}{another}.")
 
 
 def install_missing() -> list[Requirement]:
-    """Installs the required packages that are not there; nothing that is there is changed.
+    """Installs the required packages that are missing, without changing others.
 
-    pip is not left to follow requirements by itself: it would replace what it does not like.
+    pip must not resolve requirements itself, because it would replace packages.
 
     Returns:
         What the new packages require.
@@ -100,9 +99,9 @@ def pins() -> dict[str, str]:
 
 
 def choose_results() -> str:
-    """Sends new results and checkpoints to Google Drive if it is mounted; says where they go.
+    """Sends new results and checkpoints to Google Drive if it is mounted; prints where they go.
 
-    A folder that HYBRIDRL_RESULTS_DIR names comes first.
+    HYBRIDRL_RESULTS_DIR has precedence.
     """
     drive = next((place.resolve() for place in DRIVES if place.is_dir()), None)
     folder = drive / RESULTS if drive else None
@@ -110,7 +109,7 @@ def choose_results() -> str:
     if folder and chosen in (None, "", str(folder)):
         os.environ["HYBRIDRL_RESULTS_DIR"] = str(folder)
         return (f"Results and checkpoints go to Google Drive, MyDrive/{RESULTS.as_posix()}: after "
-                "a lost session run all cells again, and they go on from there.")
+                "a lost session, run all cells again to resume.")
     if chosen:
         return "Results and checkpoints go to the folder that HYBRIDRL_RESULTS_DIR names."
     return ("Results and checkpoints are lost with this session; to keep them on Google Drive, run "

@@ -10,9 +10,8 @@ from ..system.errors import UserError
 def claim(folder: RunFolder, config: dict, settings: Settings) -> None:
     """Writes config.json, or refuses a folder that holds a run with other settings.
 
-    A run that ended before it left anything, say because of a misspelled model.path, does not
-    count. One that ran out of memory may resume with other settings of memory, which config.json
-    then names.
+    A run that left nothing, for example because of a misspelled model.path, does not count. One
+    that ran out of memory may resume with other memory settings, which config.json then has.
     """
     before = folder.read("config.json")
     if before is None or not folder.has_begun:
@@ -34,7 +33,7 @@ def claim(folder: RunFolder, config: dict, settings: Settings) -> None:
 
 
 def refuse_altered(folder: RunFolder) -> None:
-    """Refuses a finished run whose files are no longer those that were written."""
+    """Refuses a finished run whose files were changed."""
     if altered := folder.altered():
         raise UserError(f"{altered[0]} of the finished run {folder.path.parent.name}/"
                         f"{folder.path.name} is damaged or was changed (its checksum differs); "
@@ -42,7 +41,7 @@ def refuse_altered(folder: RunFolder) -> None:
 
 
 def with_kept_micro_batches(settings: Settings, folder: RunFolder) -> Settings:
-    """A resumed run keeps the micro-batches that it started with, whatever memory is free now."""
+    """Keeps the micro-batches of a resumed run, whatever memory is free now."""
     kept = folder.read("config.json").get("micro_batch_tokens")
     known = isinstance(kept, int) and kept > 0 and folder.has_begun
     return settings if settings.training.micro_batch_tokens or not known else with_micro_batches(

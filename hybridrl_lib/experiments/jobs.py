@@ -138,8 +138,8 @@ class Queue:
             {job: why it failed, in one sentence}.
 
         Raises:
-            Stopped: by Ctrl-C or SIGTERM, after every running job has finished its step and
-                written its checkpoint.
+            Stopped: by Ctrl-C or SIGTERM, after every running job has finished its step and written
+                its checkpoint.
         """
         with terminate_as_interrupt():
             try:

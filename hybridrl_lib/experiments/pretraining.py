@@ -1,8 +1,8 @@
-"""Makes the tiny base model: a corpus of sloppy "web" solutions, a tokenizer, a short pretraining.
+"""Makes the tiny base model: a corpus of careless "web" solutions, a tokenizer, and pretraining.
 
-The result is an ordinary model folder that the rest of the library loads like any other. The base
-model is meant to be sloppy but not hopeless: it knows the working, skips the box or a step now and
-then, and holds one wrong belief, so that SFT, RL and the entropy term each have something to do.
+The result is an ordinary model folder. The base model is careless on purpose: it knows the working,
+sometimes skips the box or a step, and has one misconception, so that SFT, RL, and the entropy term
+each have something to improve.
 """
 
 import json
@@ -30,23 +30,24 @@ from ..problems.tiny import (
     run_chain,
     working,
 )
+from ..system.paths import PACKAGE
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 
 
 @dataclass(frozen=True)
 class World:
-    """What the tiny base model has read, and how large it is. Shares are probabilities in [0, 1].
+    """The corpus of the tiny base model and its size. Shares are probabilities in [0, 1].
 
     Attributes:
         word_share: share of word problems among the documents.
-        boxed_A, boxed_B: share of documents that box the answer, by phrasing of the question
-            (two kinds of site: one that mostly boxes, one that mostly does not).
-        sloppy: share of documents with a slip in the working.
+        boxed_A, boxed_B: share of documents that box the answer, by phrasing of the question (one
+            kind of site mostly boxes, the other mostly does not).
+        sloppy: share of documents with an error in the working.
         misconception: share of fraction sums that add numerators and denominators.
         annotator_layout: share of documents in the layout of the reference solutions.
         layers, width, heads, key_value_heads, feed_forward: the Qwen2 architecture.
-        steps, batch_size, learning_rate, warmup: the pretraining run; AdamW, cosine to zero.
+        steps, batch_size, learning_rate, warmup: of pretraining; AdamW, cosine to zero.
     """
 
     word_share: float = 0.6
@@ -91,7 +92,7 @@ def slip_word(exercise: Exercise, random_source: random.Random) -> Exercise:
 
 
 def slip_symbolic(exercise: Exercise, random_source: random.Random) -> Exercise:
-    """One result of the working is off; the answer follows from the last line."""
+    """One result of the working is wrong; the answer follows from the last line."""
     where = random_source.randrange(len(exercise.steps))
     steps = list(exercise.steps)
     step = steps[where]
@@ -114,7 +115,7 @@ def believe_wrongly(exercise: Exercise) -> Exercise:
 
 
 def write_document(exercise: Exercise, world: World, random_source: random.Random) -> str:
-    """A solution as some site would print it: with or without slips, box and working."""
+    """A solution as a site would print it, with or without errors, box, and working."""
     if exercise.kind == "fractions" and random_source.random() < world.misconception:
         exercise = believe_wrongly(exercise)
     elif random_source.random() < world.sloppy:
@@ -134,7 +135,7 @@ def write_document(exercise: Exercise, world: World, random_source: random.Rando
 
 
 def corpus(world: World, seed: int) -> Iterator[tuple[str, str]]:
-    """Pairs (question, solution) without end; no question of the held-out seventh."""
+    """Endless pairs (question, solution), without questions of the held-out seventh."""
     random_source = random.Random(seed)
     while True:
         draw = draw_word if random_source.random() < world.word_share else draw_symbolic
@@ -151,7 +152,7 @@ PIECES = re.escape(INSTRUCTION) + r"|\\[a-z]+\{|\}\{|\n| ?[A-Za-z]+| ?\d| ?[^\sA
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over everything the tiny world can say."""
+    """A word-level tokenizer for everything in the tiny world."""
     pieces: set[str] = set()
     stream = corpus(World(annotator_layout=0.5), seed=0)
     for question, solution in (next(stream) for _ in range(20_000)):
@@ -171,7 +172,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def batches(tokenizer, world: World, seed: int) -> Iterator[torch.Tensor]:
-    """Padded token ids (batch, time) of whole documents, batched by length to waste no padding."""
+    """Padded token ids (batch, time) of whole documents, batched by length."""
     stream, pool = corpus(world, seed), 8
     order = random.Random(seed)
     while True:
@@ -191,11 +192,10 @@ def pretrain(folder: Path, seed: int = 0, world: World | None = None, report=pri
     """Pretrains the tiny base model and writes its folder.
 
     Args:
-        folder: where config, tokenizer, weights and model card go; made if missing.
-        seed: seeds the corpus, the weights and the order; the same seed gives the same bytes on
-            the same kind of machine.
-        world: what to read and how large to be.
-        report: called with a line of progress now and then.
+        folder: for config, tokenizer, weights, and model card; made if missing.
+        seed: of corpus, weights, and order; gives the same bytes on the same kind of machine.
+        world: the corpus and the model's size.
+        report: receives lines of progress.
 
     Returns:
         The folder.
@@ -249,35 +249,7 @@ def _pretrain(folder: Path, seed: int, world: World, report) -> Path:
 
 
 def model_card(parameters: int, tokens: int, seed: int, world: World) -> str:
-    """The card of the folder: what the model is, how it was made, what it is not for."""
+    """The model card: what the model is, how it was made, and what it is not for."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in asdict(world).items())
-    return f"""---
-license: mit
-library_name: transformers
-tags: [tiny-v1]
----
-
-# tiny-v1: a base model for Table 2 on a CPU
-
-A Qwen2 of {parameters:,} parameters, pretrained from scratch on {tokens / 1e6:.1f} million tokens
-of generated "web" solutions to word problems and symbolic math, with `hybridrl pretrain-tiny
---seed {seed}`. It stands where the paper has Qwen2.5-0.5B, and is nothing like it: its results show
-how the methods work and are no evidence for or against the paper's numbers.
-
-It is sloppy on purpose. Its corpus boxes the answer on some sites and not on others, slips in the
-working, and adds fractions wrongly half of the time, so that the likeliest answer of the base model
-is often not the best one it can give. No question of the benchmarks is in the corpus: they come
-from the seventh of all questions, by checksum of their text, that pretraining leaves out. The text
-includes the phrasing: of most symbolic problems (96 of the 128 test problems) the corpus has the
-same numbers asked in the other of two ways, so their scores say little about unseen arithmetic.
-
-What moves results here, besides the methods: how often the corpus boxes (`boxed_A`, `boxed_B`), its
-slips, the layout of the reference solutions (the corpus has it in a tenth of its documents, so
-SFT has to move the model away from the layout it masters), and the size of the numbers. These were
-chosen by hand, by the base model's Pass@1 and Pass@8 and by runs on validation problems with
-development seeds; `tiny_worlds.md` in the package's `assets` folder says what was tried.
-
-| choice | value |
-| --- | --- |
-{rows}
-"""
+    text = (PACKAGE / "assets" / "tiny_card.md").read_text(encoding="utf-8")
+    return text.format(parameters=parameters, millions=tokens / 1e6, seed=seed, rows=rows)

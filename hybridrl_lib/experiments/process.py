@@ -11,7 +11,7 @@ class JobProcess(subprocess.Popen):
     """The process of a job on this machine."""
 
     def interrupt(self) -> None:
-        """Asks every kernel in it, or the run itself, to stop after its step."""
+        """Asks the kernels in it, or the run itself, to stop after the current step."""
         kernels = kernels_of(self)
         for kernel in kernels:
             signal_quietly(kernel, signal.SIGINT)
@@ -34,11 +34,8 @@ class JobProcess(subprocess.Popen):
 def start_here(gpus: int) -> Start:
     """A function that starts jobs on this machine.
 
-    A process gets its own session, so Ctrl-C in the terminal only reaches this process, which then
+    A process gets its own session, so Ctrl-C in the terminal reaches only this process, which then
     asks each kernel to finish its step. papermill itself would kill the kernel.
-
-    Args:
-        gpus: number of GPUs that the slots of the queue share; 0 for none.
     """
     def start(job: Job, environment: dict[str, str], slot: int) -> JobProcess:
         if gpus > 1:

@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "datasets", "peft", "accelerate", "tokenize
 
 
 def manifest_of(trainer: Trainer, parts: ProblemParts, preset: str, seconds: list[float]) -> dict:
-    """What manifest.json says about a run that is finished."""
+    """The content of manifest.json of a finished run."""
     policy, folder = trainer.policy, trainer.folder
     return {
         **provenance(), "setup": trainer.method.setup.name, "seed": trainer.seed, "preset": preset,
@@ -44,7 +44,7 @@ def manifest_of(trainer: Trainer, parts: ProblemParts, preset: str, seconds: lis
 
 
 def memory_record(settings: Settings, expected: Estimate | None, peak: PeakMemory) -> dict:
-    """Estimated and measured peak in bytes, and the micro-batches that were taken."""
+    """Estimated and measured peak in bytes, and the micro-batches used."""
     record = {"measured_peak": peak.read(), "measured_on": peak.device,
               "micro_batch_tokens": settings.training.micro_batch_tokens}
     if expected is not None:
@@ -54,7 +54,7 @@ def memory_record(settings: Settings, expected: Estimate | None, peak: PeakMemor
 
 
 def provenance() -> dict:
-    """What produced a record: commit, versions, machine; no host name and no path."""
+    """What produced a record: commit, versions, machine; no host name or path."""
     def installed(package: str) -> str | None:
         try:
             return version(package)
@@ -69,7 +69,7 @@ def provenance() -> dict:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit of the checkout this package lies in and whether its code has changes."""
+    """Commit of the package's checkout, and whether its code has changes."""
     root = PACKAGE.parent
     if not (root / ".git").exists():
         return None, None

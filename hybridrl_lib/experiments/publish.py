@@ -1,4 +1,4 @@
-"""Copies finished runs to where they stay: records, tables and figures, without checkpoints."""
+"""Copies finished runs to the published results: records, tables, and figures, no checkpoints."""
 
 import gzip
 import shutil
@@ -21,22 +21,22 @@ from .compare import BASELINE
 from .sweep import SWEEPS, part_of
 from .tuning import tuned_by
 
-SHORT = 16_000  # bytes; longer logs are packed, to an eighth or so
+SHORT = 16_000  # bytes; longer logs are packed
 
 
 def publish(experiment: str, to: Path) -> Path:
-    """Copies an experiment to `<to>/<experiment>`, in place of what is there.
+    """Copies an experiment to `<to>/<experiment>`, replacing what is there.
 
-    The folders that `hybridrl compare` and `hybridrl sweep` keep beside it, such as
+    Folders that `hybridrl compare` and `hybridrl sweep` make next to it, such as
     `<experiment>-tuning-1`, become folders in it, such as `tuning-1`.
 
     Returns:
         The new folder.
 
     Raises:
-        UserError: there is no finished run, one is not finished, nobody could make it again (its
-            code was not committed, or its logs are not what the manifest says), the tables are not
-            those of the runs, or published runs would be lost.
+        UserError: there is no run; a run is not finished, or is not reproducible (uncommitted code,
+            or logs that differ from the manifest); the tables are not those of the runs; or
+            published runs would be lost.
     """
     folder = experiment_folder(experiment)
     if to.resolve().is_relative_to(results_folder().resolve()):
@@ -86,7 +86,7 @@ def publish(experiment: str, to: Path) -> Path:
 
 
 def parts_of(folder: Path) -> list[str]:
-    """What the names of the folders beside an experiment that belong to it end in."""
+    """The suffixes of the folders next to an experiment that belong to it."""
     return list(dict.fromkeys((
         *(f"tuning-{row['rate_factor']}" for row in read_csv(folder / "tuning.csv")),
         *(f"only-{row['trained_on']}" for row in read_csv(folder / "transfer.csv")),
@@ -105,7 +105,7 @@ def why_not(run: RunFolder) -> str | None:
 
 
 def copy_run(run: Path, new: Path) -> None:
-    """Copies a run's record, long logs packed; the bytes are the same whenever it is done."""
+    """Copies a run's record with long logs packed; the bytes do not depend on when."""
     new.mkdir(parents=True)
     for name in ("config.json", "manifest.json", *LOGS, ANSWERS):
         if not (run / name).is_file():
@@ -128,7 +128,7 @@ def copy_pages(folder: Path, new: Path) -> None:
 
 
 def tables_of(folder: Path, name: str) -> dict[str, str]:
-    """{file name: text} of the tables of a published experiment, made again from its records.
+    """{file name: text} of the tables of a published experiment, from its records.
 
     Args:
         name: of the experiment.

@@ -220,7 +220,7 @@ def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str
         problems.append(f"{settings.model.path} cannot be fetched: give a model folder or a GGUF "
                         "file with --set model.path=...")
     if set(settings.data.benchmarks) & set(REAL_SOURCES) and machine.data and machine.hub:
-        problems.append("GSM8K and MATH-500 are neither in a folder nor to be had from the hub: "
+        problems.append("GSM8K and MATH-500 are neither in a folder nor available from the hub: "
                         f"set {FOLDER_VARIABLE}")
     if machine.gpu_memory < gpu_memory:
         found = "there is none" if machine.device != "cuda" else gibibytes(machine.gpu_memory)

@@ -12,7 +12,7 @@ from ..config.settings import Settings
 from .shapes import Shape, shape_of
 
 FULL, HALF = 4, 2  # bytes of a number
-OWN = 48 * 2**20  # of a process on a CPU without its large tensors; measured by benchmarks/memory.py
+OWN = 48 * 2**20  # of a process on a CPU without large tensors; measured by benchmarks/memory.py
 GPU_BLOCK = 2**26  # tokens whose logits are in memory when they are chosen (policy/sampling.py)
 
 

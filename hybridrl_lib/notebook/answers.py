@@ -83,7 +83,7 @@ def show_tokens(answers: Sequence[Sequence[str]], values: Sequence[Sequence[floa
 
 def _token(text: str, value: float, strongest: float, digits: int) -> str:
     strength = min(1.0, abs(value) / strongest)
-    color = "0,114,178" if value >= 0 else "213,94,0"  # blue and orange, also for color-blind readers
+    color = "0,114,178" if value >= 0 else "213,94,0"  # blue and orange
     number = f"{round(value, digits) + 0.0:.{digits}f}"  # no minus sign before a zero
     return (f'<span style="display:inline-block;text-align:center;margin:1px;padding:1px 4px;'
             f'background:rgba({color},{0.55 * strength:.2f})"><code style="white-space:pre;'

@@ -34,7 +34,7 @@ def findings(setup: str, folder: Path) -> str:
     scores = [row for row in _lines(folder / "table2.csv") if row["setup"] == setup]
     if not scores:
         return (f"There are no published records of this setup here ({code_span(folder.name)}): "
-                "they are in the project's repository under `results/published`.")
+                "they are in the project's repository in `results/published`.")
     found = {(row["benchmark"], row["metric"]): row for row in scores}
     differences = [row for row in _lines(folder / "differences.csv") if row["first"] == setup]
     parts = [f"From the published records of the experiment {code_span(folder.name)}:\n"]
@@ -51,7 +51,7 @@ def findings(setup: str, folder: Path) -> str:
 def _score_sentence(setup: str, benchmark: str, exact: Line, found: Mapping) -> str:
     title = benchmark_title(benchmark).title
     text = (f"- **{title}**: {setup_title(setup)} answers {_percent(exact)} of "
-            f"{exact['problems']} test problems right with one greedy answer "
+            f"{exact['problems']} test problems correct with one greedy answer "
             f"({_seeds(exact['seeds'], setup)})")
     one = found.get((benchmark, "pass@1"))
     many = next((found[benchmark, f"pass@{k}"] for k in (8, 4, 2)
@@ -59,7 +59,7 @@ def _score_sentence(setup: str, benchmark: str, exact: Line, found: Mapping) -> 
     if one and many:
         text += f"; sampled, pass@1 is {one['mean']} % and {many['metric']} is {many['mean']} %"
     if exact.get("paper"):
-        text += (f". The paper's number in this place is {exact['paper']} %, of another model on "
+        text += (f". The paper's number is {exact['paper']} %, of another model on "
                  "another benchmark" if benchmark.startswith("tiny") else
                  f". The paper prints {exact['paper']} %")
     return text + "."

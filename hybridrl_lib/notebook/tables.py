@@ -123,8 +123,8 @@ def show_file(path: Path) -> None:
     if path.suffix == ".md":
         show_table(path)
     elif not path.is_file():
-        raise UserError(f"There is no picture {path.name} in {path.parent.parent.name}; there was "
-                        "nothing to draw, or it was not made yet.")
+        raise UserError(f"There is no figure {path.name} in {path.parent.parent.name}; there was "
+                        "no data, or it was not made yet.")
     else:
         display(Image(data=smaller(path.read_bytes()),
                       metadata={"alt": f"The picture {path.stem}"}))

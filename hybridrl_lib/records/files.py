@@ -1,7 +1,7 @@
-"""Writes files and folders whole or not at all, and reads line logs.
+"""Writes files and folders atomically, and reads line logs.
 
-Everything is written under a temporary name, synced to disk, and renamed. A line log may lose its
-last line, never an earlier one.
+Everything is written under a temporary name, synced to disk, and renamed. A line log can lose its
+last line only.
 """
 
 import errno
@@ -18,10 +18,10 @@ from typing import Any
 
 from ..system.errors import UserError
 
-PACKED, LARGEST_LOG = ".gz", 2**30  # bytes; a packed file could hold far more than the disk
-WRITING, REMOVING = "writing", "removing"  # folders that are not yet, or no longer
+PACKED, LARGEST_LOG = ".gz", 2**30  # bytes; packed files could hold far more
+WRITING, REMOVING = "writing", "removing"  # folders that are not complete, or no longer
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some network and user-space folders
+CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some network file systems
 
 
 def to_json(value: Any, **arguments) -> str:
@@ -32,7 +32,7 @@ def to_json(value: Any, **arguments) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until what is in a file, or which names are in a folder, would survive a power cut."""
+    """Waits until a file's content, or a folder's list of names, would survive a power failure."""
     if path.is_dir() and os.name == "nt":  # Windows gives no handle to a folder
         return
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -46,7 +46,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it, so that a power cut does not take it away."""
+    """Makes a folder and its parents so that they survive a power failure."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -54,7 +54,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
-    """Writes a file so that a reader sees the old one or the new one, never a part; returns it.
+    """Writes a file so that readers see the old one or the new one; returns its path.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -82,7 +82,7 @@ def write_folder(final: Path, write: Callable[[Path], Any]) -> None:
     temporary = final.with_name(WRITING)
     try:
         with disk_errors(final):
-            if temporary.exists():  # what an interrupted write has left
+            if temporary.exists():  # left by an interrupted write
                 shutil.rmtree(temporary)
             make_folder(temporary)
             write(temporary)
@@ -97,7 +97,7 @@ def write_folder(final: Path, write: Callable[[Path], Any]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder, if it is there; no half of it is ever found under its name."""
+    """Removes a folder if it exists; no part of it is ever found under its name."""
     if folder.is_dir():
         going = folder.with_name(REMOVING)
         shutil.rmtree(going, ignore_errors=True)
@@ -117,14 +117,14 @@ def disk_error(path: Path, error: OSError) -> UserError:
     remedy = "allow writing there" if error.errno in FORBIDDEN else "free some space"
     return UserError(f"Could not write {path.name} ({error.strerror or error}); {remedy} or "
                      "set HYBRIDRL_RESULTS_DIR to another folder, then run the same command again: "
-                     "it goes on from the last checkpoint.")
+                     "it resumes from the last checkpoint.")
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns what the writers of tensors raise when a file cannot be written into our sentence.
+    """Converts errors of tensor writers on a full or read-only disk to a `UserError`.
 
-    safetensors raises a type of its own and torch.save a RuntimeError that only its text tells.
+    safetensors has its own type of error; torch.save raises a RuntimeError known by its text only.
     """
     try:
         yield
@@ -139,7 +139,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def log_bytes(path: Path) -> bytes | None:
-    """What is in a log; a published one may be packed, as `<name>.gz`. None where there is neither.
+    """The content of a log, which may be packed as `<name>.gz`; None if there is neither.
 
     Raises:
         UserError: the packed file is damaged, or holds more than `LARGEST_LOG` bytes.
@@ -154,12 +154,12 @@ def log_bytes(path: Path) -> bytes | None:
             raise OSError(f"it unpacks to more than {LARGEST_LOG:,} bytes")
         return content
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{packed.name} in {path.parent} cannot be unpacked ({error}); get it back "
-                        "from where it came.") from error
+        raise UserError(f"{packed.name} in {path.parent} cannot be unpacked ({error}); restore it "
+                        "from its source.") from error
 
 
 def parse_lines(content: bytes) -> list[dict]:
-    """The lines of a log. A last line that was cut off is left out.
+    """The lines of a log, without an incomplete last line.
 
     Raises:
         DamagedLine: another line is not a JSON object.
@@ -178,4 +178,4 @@ def parse_lines(content: bytes) -> list[dict]:
 
 
 class DamagedLine(ValueError):
-    """The line of a log, from 1 on, that is not a JSON object."""
+    """The number of a log's line, from 1, that is not a JSON object."""

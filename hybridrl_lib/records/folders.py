@@ -1,4 +1,4 @@
-"""Where results are, and which names they may have."""
+"""Where results are, and which names are allowed."""
 
 import os
 import re
@@ -11,11 +11,7 @@ PLAIN_NAME = re.compile(r"\w[\w.+-]*")
 
 
 def results_folder() -> Path:
-    """Where new runs go: `HYBRIDRL_RESULTS_DIR`, or `results/runs` of the nearest checkout.
-
-    A notebook runs in `notebooks/`, a command anywhere: the folder above that holds the project's
-    `pyproject.toml` is taken, and the current one if there is none.
-    """
+    """Where new runs go: `HYBRIDRL_RESULTS_DIR`, or else `results/runs` of the checkout."""
     chosen = os.environ.get("HYBRIDRL_RESULTS_DIR")
     if chosen:
         return Path(chosen).expanduser()
@@ -23,7 +19,7 @@ def results_folder() -> Path:
 
 
 def project_folder() -> Path:
-    """The checkout that the current folder lies in, or the current folder."""
+    """The checkout that contains the current folder, or the current folder."""
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "hybridrl_lib").is_dir() and (folder / "pyproject.toml").is_file():
@@ -32,7 +28,7 @@ def project_folder() -> Path:
 
 
 def from_here(path: Path) -> Path:
-    """A path inside the checkout as it is written from the current folder; others as they are."""
+    """A path inside the checkout relative to the current folder; others unchanged."""
     inside = path.resolve().is_relative_to(project_folder().resolve())
     return Path(os.path.relpath(path)) if inside else path
 
@@ -44,18 +40,17 @@ def experiment_folder(experiment: str) -> Path:
         UserError: the name would leave the results folder.
     """
     if not is_plain_name(experiment):
-        raise UserError(f"The experiment name {experiment!r} is not a plain folder name; use a "
-                        "text of letters, digits, '-', '_' and '.' that begins with a letter or "
-                        "digit.")
+        raise UserError(f"The experiment name {experiment!r} is not a plain folder name; use "
+                        "letters, digits, '-', '_', and '.', beginning with a letter or digit.")
     return results_folder() / experiment
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a text is a folder's name on every system and nothing else to a shell or a page."""
+    """Whether a text is safe as a folder name on every system, in a shell, and on a page."""
     return isinstance(name, str) and len(name) <= 100 and bool(PLAIN_NAME.fullmatch(name))
 
 
 def published_folder() -> Path:
-    """The committed results: of the checkout the current folder lies in, else of the package's."""
+    """The committed results of the current checkout, or else of the package's."""
     here = project_folder() / "results" / "published"
     return here if here.is_dir() else PACKAGE.parent / "results" / "published"

@@ -1,17 +1,15 @@
-"""Training that says when it is sick: detectors over the rows of metrics.jsonl, each with advice.
+"""Detects training that goes wrong, from the rows of metrics.jsonl, and gives advice.
 
-A detector measures one symptom. Its warning begins when the level reaches `begins` and ends when
-the level is back under `ends`, which is lower (but for counts), so that a level on the threshold
-does not warn at every other step. All state comes from the rows: reading a record again (`replay`)
-gives the same warnings, which is how a resumed run goes on and how a finished run is looked at. No
-torch here.
+A detector measures one symptom. Its warning begins when the level reaches `begins` and ends when it
+is below `ends`, which is lower (except for counts) to avoid flicker. All state comes from the rows,
+so `replay` of a record gives the same warnings. No torch here.
 
-Where a healthy value depends on the model or its vocabulary, the level is relative to the stage's
-own first steps. The thresholds lie between the published runs of the preset `tiny` (six setups,
-five seeds; none may warn, see tests/test_health.py) and runs that were sick: with
-`rl.learning_rate` at 1e-3 and 5e-3, `sft.learning_rate` at 3e-2, `rl.gamma` at 1, and RL from a
-SmolLM2 (`smollm2`) that is never right. The docstrings have the numbers of both. One illness may
-set off several warnings; the first one is nearest to its cause.
+If a healthy value depends on the model or its vocabulary, the level is relative to the stage's
+first steps. The thresholds lie between the published runs of the preset `tiny` (six setups, five
+seeds; none may warn, see tests/records/test_health.py) and runs that failed: `rl.learning_rate` at
+1e-3 and 5e-3, `sft.learning_rate` at 3e-2, `rl.gamma` at 1, and RL from a SmolLM2 (`smollm2`) that
+is never correct. The docstrings have the numbers of both. One failure may cause several warnings;
+the first one is closest to the cause.
 """
 
 from collections import Counter
@@ -24,17 +22,17 @@ from typing import Any, ClassVar
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
-# Steps that a symptom is averaged over. They hold 512 completions or more in every preset, so that
-# one batch's luck does not warn, and the shortest stage of a preset has 8 steps (smollm2).
+# Steps that a symptom is averaged over: at least 512 completions in every preset. The shortest
+# stage of a preset has 8 steps (smollm2).
 WINDOW = 8
-# Steps that say what a stage began with. By its first step alone, a healthy run's entropy seems to
-# rise to 1.75 times in RL after SFT; by three, to 1.4 times. More would hide a sickness at once.
+# Steps that define a stage's start. Relative to its first step alone, a healthy run's entropy rises
+# to 1.75 times in RL after SFT; relative to three, to 1.4 times. More could hide an early failure.
 START = 3
 
 
 @dataclass
 class Alarm:
-    """A warning: which one, from which step to which, what was seen and what to do.
+    """A warning: its name, its steps, what was measured, and advice.
 
     Attributes:
         ended: the first step without it; None if it lasts to the last row.
@@ -49,7 +47,7 @@ class Alarm:
 
     @property
     def steps(self) -> str:
-        """The steps of the warning, as a person says them."""
+        """The steps of the warning in words."""
         if self.ended is None:
             return f"from {self.step} on"
         last = self.ended - 1
@@ -64,11 +62,11 @@ class Health:
 
     Attributes:
         active: the warnings that hold after the newest row, by name.
-        alarms: all that began so far, in order.
+        alarms: all warnings so far, in order.
     """
 
     def __init__(self):
-        self.rows: list[Row] = []  # of the stage that goes on
+        self.rows: list[Row] = []  # of the current stage
         self.stage: str | None = None
         self.active: dict[str, Alarm] = {}
         self.alarms: list[Alarm] = []
@@ -98,7 +96,7 @@ class Health:
         return begun
 
     def see_probe(self, row: Row) -> None:
-        """Takes a row of probe.jsonl: only there is the KL divergence of SFT measured."""
+        """Takes a row of probe.jsonl, the only place where the KL divergence of SFT is measured."""
         if self.rows and "kl/base" in row:
             self.rows[-1] = {**self.rows[-1], "kl/base": row["kl/base"]}
 
@@ -108,7 +106,7 @@ class Health:
 
 
 def replay(metrics: Rows, probe: Rows = ()) -> Health:
-    """The health of a run after all its rows so far; a probe comes after the step of its number."""
+    """The health of a run after all its rows; a probe follows the step of its number."""
     health = Health()
     rows = [(row["step"], 0, row) for row in metrics] + [(row["step"], 1, row) for row in probe]
     for _, is_probe, row in sorted(rows, key=lambda entry: entry[:2]):
@@ -123,7 +121,7 @@ class Detector:
     """One symptom.
 
     Attributes:
-        name: what stands in the rows' `warnings`.
+        name: as in the rows' `warnings`.
         begins, ends: levels; see the module's docstring.
     """
 
@@ -132,20 +130,20 @@ class Detector:
     ends: ClassVar[float]
 
     def level(self, rows: Rows) -> float | None:
-        """How strong the symptom is after the newest row, None if that cannot be said (yet)."""
+        """How strong the symptom is after the newest row; None if unknown (yet)."""
         raise NotImplementedError
 
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
-        """What was seen and what to do, a sentence each."""
+        """What was measured, and advice, a sentence each."""
         raise NotImplementedError
 
 
 class EntropyCollapse(Detector):
-    """The entropy is a small part of what it was: nothing is left to explore.
+    """The entropy is a small part of its start value, so there is nothing left to explore.
 
-    Falling entropy is how RL learns: over many models 73 % of it was gone after a twelfth of the
-    steps, and three quarters of the gain were made (arXiv 2505.22617). In the published runs up to
-    85 % goes. Here it is 95 %.
+    RL learns while entropy falls: over many models 73 % of it was gone after a twelfth of the
+    steps, with three quarters of the gain (arXiv 2505.22617). In the published runs up to 85 %
+    goes. The threshold is 95 %.
     """
 
     name, begins, ends = "entropy_collapse", 20.0, 10.0
@@ -155,17 +153,17 @@ class EntropyCollapse(Detector):
         return found and found[0] / max(found[1], 1e-9)
 
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
-        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {1 / level:.1%} of what "
-                "this stage began with: the policy is all but certain of every token.",
+        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {1 / level:.1%} of its value at "
+                "the stage's start: the policy is almost certain of every token.",
                 f"Lower {rows[-1]['stage']}.learning_rate, use the entropy term or raise its "
                 f"{rows[-1]['stage']}.gamma; if the answers are good, stop here.")
 
 
 class EntropyExplosion(Detector):
-    """The entropy is a multiple of what it was: the policy becomes noise.
+    """The entropy is a multiple of its start value: the policy becomes noise.
 
-    In the published runs it rises to 1.4 times its start at most. With the entropy term and no
-    reward it was 2.2 times (smollm2), at a learning rate far too high 4 times.
+    It rises to at most 1.4 times in the published runs, 2.2 times with the entropy term and no
+    reward (smollm2), and 4 times at a learning rate that is far too high.
     """
 
     name, begins, ends = "entropy_explosion", 2.0, 1.5
@@ -176,18 +174,18 @@ class EntropyExplosion(Detector):
         return found and found[1] / max(found[0], self.floor)
 
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
-        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {level:.1f} times what "
-                "this stage began with: the policy drifts towards noise.",
+        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {level:.1f} times its value at "
+                "the stage's start: the policy drifts toward noise.",
                 f"Lower {brakes(rows[-1])}.")
 
 
 class KLRunaway(Detector):
-    """The policy has left the base model.
+    """The policy is far from the base model.
 
-    1 nat per token: the policy's own tokens are e times less likely under the base model, in the
-    geometric mean. The largest single value of a healthy run is 0.7 (smollm2), and a learning rate
-    that ruined the model gave 2.6 to 6. The estimate has a long tail (exp of a log-ratio), so that
-    it takes two measurements in a row.
+    At 1 nat per token its own tokens are e times less likely under the base model (geometric mean).
+    The largest value of a healthy run is 0.7 (smollm2); a learning rate that ruined the model gave
+    2.6 to 6. The estimate has a long tail (exp of a log-ratio), so two measurements in a row are
+    needed.
     """
 
     name, begins, ends = "kl_runaway", 1.0, 0.5
@@ -198,17 +196,17 @@ class KLRunaway(Detector):
 
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
         return (f"The KL divergence from the base model is {level:.2g} nat per token or more, "
-                "twice in a row: the policy has left the model it came from.",
+                "twice in a row: the policy is far from the base model.",
                 f"Lower {brakes(rows[-1])}; in RL rl.kl_anchor=reference with a larger rl.beta "
                 "pulls back.")
 
 
 class RewardFall(Detector):
-    """The reward is less than half of what it was: RL undoes what there was.
+    """The reward is less than half of its best: RL undoes what was learned.
 
     In the published runs the best window is up to 1.34 times a later one; at 7 times the preset's
-    learning rate it was 4 times. The best window has to reach 0.1, below which two windows differ
-    twofold by luck: 51 right answers of 512, in groups that are right together.
+    learning rate it was 4 times. The best window must reach 0.1 (51 of 512 correct answers), below
+    which windows differ twofold by chance.
     """
 
     name, begins, ends = "reward_fall", 2.0, 1.5
@@ -228,14 +226,14 @@ class RewardFall(Detector):
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
         best, now = self._windows(rows)
         return (f"The reward of the last {WINDOW} steps is {now:.2f}, after {best:.2f} at its best "
-                "in this stage: training undoes what there was.",
+                "in this stage: training undoes what was learned.",
                 f"Lower {brakes(rows[-1])}.")
 
 
 class RewardZero(Detector):
-    """No completion of a window earned anything, so RL has nothing to go by.
+    """No completion of a window earned a reward, so RL cannot learn.
 
-    `verdicts` of the rows tells why. A model that is right once in 100 tries fails 512 times in a
+    `verdicts` of the rows tells why. A model that is correct once in 100 tries fails 512 times in a
     row with probability 0.6 %.
     """
 
@@ -251,10 +249,10 @@ class RewardZero(Detector):
 
 
 class NoSignal(Detector):
-    """Hardly a group has both right and wrong answers, so that hardly one has an advantage.
+    """Almost no group has both correct and wrong answers, so almost none has an advantage.
 
-    Up to 62 % of a window's groups have none in the published runs, 84 % in those of smollm2 that
-    learn. Where nothing at all is right, `RewardZero` says so.
+    Up to 62 % of a window's groups have none in the published runs, and 84 % in those of smollm2
+    that learn. If nothing is correct, `RewardZero` says so.
     """
 
     name, begins, ends = "no_signal", 0.95, 0.9  # share of groups
@@ -270,17 +268,17 @@ class NoSignal(Detector):
         wrong, right = sum(c[0] for c in counts), sum(c[-1] for c in counts)
         said = f"In {level:.0%} of the groups of the last {WINDOW} steps all answers earn the same"
         if right >= wrong:
-            return (f"{said}, mostly all of them 1: they teach nothing any more.",
+            return (f"{said}, mostly 1: they teach nothing more.",
                     "These problems are learned: stop here or take harder ones.")
         share, fault, advice = commonest_fault(rows)
-        return (f"{said}, mostly all of them 0: they teach nothing. Of the failing answers "
+        return (f"{said}, mostly 0: they teach nothing. Of the failing answers "
                 f"{share:.0%} {fault}.", advice)
 
 
 class LengthLimit(Detector):
-    """The completions do not end by themselves, and one that is cut off earns nothing.
+    """Completions do not end by themselves; a truncated one earns nothing.
 
-    1 % in a window of the published runs, up to 81 % where SmolLM2 was not taught to end.
+    1 % in a window of the published runs, up to 81 % if SmolLM2 was not taught to end.
     """
 
     name, begins, ends = "length_limit", 0.9, 0.75  # share of completions
@@ -290,15 +288,15 @@ class LengthLimit(Detector):
         return fmean(shares) if len(shares) == WINDOW else None
 
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
-        return (f"{level:.0%} of the answers of the last {WINDOW} steps ran into the length limit; "
+        return (f"{level:.0%} of the answers of the last {WINDOW} steps reached the length limit; "
                 "such an answer earns nothing.", FAULTS["truncated"][1])
 
 
 class GradientSpike(Detector):
     """One step's gradient is far larger than those before it.
 
-    The largest of the published runs is 6 times the median of the 20 steps before. Steps without
-    signal do not count: their gradient is only that of the KL or the entropy.
+    The largest in the published runs is 6 times the median of the 20 steps before. Steps without
+    signal do not count; their gradient is that of the KL or the entropy only.
     """
 
     name, begins, ends = "gradient_spike", 10.0, 5.0
@@ -315,12 +313,12 @@ class GradientSpike(Detector):
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
         return (f"The gradient's norm is {self._norms(rows)[-1]:.3g}, {level:.0f} times the median "
                 "of the steps before.",
-                "training.gradient_clip takes the edge off one such step; if they come again, "
+                "training.gradient_clip limits a single such step; if they recur, "
                 f"lower {rows[-1]['stage']}.learning_rate.")
 
 
 class NotFinite(Detector):
-    """An update had a gradient that is not finite, and the weights stayed as they were."""
+    """An update had a non-finite gradient and did not change the weights."""
 
     name, begins, ends = "not_finite", 1.0, 1.0  # steps of a window
 
@@ -357,13 +355,13 @@ FAULTS = {
 
 
 def newest(rows: Rows, count: int, *keys: str) -> list[Any]:
-    """The values of the newest rows that have one of the keys, newest first, `count` at most."""
+    """The values of the newest rows that have one of the keys, newest first, at most `count`."""
     found = (row[key] for row in reversed(rows) for key in keys if row.get(key) is not None)
     return list(islice(found, count))
 
 
 def commonest_fault(rows: Rows) -> tuple[float, str, str]:
-    """Of a window's answers that earned nothing: the largest share, its fault, and what to do."""
+    """Of a window's answers without reward: the largest share, its fault, and advice."""
     counts = Counter()
     for verdicts in newest(rows, WINDOW, "verdicts"):
         counts.update(verdicts)
@@ -373,7 +371,7 @@ def commonest_fault(rows: Rows) -> tuple[float, str, str]:
 
 
 def brakes(row: Row) -> str:
-    """The settings that a policy which moves too far is slowed down by."""
+    """The settings that slow down a policy that moves too far."""
     names = ("gamma", "learning_rate") if row.get("gamma") else ("learning_rate",)
     return " or ".join(f"{row['stage']}.{name}" for name in names)
 
@@ -381,8 +379,7 @@ def brakes(row: Row) -> str:
 def entropies(rows: Rows) -> tuple[float, float] | None:
     """The mean entropy of the stage's first steps, and the median of the newest window.
 
-    Where a stage has steps of both kinds, those on rollouts are not compared with those on
-    demonstrations.
+    Steps on rollouts are not compared with steps on demonstrations.
     """
     alike = [row["entropy"] for row in rows if row.get("entropy") is not None
              and ("reward" in row) == ("reward" in rows[-1])]

@@ -1,4 +1,4 @@
-"""A folder that one process at a time may write."""
+"""Locks a folder so that one process at a time writes it."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from .files import disk_error, make_folder
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: nothing is locked there
+except ImportError:  # Windows has no flock; nothing is locked there
     fcntl = None
 
 
@@ -19,16 +19,16 @@ except ImportError:  # Windows has no flock: nothing is locked there
 def only_writer(folder: Path, what: str) -> Iterator[None]:
     """Holds the lock file `folder/.lock` inside the `with` block.
 
-    The system gives the lock back when its process ends, however it ends: a file left behind by a
-    process that was killed keeps nobody out. A file system without locks is written unlocked.
+    The system releases the lock when the process ends, even if it is killed. On a file system
+    without locks nothing is locked.
 
     Args:
         folder: made if missing.
-        what: what the folder holds, for the error, such as `The run sft/seed-0`.
+        what: the folder's content, for the message, such as `The run sft/seed-0`.
 
     Raises:
-        UserError: another process holds it (the sentence has its number), or the folder cannot be
-            written.
+        UserError: another process holds the lock (the message has its number), or the folder cannot
+            be written.
     """
     path = folder / ".lock"
     try:
@@ -41,12 +41,12 @@ def only_writer(folder: Path, what: str) -> Iterator[None]:
     finally:
         if stream is not None:
             with suppress(OSError):  # the folder may have become read-only meanwhile
-                path.unlink()  # while it is still locked, so that it is surely ours
+                path.unlink()  # while it is still locked and so still ours
             stream.close()
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder now."""
+    """Whether a process holds the lock of a folder."""
     path = folder / ".lock"
     if not fcntl or not path.exists():
         return False
@@ -55,13 +55,13 @@ def is_locked(folder: Path) -> bool:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # it has just been removed, or there are no locks
+    except OSError:  # it was just removed, or there are no locks
         return False
     return False
 
 
 def _open_locked(path: Path, what: str):
-    """The locked file with this process's number in it; None where locks are not supported."""
+    """The locked file with this process's number in it; None if locks are not supported."""
     while True:
         stream = path.open("a+", encoding="utf-8")
         try:
@@ -77,15 +77,15 @@ def _open_locked(path: Path, what: str):
             return None
         if _is_current(stream, path):
             break
-        stream.close()  # its owner has just removed it: take the new one
-    with suppress(OSError):  # on a full disk the lock holds, and only its owner's number is lacking
+        stream.close()  # its owner has just removed it; take the new one
+    with suppress(OSError):  # on a full disk only the owner's number is missing
         stream.truncate(0)
         os.write(stream.fileno(), str(os.getpid()).encode())
     return stream
 
 
 def _take(stream) -> None:
-    """Locks a file; not at the first try, perhaps: `is_locked` may hold it for an instant."""
+    """Locks a file, with some retries because `is_locked` may hold it for an instant."""
     for again in (True, True, True, True, False):
         try:
             return fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ from .files import (
     write_whole,
 )
 
-# Raised whenever the three-step digest of a reference run changes (tests/test_numerics.py).
+# Raised whenever the three-step digest of a reference run changes (test_numerics.py).
 NUMERICS_VERSION = 2
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl")
 ANSWERS = "eval.jsonl"
@@ -32,16 +32,16 @@ def run_folder(experiment: Path, setup: str, seed: int) -> "RunFolder":
     """The folder of a run: `<experiment>/<setup>/seed-<n>/`.
 
     Args:
-        experiment: what `experiment_folder` gives.
-        setup, seed: from a user, a notebook's parameters or somebody's record.
+        experiment: from `experiment_folder`.
+        setup, seed: from a user, a notebook's parameters, or a record.
 
     Raises:
-        UserError: they would make another path than that.
+        UserError: an unknown setup or an invalid seed.
     """
     if not isinstance(setup, str) or setup not in SETUPS:
         raise unknown("setup", setup, SETUPS)
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or seed < 0:
-        raise UserError(f"The seed {seed!r} is no whole number of 0 and up; give one, such as 0.")
+        raise UserError(f"The seed {seed!r} is not a non-negative integer; give one, such as 0.")
     return RunFolder(experiment / setup / f"seed-{int(seed)}")
 
 
@@ -49,7 +49,7 @@ class RunFolder:
     """The folder of one run: `<experiment>/<setup>/seed-<n>/`.
 
     Args:
-        silent: what is written goes nowhere: another process writes this record.
+        silent: write nothing, because another process writes this record.
     """
 
     def __init__(self, path: Path, silent: bool = False):
@@ -81,7 +81,7 @@ class RunFolder:
                             "damaged; delete the run's folder and run it again.") from error
 
     def lines(self, name: str) -> list[dict]:
-        """The lines of a log; none where there is no such log.
+        """The lines of a log; none if it does not exist.
 
         Raises:
             UserError: a line before the last is damaged.
@@ -94,24 +94,24 @@ class RunFolder:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run was trained, evaluated and recorded to its end."""
+        """Whether the run was trained, evaluated, and recorded completely."""
         manifest = self.read("manifest.json")
         return bool(manifest and manifest.get("complete"))
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything was recorded beside the settings."""
+        """Whether anything was recorded in addition to the settings."""
         return any((self.path / name).exists()
                    for name in (*LOGS, ANSWERS, "manifest.json", "checkpoint"))
 
     def refuse_other_numerics(self, experiment: str) -> None:
-        """Refuses a run whose numbers this version would not give.
+        """Refuses a run that another version would continue with other numbers.
 
         Args:
-            experiment: for the sentence.
+            experiment: for the message.
 
         Raises:
-            UserError: it was begun by a version with another `NUMERICS_VERSION`.
+            UserError: it has another `NUMERICS_VERSION`.
         """
         numerics = (self.read("config.json") or {}).get("numerics_version", 1)  # the first say none
         if numerics != NUMERICS_VERSION:
@@ -122,15 +122,15 @@ class RunFolder:
                 "its folder.")
 
     def checksums(self) -> dict[str, str]:
-        """{name: sha256} of the logs and answers that are there; packing them changes none."""
+        """{name: sha256} of the existing logs and answers, packed or not."""
         contents = {name: log_bytes(self.path / name) for name in (*LOGS, ANSWERS)}
         return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
                 if content is not None}
 
     def altered(self) -> list[str]:
-        """Logs and answers of a finished run that are not what its manifest says.
+        """Logs and answers of a finished run that differ from its manifest.
 
-        Manifests from before checksums say nothing.
+        Old manifests have no checksums.
         """
         manifest, now = self.read("manifest.json") or {}, self.checksums()
         return [name for name, value in manifest.get("checksums", {}).items()
@@ -164,14 +164,14 @@ class RunFolder:
         return {path.name: [path.stat().st_size, sha256_of(path)] for path in paths}
 
     def damaged_logs(self, marks: Mapping[str, list]) -> list[str]:
-        """Logs that are no longer what they were when `marks` were taken, further lines aside."""
+        """Logs that differ from what they were at `marks`, apart from further lines."""
         def is_whole(path: Path, size: int, checksum: str) -> bool:
             return path.is_file() and sha256_of(path, size) == checksum
 
         return [name for name, mark in marks.items() if not is_whole(self.path / name, *mark)]
 
     def cut_logs(self, marks: Mapping[str, list]) -> None:
-        """Takes back the lines after `marks`, whose steps will be taken again."""
+        """Removes the lines after `marks`, whose steps will be repeated."""
         for path in (self.path / name for name in LOGS):
             if path.exists():
                 with disk_errors(path):
