@@ -3,9 +3,9 @@ r"""Agreement of our verifier, and of math-verify alone, with the labels of `dat
     python tests/verdict_report.py            # prints the page and every disagreement
     python tests/verdict_report.py --write    # also writes data/verdicts.md
 
-A row of the corpus has `category`, `gold`, `answer` (what stands in the only box) or `completion`
-(a whole text), `right` (the strict verdict of a careful grader), and where they apply `finished`
-(false: no EOS), `rule` (the convention the label rests on), `known` (why we disagree) and `source`.
+A row of the corpus has `category`, `gold`, `answer` (the content of the only box) or `completion`
+(a whole text), `right` (the strict verdict of a careful grader), and optionally `finished` (false: no
+EOS), `rule` (the convention of the label), `known` (why we disagree), and `source`.
 """
 
 import json
@@ -72,9 +72,9 @@ def completion(row: dict[str, Any]) -> str:
     return row["completion"] if "completion" in row else rf"\boxed{{{row['answer']}}}"
 
 
-def our_verdicts(rows: Sequence[dict[str, Any]]) -> list[bool]:
-    """Our strict verdict on each row."""
-    with Verifier(workers=2, time_limit=SECONDS_AN_ANSWER) as verifier:
+def our_verdicts(rows: Sequence[dict[str, Any]], seconds: float = SECONDS_AN_ANSWER) -> list[bool]:
+    """Our strict verdict on each row; `seconds` is the time limit per answer."""
+    with Verifier(workers=2, time_limit=seconds) as verifier:
         verdicts = verifier.verify(
             [row["gold"] for row in rows], [completion(row) for row in rows],
             [row.get("finished", True) for row in rows],
@@ -83,10 +83,10 @@ def our_verdicts(rows: Sequence[dict[str, Any]]) -> list[bool]:
 
 
 def math_verify_verdicts(rows: Sequence[dict[str, Any]]) -> list[bool]:
-    """What math-verify says of each row by itself, as its own README calls it.
+    """What math-verify says about each row, called as in its README.
 
-    In a process that is killed when a row takes `SECONDS_AN_ANSWER`: not every computation heeds
-    the signal that math-verify sends. That row counts as not right.
+    In a process that is killed if a row takes `SECONDS_AN_ANSWER`, because some computations ignore
+    the signal that math-verify sends. Such a row counts as wrong.
     """
     verdicts: list[bool] = []
     while len(verdicts) < len(rows):
@@ -117,7 +117,7 @@ def math_verify_verdicts(rows: Sequence[dict[str, Any]]) -> list[bool]:
 
 
 def answer_as_math_verify() -> None:
-    """The other side of `math_verify_verdicts`: a verdict a line, until the input ends."""
+    """The process of `math_verify_verdicts`: one verdict per line, until the input ends."""
     import logging
     import resource
 
@@ -137,7 +137,7 @@ def answer_as_math_verify() -> None:
 
 
 def disagreements(rows: Sequence[dict[str, Any]], verdicts: Sequence[bool]) -> list[str]:
-    """One line a row whose verdict is not its label; false accepts first."""
+    """One line per row whose verdict is not its label; false accepts first."""
     lines = []
     for row, verdict in zip(rows, verdicts, strict=True):
         if verdict != row["right"]:
@@ -151,7 +151,7 @@ def disagreements(rows: Sequence[dict[str, Any]], verdicts: Sequence[bool]) -> l
 
 
 def page(rows: Sequence[dict[str, Any]], ours: Sequence[bool], theirs: Sequence[bool]) -> str:
-    """The committed page: conventions, agreement by category, what we get wrong."""
+    """The committed page: conventions, agreement by category, our errors."""
     def cells(label: str, chosen: Sequence[int]) -> str:
         found = [label, str(len(chosen)), str(sum(rows[i]["right"] for i in chosen))]
         for verdicts in (ours, theirs):
@@ -182,7 +182,7 @@ def page(rows: Sequence[dict[str, Any]], ours: Sequence[bool], theirs: Sequence[
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the page and all disagreements; with --write, write the page too."""
+    """Prints the page and all disagreements; with --write, writes the page, too."""
     if "--math-verify" in arguments:
         answer_as_math_verify()
         return

@@ -199,7 +199,7 @@ def die_with_parent() -> None:
 
 
 def wait_for_lock(folder: Path) -> None:
-    """Waits until no other process writes a run, for example on a node that has just died."""
+    """Waits until no other process writes a run, such as one on a node that was lost."""
     until = time.monotonic() + SECONDS_FOR_LOCK
     while is_locked(folder) and time.monotonic() < until:
         time.sleep(SECONDS_BETWEEN_LOOKS)

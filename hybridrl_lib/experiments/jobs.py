@@ -209,7 +209,7 @@ def hide_home_in(job: Job) -> None:
     try:
         hide_home(job.log)
         hide_home(job.output)
-    except OSError:  # a full disk, for example, is no reason to lose the other jobs
+    except OSError:  # such as a full disk; the other jobs continue
         pass
 
 

@@ -53,7 +53,7 @@ def run(setup: str, preset: str = "tiny", seed: int = 0, experiment: str | None 
         seed: order of the problems and all sampling.
         experiment: the folder under `results/runs/`; default: the preset's name.
         settings: differences from the preset, as in `--set`.
-        observer: told what happens; default: prints plain lines.
+        observer: receives the events; default: prints plain lines.
 
     Returns:
         The run's folder.

@@ -102,7 +102,7 @@ def claims(folder: Path) -> str:
 
 def _verdict(row: Line, sign: int) -> str:
     if float(row["p_holm"]) >= SIGNIFICANT:
-        return "cannot be told"
+        return "undecided"
     return "holds" if float(row["difference"]) * sign > 0 else "the opposite holds"
 
 

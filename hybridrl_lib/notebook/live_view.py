@@ -74,7 +74,7 @@ class LiveRun(Observer):
                                   "text/plain": self.status})
             self._put("page", {"text/html": self.html(), "text/plain": self.status})
         except Exception as error:  # drawing must never end a run
-            self.note(f"the live view failed ({error!r}) and is off; training goes on")
+            self.note(f"the live view failed ({error!r}) and is off; training continues")
             self.due = float("inf")
             return
         now = time.monotonic()

@@ -45,7 +45,7 @@ def plot_diagnostics(record: RunFolder, *extra: str) -> None:
     columns = [*extra, *sorted(key for key in known if is_own(key, method))]
     columns = [key for key in dict.fromkeys(columns) if key in known][:MOST_PANELS]
     if not columns:
-        print("The method recorded nothing of its own in this run.")
+        print("The method recorded no columns in this run.")
         return
     across = min(3, len(columns))
     down = -(-len(columns) // across)

@@ -130,8 +130,8 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             and type(rank) is int and 0 < rank <= 65_536 and isinstance(alpha, int | float)):
         odd.append("target_modules, r or lora_alpha")
     if odd:
-        raise UserError(f"The adapter {folder} is no plain LoRA adapter ({', '.join(odd)}); merge "
-                        "it with the tool that made it and give the folder of the whole model.")
+        raise UserError(f"The adapter {folder} is not a plain LoRA adapter ({', '.join(odd)}); "
+                        "merge it with the tool that made it and give the folder of the whole model.")
     if in_embeddings(model, targets):
         raise UserError(f"The adapter {folder} is one of the embeddings too, which may be tied to "
                         "each other; merge it with the tool that made it and give the folder of "

@@ -85,7 +85,7 @@ def load_policy(settings: ModelSettings,
     ends = model.generation_config.eos_token_id
     stop_ids, pad_id = stop_token_ids(tokenizer, ends), pad_token_id(tokenizer, ends)
     if pad_id in stop_ids:
-        say(f"the tokenizer of {name} has no padding token of its own: token {pad_id} fills "
+        say(f"the tokenizer of {name} has no padding token: token {pad_id} fills "
             "batches and also ends answers; lengths distinguish the two")
     return Policy(
         model=model.to(device), tokenizer=tokenizer, name=name, sha256=sha256,

@@ -153,8 +153,8 @@ class EntropyCollapse(Detector):
         return found and found[0] / max(found[1], 1e-9)
 
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
-        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {1 / level:.1%} of its value at "
-                "the stage's start: the policy is almost certain of every token.",
+        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {1 / level:.1%} of its "
+                "start value in this stage: the policy is almost certain of every token.",
                 f"Lower {rows[-1]['stage']}.learning_rate, use the entropy term or raise its "
                 f"{rows[-1]['stage']}.gamma; if the answers are good, stop here.")
 
@@ -174,8 +174,8 @@ class EntropyExplosion(Detector):
         return found and found[1] / max(found[0], self.floor)
 
     def words(self, rows: Rows, level: float) -> tuple[str, str]:
-        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {level:.1f} times its value at "
-                "the stage's start: the policy drifts toward noise.",
+        return (f"The entropy is {entropies(rows)[1]:.2g} nat per token, {level:.1f} times its "
+                "start value in this stage: the policy drifts toward noise.",
                 f"Lower {brakes(rows[-1])}.")
 
 

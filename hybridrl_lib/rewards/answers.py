@@ -19,8 +19,8 @@ _HIDDEN = re.compile(
     r"|^[ \t]*```[\s\S]*?(?:^[ \t]*```|\Z)",
     re.MULTILINE,
 )
-"""What a reader of the typeset text does not see, or sees as code: a box there is no answer. What
-is not closed goes to the end, which also keeps the search linear."""
+"""Comments and code, where a box is not an answer. What is not closed extends to the end, which
+also keeps the search linear."""
 
 
 def scan_boxes(text: str) -> tuple[list[str], bool]:

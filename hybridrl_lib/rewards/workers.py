@@ -130,7 +130,7 @@ class Worker:
             if request is not None:
                 write_message(self.process.stdin, request)
             return read_message(self.process.stdout)
-        except (OSError, ValueError):  # the pipe is broken, or what came is no message
+        except (OSError, ValueError):  # the pipe is broken, or the reply is not a message
             return None
         except BaseException:  # Ctrl-C: a late reply must not be taken for the next one
             self.stop()

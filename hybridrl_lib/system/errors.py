@@ -1,4 +1,4 @@
-"""Errors a user can cause and mend: one sentence each, without a traceback."""
+"""Errors that a user can cause and fix: one sentence each, without a traceback."""
 
 import difflib
 import re
@@ -40,7 +40,7 @@ def out_of_memory(error: BaseException) -> UserError | None:
         return None
     return UserError("Out of memory; lower training.micro_batch_tokens, "
                      "training.logit_chunk_tokens or evaluation.batch_size and run it again: a run "
-                     "goes on from its last checkpoint.")
+                     "resumes from its last checkpoint.")
 
 
 @contextmanager

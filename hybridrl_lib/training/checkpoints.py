@@ -140,7 +140,7 @@ class Checkpoints:
                 whole = step, folder
                 break
             damaged.append((step, fault, self._set_aside(folder)))
-        then = f"goes on from step {whole[0]}" if whole else "starts from its beginning"
+        then = f"resumes from step {whole[0]}" if whole else "starts from its beginning"
         for step, fault, place in damaged:
             say(f"the checkpoint of step {step} cannot be used ({fault}) and is kept as "
                 f"checkpoint/{place.name}; the run {then}")

@@ -53,7 +53,7 @@ class Trainer:
         seed: order of the problems and all sampling.
         folder: where logs and checkpoints go.
         verifier: gives the verdicts.
-        observer: told what happens.
+        observer: receives the events.
         clock: runs since the run began; default: a new one.
     """
 

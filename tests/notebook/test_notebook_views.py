@@ -36,6 +36,7 @@ from hybridrl_lib.report.style import line_style
 from hybridrl_lib.system.errors import UsageError, UserError
 from hybridrl_lib.training.observer import Lines
 
+pytestmark = pytest.mark.xdist_group("views")  # one process makes the report
 ATTACK = "<script>alert(1)</script><img src=x onerror=\"alert('2')\">&amp;"
 LARGEST_PICTURE = 60_000
 
@@ -395,7 +396,6 @@ def test_clean_leaves_what_belongs_to_the_notebook():
     assert nbformat.writes(execute.clean(done)) == before, "cleaning twice changes nothing more"
 
 
-@pytest.mark.xdist_group("papermill")
 def test_execute_runs_in_place_or_not_at_all(tmp_path, monkeypatch, capsys):
     """Protects a committed notebook from being replaced by half of a failed run."""
     (tmp_path / "hybridrl_lib").mkdir()

@@ -74,7 +74,7 @@ def test_against_generate_runs(measure):
 
 def test_packing_runs(measure):
     """Both packings run, and give the same gradient from fewer positions."""
-    record = measure("packing", process=True)
+    record = measure("packing")
     assert 0 <= record["gradient_difference"] < 1e-4 * record["gradient_largest"]
     assert record["positions_ratio"] > 1
     assert len(record["seconds"]["packed"]) == len(record["seconds"]["one_row_each"]) == 2

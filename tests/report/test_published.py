@@ -13,6 +13,7 @@ from hybridrl_lib.experiments.tuning import learning_rates
 from hybridrl_lib.records.run_folder import NUMERICS_VERSION, RunFolder
 from hybridrl_lib.setups import paper_setups
 
+pytestmark = pytest.mark.xdist_group("published")  # one process makes the tables
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 COMPARISONS = sorted(path.parent for path in PUBLISHED.glob("*/comparison.csv"))
 SWEEPED = sorted(path.parent for path in PUBLISHED.glob("*/sweep.csv"))

@@ -37,6 +37,7 @@ from hybridrl_lib.report.text import number, percent, plus, tex
 from hybridrl_lib.setups import SETUPS, Setup, paper_setups, setups_with_notebook
 from hybridrl_lib.system.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("report")  # one process draws the figures
 SMALL = {"test": {"tiny_word": 30, "tiny_symbolic": 20},
          "train": {"tiny_word": 24, "tiny_symbolic": 16}, "samples": 8, "epochs": 4}
 TEXTS = {"table2.csv", "table2.md", "table2.tex", "differences.csv", "differences.md", "gap.csv",

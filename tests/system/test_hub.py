@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub_stand_in import COMMIT, Hub, running
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.xdist_group("hub")
 ROOT = Path(__file__).parents[2]
 LOADER = """
 import json, sys
@@ -125,6 +125,7 @@ def test_a_lost_connection_is_retried(hub, loader, good, model_folders):
     assert len(hub.ranges) >= 2
 
 
+@pytest.mark.slow
 def test_a_silent_connection_times_out(hub, good, tmp_path):
     """Protects against waiting forever: after a time-out it is tried again, then an error."""
     hub.fault = "stall"
@@ -135,6 +136,7 @@ def test_a_silent_connection_times_out(hub, good, tmp_path):
         loader.kill()
 
 
+@pytest.mark.slow
 def test_a_download_of_a_killed_process_is_started_again(hub, good, tmp_path, model_folders):
     """What a killed process left is never used as a whole model."""
     hub.fault = "stall"
@@ -153,6 +155,7 @@ def test_a_download_of_a_killed_process_is_started_again(hub, good, tmp_path, mo
     second.kill()
 
 
+@pytest.mark.slow
 def test_without_a_hub_its_cache_is_used(hub, loader, good, tmp_path, model_folders):
     """HF_HUB_OFFLINE and a hub that does not answer: the cache is read, and nothing is asked."""
     loader.load(good)

@@ -40,6 +40,7 @@ from hybridrl_lib.report.text import code_span, literal
 from hybridrl_lib.setups import SETUPS
 from hybridrl_lib.system.errors import UserError, printable
 
+pytestmark = pytest.mark.xdist_group("pages")  # one process makes the pages
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
                 None)
 # A folder's name: no slash, and no byte that a file system refuses.
