@@ -238,7 +238,7 @@ def current_keys(values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     """Recorded settings with today's keys, without those that are gone; else as they are."""
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
         return values
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, dict[str, Any]] = {section: {} for section in values}
     for section, entries in values.items():
         for name, value in entries.items():
             place, _, new = (OLD_KEYS.get(f"{section}.{name}", f"{section}.{name}")

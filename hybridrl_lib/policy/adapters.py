@@ -131,7 +131,7 @@ def merge_into(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         odd.append("target_modules, r or lora_alpha")
     if odd:
         raise UserError(f"The adapter {folder} is not a plain LoRA adapter ({', '.join(odd)}); "
-                        "merge it with the tool that made it and give the folder of the whole model.")
+                        "merge it with the tool that made it and give the merged model's folder.")
     if in_embeddings(model, targets):
         raise UserError(f"The adapter {folder} is one of the embeddings too, which may be tied to "
                         "each other; merge it with the tool that made it and give the folder of "
