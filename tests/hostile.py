@@ -1,6 +1,6 @@
-"""Attacks for the tests of what is promised in SECURITY.md: harmless payloads that leave a trace.
+"""Attacks for the tests of SECURITY.md's promises: harmless payloads that leave a trace.
 
-Every payload would create a file if it were run; a test then looks whether the file is there.
+Every payload creates a file if it is run; a test then checks whether the file exists.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ class Pickled:
 
 
 def python_code(trace: Path) -> str:
-    """A module that creates the file on import and holds every class that may be asked for."""
+    """A module that creates the file on import and has every class that may be requested."""
     return (f"open({str(trace)!r}, 'w').close()\n"
             "from transformers import PretrainedConfig, PreTrainedTokenizerFast, Qwen2ForCausalLM\n"
             "class Config(PretrainedConfig): model_type = 'mine'\n"
@@ -40,11 +40,11 @@ def template_escapes(trace: Path) -> dict[str, str]:
     }
 
 
-# Text that becomes a script, a picture that fails, a link or a formula where it is not escaped.
-# Whatever gets through sets `window.pwned`, or stands as an element on the page.
+# Text that becomes a script, a broken picture, a link, or a formula if it is not escaped. Whatever
+# gets through sets `window.pwned`, or is an element of the page.
 SCRIPT = "<script>window.pwned = 'script'</script>"
 PICTURE = "<img src=x onerror=\"window.pwned = 'picture'\">"
-# void(): a script that gives a text would replace the page by it.
+# void(): a script that returns a text would replace the page with it.
 LINK = "[click](javascript:void(window.pwned='link'))"
 OPEN_LINK = "<a href=\"javascript:void(window.pwned='anchor')\">click</a>"
 TEXT = (f"{SCRIPT}{PICTURE}{LINK}{OPEN_LINK}\n\n# heading\n\n```html\n{SCRIPT}\n```\n"

@@ -4,8 +4,8 @@ r"""Agreement of our verifier, and of math-verify alone, with the labels of `dat
     python tests/verdict_report.py --write    # also writes data/verdicts.md
 
 A row of the corpus has `category`, `gold`, `answer` (the content of the only box) or `completion`
-(a whole text), `right` (the strict verdict of a careful grader), and optionally `finished` (false: no
-EOS), `rule` (the convention of the label), `known` (why we disagree), and `source`.
+(a whole text), `right` (the strict verdict of a careful grader), and optionally `finished` (false:
+no EOS), `rule` (the convention of the label), `known` (why we disagree), and `source`.
 """
 
 import json

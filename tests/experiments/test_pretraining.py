@@ -1,7 +1,8 @@
-"""How the tiny base model is made: what it reads, its tokenizer, and that it can be made again."""
+"""How the tiny base model is trained: its corpus, its tokenizer, and that it can be repeated."""
 
 import json
 import random
+import re
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -54,7 +55,7 @@ def documents(count, seed=0):
 
 
 def test_the_corpus_never_touches_the_held_out_seventh(problems):
-    """No benchmark question is ever read in pretraining: every one is held out, no document is."""
+    """No benchmark question is read in pretraining: all of them are held out, no document is."""
     questions = {question for question, _ in documents(8000)}
     assert not any(is_held_out(question) for question in questions)
     assert all(is_held_out(problem.question) for problem in problems)
@@ -62,7 +63,7 @@ def test_the_corpus_never_touches_the_held_out_seventh(problems):
 
 
 def test_the_held_out_part_is_a_seventh_of_both_kinds():
-    """The rule is a checksum: it does not leave out one kind of question or one phrasing."""
+    """The rule is a checksum, so it does not favor a kind of question or a phrasing."""
     for draw in (draw_word, draw_symbolic):
         drawn = [draw(random.Random(seed)) for seed in range(3000)]
         for phrasing in "AB":
@@ -71,7 +72,7 @@ def test_the_held_out_part_is_a_seventh_of_both_kinds():
 
 
 def verdicts(world, count=2000):
-    """(share of right answers, share with a box) of a world's documents, judged on true answers."""
+    """(fraction of correct answers, fraction with a box) of a world's documents."""
     source, golds, texts = random.Random(0), [], []
     for _ in range(count):
         draw = draw_word if source.random() < world.word_share else draw_symbolic
@@ -84,8 +85,8 @@ def verdicts(world, count=2000):
     return sum(v.strict for v in judged) / len(texts), sum(boxed) / len(texts)
 
 
-def test_a_world_without_slips_is_right_everywhere():
-    """The generator's own answers are right: what is wrong in the corpus is wrong on purpose."""
+def test_a_world_without_slips_is_correct_everywhere():
+    """The generator's own answers are correct: errors in the corpus are intended."""
     assert verdicts(CLEAN) == (1.0, 1.0)
 
 
@@ -100,7 +101,7 @@ def test_slips_and_misconceptions_make_wrong_answers():
 
 
 def test_the_corpus_repeats_by_seed():
-    """The same documents from the same seed, others from another."""
+    """The same seed gives the same documents, another seed others."""
     assert documents(50) == documents(50) != documents(50, seed=1)
 
 
@@ -108,7 +109,7 @@ def test_the_corpus_repeats_by_seed():
 
 
 def test_tokenizer_round_trip(tokenizer, problems):
-    """Everything the tiny world says comes back as it was, without an unknown token."""
+    """Every text of the tiny world is decoded unchanged, without an unknown token."""
     texts = [prompt_text(tokenizer, p.question) for p in problems]
     texts += [p.solution for p in problems]
     texts += [solution for _, solution in documents(2000, seed=3)]
@@ -119,15 +120,15 @@ def test_tokenizer_round_trip(tokenizer, problems):
         assert tokenizer.decode(ids) == text
 
 
-def test_tokenizer_has_an_end_and_a_padding_of_its_own(tokenizer):
-    """EOS, padding and unknown are three different tokens, and none is put in unasked."""
+def test_tokenizer_has_its_own_end_and_padding(tokenizer):
+    """EOS, padding, and unknown are three different tokens, and none is added automatically."""
     ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     assert len(ids) == 3 and None not in ids
     assert not ids & set(tokenizer("First 1 + 2 = 3.")["input_ids"])
 
 
 def test_every_document_is_read_to_its_end(tokenizer):
-    """Batches hold whole documents, each with EOS at its end and padding only after it."""
+    """Batches have whole documents, each with EOS at its end and padding only after it."""
     ids = next(batches(tokenizer, SMALL, seed=0))
     assert len(ids) == SMALL.batch_size
     for row in ids.tolist():
@@ -144,7 +145,7 @@ def files_of(folder):
 
 
 def test_three_steps_of_pretraining_repeat_bit_for_bit(tmp_path):
-    """Same seed, same bytes, whatever came before and however many threads torch had."""
+    """The same seed gives the same bytes, whatever ran before and with any number of threads."""
     one = files_of(pretrain(tmp_path / "one", 0, SMALL, report=lambda line: None))
     threads = torch.get_num_threads()
     torch.rand(3)
@@ -157,8 +158,8 @@ def test_three_steps_of_pretraining_repeat_bit_for_bit(tmp_path):
     assert other["model.safetensors"] != one["model.safetensors"]
 
 
-def test_what_is_made_is_an_ordinary_model_folder(tmp_path, problems):
-    """It loads like any other model, knows its words, and says what it was made from."""
+def test_the_result_is_an_ordinary_model_folder(tmp_path, problems):
+    """It loads like any other model, knows its words, and records its world."""
     folder = pretrain(tmp_path / "tiny", 0, SMALL, report=lambda line: None)
     policy = load_policy(ModelSettings(path=str(folder), device="cpu"))
     assert policy.model.config.model_type == "qwen2"
@@ -170,19 +171,19 @@ def test_what_is_made_is_an_ordinary_model_folder(tmp_path, problems):
 
 
 def test_training_reads_the_corpus(tmp_path):
-    """The loss falls: the labels are the next tokens, and padding is not among them."""
+    """The loss falls: labels are the next tokens, without padding."""
     lines = []
     world = replace(SMALL, steps=60, width=32, learning_rate=1e-2)
     pretrain(tmp_path / "tiny", 0, world, report=lines.append)
-    loss = float(lines[-1].split("loss ")[1].split(",")[0])
-    assert loss < 3.0, "a guess among all words costs 4.6 nats"
+    loss = float(re.search(r"loss (\d+\.\d+)", lines[-1])[1])
+    assert loss < 3.0, "a uniform guess costs 4.6 nats"
 
 
 # The shipped one ----------------------------------------------------------------------------------
 
 
 def test_the_shipped_model_is_the_one_the_command_makes(tokenizer):
-    """World and tokenizer of the shipped folder are the code's: drift would go unseen."""
+    """World and tokenizer of the shipped folder are those of the code."""
     folder = tiny_model_folder()
     made_from = json.loads((folder / "world.json").read_text())
     assert made_from == {"seed": made_from["seed"], **asdict(World())}
@@ -192,7 +193,7 @@ def test_the_shipped_model_is_the_one_the_command_makes(tokenizer):
 
 
 def test_the_shipped_model_reads_every_problem(problems):
-    """No benchmark text has a token that the shipped model was never taught."""
+    """No benchmark text has a token that the shipped model does not know."""
     policy = load_policy(ModelSettings(path="tiny", device="cpu"))
     unknown = policy.tokenizer.unk_token_id
     for problem in problems:
