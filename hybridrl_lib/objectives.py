@@ -28,8 +28,8 @@ def hybrid_loss(sft: Tensor | float, rl: Tensor | float, entropy: Tensor | float
     Args:
         sft, rl, entropy: scalars, from `sft_loss`, `grpo_loss`, and `entropy_term`; 0.0 for a term
             that an update does not have.
-        lambda_sft, lambda_rl: >= 0, and may change at every step. The combined loss has
-            lambda and 1 - lambda; a stage of SFT or RL has 1 and 0.
+        lambda_sft, lambda_rl: >= 0, and may change at every step. The combined loss has lambda and
+            1 - lambda; a stage of SFT or RL has 1 and 0.
         gamma: weight of the entropy regularization, >= 0.
     """
     return lambda_sft * sft + lambda_rl * rl - gamma * entropy

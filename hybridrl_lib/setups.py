@@ -13,8 +13,8 @@ class Setup:
         title: the row's name in tables and figures.
         stages: the stages in order; they share the epochs of the run, unless the method says
             otherwise.
-        shares: fraction of the run's epochs for each stage, if they are not shared equally; the
-            sum may be more than 1.
+        shares: fraction of the run's epochs for each stage, if they are not shared equally; the sum
+            may be more than 1.
         entropy: whether the entropy term -gamma * H is in the loss (paper, setup iv).
         paper: exact match in percent as the paper prints it, by benchmark; empty for a setup that
             is not in the paper.

@@ -27,8 +27,8 @@ class MethodSettings(Section):
         algorithm: the class in `methods/<section>.py`.
         adapters: values of model.adapter that the method works with.
         dynamic_sampling: whether groups without signal may be dropped before the method sees them.
-        demonstrations: when it learns from demonstrations: in the `stages` named sft, at
-            `every step`, or `as needed`.
+        demonstrations: when it learns from demonstrations: in the `stages` named sft, at `every
+            step`, or `as needed`.
         own_loss: whether its loss on demonstrations differs from L_SFT.
         trains_base: whether it trains the base weights along with an adapter.
         reads_probes: whether it decides anything by the probes.

@@ -22,8 +22,8 @@ RL update; compare at equal compute. In memory there are the model, hat, the ref
 moments, and two gradients (three if hat is one step ahead): nine times the model in fp32.
 
 `bridge_without_gain` keeps the adapter and drops the gain from what it learns, `bridge_joint` lets
-it learn what theta learns, and `bridge_without_adapter` leaves it 0: then theta learns from
-(1 - lambda) SFT + lambda RL, which is the method `combined` with the weight 1 - lambda.
+it learn what theta learns, and `bridge_without_adapter` leaves it 0: then theta learns from (1 -
+lambda) SFT + lambda RL, which is the method `combined` with the weight 1 - lambda.
 """
 
 import math

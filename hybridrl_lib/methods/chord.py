@@ -3,8 +3,8 @@
     L = (1 - mu) L_GRPO + mu L_SFT-phi
     L_SFT-phi = -mean over tokens of  sg(phi(p)) log p,    p = pi_theta(token), phi(p) = p (1 - p)
 
-CHORD-mu (`chord`): phi = 1, mu rises linearly from 0 to its peak and falls along half a cosine
-to its valley, 0.9 -> 0.05 in the paper. CHORD-phi (`chord_phi`): constant mu = 0.1. Adaptive
+CHORD-mu (`chord`): phi = 1, mu rises linearly from 0 to its peak and falls along half a cosine to
+its valley, 0.9 -> 0.05 in the paper. CHORD-phi (`chord_phi`): constant mu = 0.1. Adaptive
 (`chord_adaptive`): mu = max(0, tau - mean reward), tau 0.5 or, which the paper found bad, 0.7; here
 the reward is that of the step before, 0 before the first, since mu is needed before any answer is
 sampled.

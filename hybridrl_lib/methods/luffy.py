@@ -5,8 +5,8 @@
     J = 1/Z [ sum_t f(pi_theta(s_t)) A_s  +  sum_i sum_t min(rho A_i, clip(rho) A_i) ]
     f(x) = x / (x + gamma), the ratio to a policy that gives the demonstration probability 1
 
-A demonstration's token has the gradient weight gamma pi / (pi + gamma)^2 on log pi, largest at
-pi = gamma and 0 at both ends. f is never clipped. Z is that of rl.loss_normalization, over sampled
+A demonstration's token has the gradient weight gamma pi / (pi + gamma)^2 on log pi, largest at pi =
+gamma and 0 at both ends. f is never clipped. Z is that of rl.loss_normalization, over sampled
 answers and demonstrations together.
 
 Read from the released code and second-hand notes; the code differs from the paper and is the setup

@@ -4,10 +4,10 @@ r"""PRL (arXiv 2601.10201): process rewards from the log-ratio to the reference;
     A_t = A^GRPO - beta * sum_{j in S(t)} delta_j        a constant: no gradient flows through it
     the clipped surrogate with A_t and no KL term: the KL is already in A_t
 
-v1 (Algorithm 1): an answer is cut into steps, of a fixed number of tokens or at line ends, and S(t)
-is what follows the step of t. v2 (Eq. 5.1, "Future-KL regularised GRPO"): every token is a step and
-S(t) starts with t itself. beta is v1's 1 / eta. The KL enters after the group's normalization,
-which is v2's point: before it, the group's deviation would rescale it.
+v1 (Algorithm 1): an answer is cut into steps, of a fixed number of tokens or at line ends, and
+S(t) is what follows the step of t. v2 (Eq. 5.1, "Future-KL regularised GRPO"): every token is a
+step and S(t) starts with t itself. beta is v1's 1 / eta. The KL enters after the group's
+normalization, which is v2's point: before it, the group's deviation would rescale it.
 
 v2 was read in full; v1 is second-hand. The released code is from v1's time: it cuts steps as v1
 does and counts each step's last token in its own suffix (`prl.suffix=inclusive`), which theory

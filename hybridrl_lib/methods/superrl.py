@@ -20,8 +20,8 @@ available. Each reading is a setting:
 
 Not found, unverified: G, learning rates, batch sizes, lengths, and how the two losses are
 normalized relative to each other. Our choice: each problem keeps its share of the update. With a
-share w of unsolved problems the loss is
-w * (mean of L_SFT over their demonstrations) + (1 - w) * (mean of L_GRPO over the others' answers).
+share w of unsolved problems the loss is w * (mean of L_SFT over their demonstrations) + (1 - w) *
+(mean of L_GRPO over the others' answers).
 """
 
 import math

@@ -14,10 +14,10 @@ and hint stay within data.max_prompt_tokens. Differences: the code cuts at the s
 here the chunks have equal numbers of tokens, since not every benchmark's solutions have
 distinguishable steps; T_hint is a fraction of the run; and the NLL is a mean over the update, not
 over micro-batches. The code has a KL to the reference with weight 0.001 (k3), an entropy term of
-0.001, and the token mean in L_GRPO; the setup `uft` has the preset's beta, no entropy term, and
-the sequence mean (`rl.beta=0.001 rl.kl_estimator=k3 rl.loss_normalization=token_mean` gives the
-code's choice). While the hints fade the reward falls and the entropy rises by themselves; the
-warnings `reward_fall` and `entropy_explosion` then mean no more than that.
+0.001, and the token mean in L_GRPO; the setup `uft` has the preset's beta, no entropy term, and the
+sequence mean (`rl.beta=0.001 rl.kl_estimator=k3 rl.loss_normalization=token_mean` gives the code's
+choice). While the hints fade the reward falls and the entropy rises by themselves; the warnings
+`reward_fall` and `entropy_explosion` then mean no more than that.
 """
 
 import math

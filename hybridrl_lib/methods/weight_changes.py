@@ -24,10 +24,10 @@ def weight_changes(start: dict[str, Tensor], middle: dict[str, Tensor],
         start, middle, end: theta_0, theta_SFT and theta_RL by name, as `copy_of` gives them.
 
     Returns:
-        drift: ||theta_RL - theta_SFT|| / ||theta_SFT||.
-        drift_by_tensor: the same for each tensor by name, to four digits; without tensors of zeros.
-        sparsity: fraction of weights with |theta_RL - theta_SFT| < 1e-5.
-        alignment: cos(theta_SFT - theta_0, theta_RL - theta_SFT); absent if one of them is 0.
+        drift: ||theta_RL - theta_SFT|| / ||theta_SFT||. drift_by_tensor: the same for each tensor
+        by name, to four digits; without tensors of zeros. sparsity: fraction of weights with
+        |theta_RL - theta_SFT| < 1e-5. alignment: cos(theta_SFT - theta_0, theta_RL - theta_SFT);
+        absent if one of them is 0.
     """
     moved = size = first = inner = 0.0
     same = count = 0

@@ -4,30 +4,22 @@ Notebooks only call these functions. Text written by a model is escaped before i
 page.
 """
 
-from . import quiet  # noqa: F401  first: the other modules import what it quiets
-from .answers import show_answers, show_completions, show_tokens
-from .curves import new_panels, plot_against, plot_run, show
-from .findings import show_claims, show_findings
-from .live_view import LiveRun, live
-from .methods import plot_diagnostics, show_source
-from .place import begin, experiment_path, is_headless, list_files
-from .questions import check
-from .scores import show_reasons, show_scores, show_signal
-from .tables import (
-    say,
-    show_file,
-    show_picture,
-    show_published,
-    show_rows,
-    show_table,
-    write_report,
-)
-from .wellness import show_health
+import warnings
 
-__all__ = [
-    "LiveRun", "begin", "check", "experiment_path", "is_headless", "list_files", "live",
-    "new_panels", "plot_against", "plot_diagnostics", "plot_run", "say", "show", "show_answers",
-    "show_claims", "show_completions", "show_file", "show_findings", "show_health",
-    "show_picture", "show_published", "show_reasons", "show_rows", "show_scores", "show_signal",
-    "show_source", "show_table", "show_tokens", "write_report",
-]
+from ..system.faces import lazy
+
+warnings.filterwarnings("ignore", message="IProgress not found")  # no such bar is shown
+_HOMES = {
+    name: module for module, names in {
+        "answers": "show_answers show_completions show_tokens",
+        "curves": "new_panels plot_against plot_run show",
+        "findings": "show_claims show_findings",
+        "live_view": "LiveRun live",
+        "methods": "plot_diagnostics show_source",
+        "place": "begin experiment_path is_headless list_files",
+        "questions": "check",
+        "scores": "show_reasons show_scores show_signal",
+        "tables": "say show_file show_picture show_published show_rows show_table write_report",
+        "wellness": "show_health",
+    }.items() for name in names.split()}
+__getattr__, __all__ = lazy(__name__, _HOMES)

@@ -17,23 +17,23 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A command, setting or value that does not exist: the call has to be changed."""
+    """A command, setting, or value that does not exist."""
 
     exit_code = 2
 
 
 class Stopped(UserError):
-    """The user stopped it, and nothing is lost: 128 + SIGINT, as shells have it."""
+    """The user stopped the run, and nothing is lost; exit code 128 + SIGINT, as in shells."""
 
     exit_code = 130
 
 
-# What torch and the systems below it say, in lower case; not all of these have a type of their own.
+# What torch and its backends say, in lower case; not all of these errors have their own type.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 def out_of_memory(error: BaseException) -> UserError | None:
-    """The sentence for an error that says that memory ran out; None for others."""
+    """The message for an error that says that memory ran out; None for others."""
     said = str(error).lower()
     if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" and not (
             isinstance(error, RuntimeError) and any(sign in said for sign in OUT_OF_MEMORY)):
@@ -45,7 +45,7 @@ def out_of_memory(error: BaseException) -> UserError | None:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turns what is raised when memory runs out into our sentence."""
+    """Converts errors about memory to a `UserError`."""
     try:
         yield
     except Exception as error:
@@ -55,13 +55,12 @@ def memory_errors() -> Iterator[None]:
 
 
 def show_in_one_sentence() -> None:
-    """In a notebook a `UserError` is shown as its sentence, with no traceback that hides it.
+    """Makes a notebook show a `UserError` as its message, without a traceback.
 
-    A notebook keeps the last error, and with it what the functions that it went through held: a
-    model and its optimizer. After a Ctrl-C and after our own errors these are let go, so that there
-    is room when the cell is run again.
+    A notebook keeps the last error, and with it the model and the optimizer of its frames. After a
+    Ctrl-C and after our own errors these are released, so that the cell can run again.
     """
-    from IPython import get_ipython  # needed where there are notebooks only
+    from IPython import get_ipython  # needed in notebooks only
 
     shell = get_ipython()
     if shell is None:
@@ -69,7 +68,7 @@ def show_in_one_sentence() -> None:
 
     def show(shell, kind, error, trace, tb_offset=None):
         one = error
-        while one is not None:  # first: what is shown of a frame would be kept with it
+        while one is not None:  # first, since showing a frame would keep it
             traceback.clear_frames(one.__traceback__)
             one = one.__cause__ or one.__context__
         if isinstance(error, UserError):
@@ -81,13 +80,13 @@ def show_in_one_sentence() -> None:
 
 
 def reason(error: BaseException, length: int = 200) -> str:
-    """What an error of another library says, as part of a sentence: its first line, no colors."""
+    """The first line of another library's error, without colors, as part of a sentence."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     line = re.sub(r"\x1b\[[0-9;]*m", "", line) or type(error).__name__
     return printable(line)[:length].rstrip(". ")
 
 
-# What commands a terminal, turns the order of letters around or cannot be written as UTF-8.
+# What controls a terminal, changes the order of letters, or cannot be written as UTF-8.
 _UNPRINTABLE = {
     **{number: chr(0x2400 + number) for number in range(0x20) if chr(number) not in "\t\n"},
     **dict.fromkeys((0x7F, *range(0x80, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F),
@@ -95,18 +94,18 @@ _UNPRINTABLE = {
 
 
 def printable(text: object) -> str:
-    """Text from a model, a file or its name with every control character shown and none obeyed."""
+    """Text from a model or a file with every control character made visible."""
     return str(text).translate(_UNPRINTABLE)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
-    """The candidate spelled most like `word`, or None if none comes near."""
+    """The candidate with the most similar spelling, or None."""
     matches = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
 
 def unknown(kind: str, word: str, candidates: Iterable[str]) -> UsageError:
-    """The error for a name that is not one of `candidates`, with the nearest one."""
+    """The error for a name that is not one of `candidates`; it names the nearest one."""
     word, candidates = str(word), list(candidates)  # what a record holds may be no text
     guess = nearest(word, candidates)
     hint = f"did you mean {guess!r}" if guess else "choose one of " + ", ".join(candidates)

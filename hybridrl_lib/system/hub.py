@@ -1,7 +1,7 @@
-"""The Hugging Face hub: whether it can be read, and models from it, through its own cache.
+"""The Hugging Face hub: whether it can be read, and models from it, through its cache.
 
-Without a connection the hub's libraries retry every file for a minute before they give up or look
-into their cache. So one request with a short time limit comes first.
+Without a connection the hub's libraries retry every file for a minute. So one request with a short
+time limit comes first.
 """
 
 import os
@@ -59,9 +59,9 @@ def ask(endpoint: str, seconds: float) -> str:
 
 @contextmanager
 def cache_only_if_unreachable() -> Iterator[str]:
-    """Inside, only the hub's cache is read if the hub does not answer.
+    """Inside the `with` block, only the hub's cache is read if the hub does not answer.
 
-    Gives the `with` block the reason; empty if the hub is read.
+    Yields the reason; empty if the hub is read.
     """
     from huggingface_hub import constants
 

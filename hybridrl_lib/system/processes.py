@@ -1,13 +1,12 @@
-"""The processes of one run: each does part of a step, and all know its whole result.
+"""The processes of one run: each does part of a step, and all get the whole result.
 
 `accelerate launch` starts the same command several times. Every process has the same settings,
-problems, and counters, and takes the same steps; the expensive work is divided: prompts to sample
-from, answers to verify, completions to score and to learn from. Results are gathered in the order
-of the processes, and gradients are summed, so all processes take the same decisions and have the
-same weights. Only the first process writes and prints. In a single process nothing here has an
-effect.
+problems, and counters, and takes the same steps. The expensive work is divided: sampling,
+verification, scoring, and gradients. Results are gathered in the order of the processes, and
+gradients are summed, so all processes make the same decisions and have the same weights. Only the
+first process writes and prints. In a single process nothing here has an effect.
 
-torch is imported only if there are several processes, so that light commands stay light.
+torch is imported only if there are several processes.
 """
 
 import os
@@ -24,7 +23,7 @@ STARTED = "accelerate launch --multi_gpu --num_processes N -m hybridrl_lib.cli r
 
 
 def launched() -> int:
-    """Number of processes that the launcher started, whether they have met or not."""
+    """Number of processes that the launcher started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
@@ -35,7 +34,7 @@ def begin(device: str) -> None:
         device: the setting model.device.
 
     Raises:
-        UsageError: the launcher was asked for something that it or this project does not do.
+        UsageError: an option of the launcher is not supported.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1"):
         raise UsageError("FSDP is not supported; launch without --use_fsdp, and every process "
@@ -54,7 +53,7 @@ def begin(device: str) -> None:
 
 
 def end() -> None:
-    """Leaves the other processes, when all is done."""
+    """Leaves the other processes at the end."""
     if size() > 1:
         import torch.distributed as group
 
@@ -87,16 +86,16 @@ def is_first() -> bool:
 
 
 def may_complain() -> bool:
-    """Whether this process is the one to say why the run ended: the first that asks."""
+    """Whether this process is the first to ask, and so the one that says why the run ended."""
     if launched() == 1:
         return True
-    if size() == 1:  # they have not met yet, and all fail in the same way
+    if size() == 1:  # they have not joined yet, and all fail in the same way
         return os.environ.get("RANK", "0") == "0"
     from torch.distributed import distributed_c10d
 
     try:
         return distributed_c10d._get_default_store().add("hybridrl/complaints", 1) == 1
-    except Exception:  # the process that keeps the count is gone, and has complained
+    except Exception:  # the process that keeps the count has ended with the message
         return False
 
 
@@ -104,7 +103,7 @@ def may_complain() -> bool:
 
 
 def my_part(count: int) -> range:
-    """The places, out of `count`, that this process works on: every n-th of them."""
+    """The indices, out of `count`, that this process works on: every n-th."""
     return range(rank(), count, size())
 
 
@@ -112,7 +111,7 @@ def together(work: Callable[[], Value]) -> list[Value]:
     """The results of `work` in all processes, in their order.
 
     Raises:
-        Exception: in all processes, what it raised in the first one in which it failed.
+        Exception: in all processes, the error of the first one that failed.
     """
     if size() == 1:
         return [work()]
@@ -131,14 +130,14 @@ def together(work: Callable[[], Value]) -> list[Value]:
 
 
 def as_sent(error: Exception) -> Exception:
-    """An error that other processes can unpickle; those of other libraries may not be."""
+    """An error that other processes can unpickle."""
     if isinstance(error, UserError | OSError | MemoryError | RuntimeError):
         return error
     return RuntimeError(f"{type(error).__name__}: {reason(error)}")
 
 
 def from_first(work: Callable[[], Value]) -> Value:
-    """The result of `work` in the first process, the only one to do it, or its error."""
+    """The result of `work` in the first process only, or its error."""
     if size() == 1:
         return work()
     return together(work if is_first() else lambda: None)[0]

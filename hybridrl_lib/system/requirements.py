@@ -1,4 +1,4 @@
-"""What this package asks for: its own metadata, so that no version is written down twice."""
+"""What this package requires, from its own metadata."""
 
 from importlib import metadata
 
@@ -9,17 +9,17 @@ OURS = "hybridrl_lib"
 
 
 def needed(package: str = OURS) -> list[Requirement]:
-    """The packages that a package needs, without its extras.
+    """The packages that a package requires, without its extras.
 
     Raises:
-        PackageNotFoundError: it is not installed, at most importable.
+        PackageNotFoundError: it is not installed.
     """
     wanted = map(Requirement, metadata.requires(package) or ())
     return [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
 def needed_python() -> SpecifierSet:
-    """The Pythons that the library runs on.
+    """The Python versions that the library supports.
 
     Raises:
         PackageNotFoundError: as above.
@@ -28,7 +28,7 @@ def needed_python() -> SpecifierSet:
 
 
 def installed(name: str) -> str:
-    """The version of a package that is installed; empty if it is not."""
+    """The installed version of a package; empty if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -36,6 +36,6 @@ def installed(name: str) -> str:
 
 
 def unfit(requirement: Requirement) -> bool:
-    """Whether a package is installed in a version that a requirement does not allow."""
+    """Whether the installed version of a package does not satisfy a requirement."""
     version = installed(requirement.name)
     return bool(version) and not requirement.specifier.contains(version, prereleases=True)
