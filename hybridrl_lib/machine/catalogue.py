@@ -11,13 +11,14 @@ from pathlib import Path
 from ..config.methods import METHODS
 from ..config.presets import PRESET_FOLDER, load_settings, preset_names
 from ..config.settings import Settings
-from ..problems.tiny import load_tiny_symbolic, load_tiny_word
+from ..problems.tiny import SYMBOLIC_COUNT, WORD_COUNT
 from ..records.folders import published_folder
 from ..report.text import plain_table
 from ..setups import SETUPS, Setup
 
 NOT_MEASURED = "not measured"
-ROWS = {"gsm8k": 8792, "math500": 500}  # of the real benchmarks, training and test files together
+ROWS = {"gsm8k": 8792, "math500": 500,  # training and test files together
+        "tiny_word": WORD_COUNT, "tiny_symbolic": SYMBOLIC_COUNT}
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,8 @@ class Cost:
 def training_problems(settings: Settings) -> int:
     """Maximum number of training problems, before repeated and over-long ones are left out."""
     data, total = settings.data, 0
-    generated = {"tiny_word": load_tiny_word, "tiny_symbolic": load_tiny_symbolic}
     for position, name in enumerate(data.benchmarks):
-        rows = len(generated[name]()) if name in generated else ROWS[name]
-        training = round(data.train_fraction * rows)
+        training = round(data.train_fraction * ROWS[name])
         training -= round(data.validation_fraction * training)
         total += min(training, data.train_limits[position]) if data.train_limits else training
     return total
