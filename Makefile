@@ -67,9 +67,9 @@ env-hashed:
 	$(BIN)/pip check
 	@touch $(STAMP)
 
-# Two processes: tests that must not run at the same time share an xdist group. Smoke budgets, and a
-# results folder of their own, keep the notebooks short.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two processes, each with whole files: tests of a file share fixtures, and a notebook has one kernel.
+# Smoke budgets, and their own results folder, keep the notebooks short.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 FAST_NOTEBOOKS := 00_start_here 01_problems_and_rewards 11_rl 21_training_dynamics 30_combined_loss
 define NBVAL
 folder=$$(mktemp -d) && { HYBRIDRL_SMOKE=1 CUDA_VISIBLE_DEVICES= HYBRIDRL_RESULTS_DIR=$$folder \
@@ -93,7 +93,7 @@ OLDEST_TESTS := config learning methods policy problems training report/test_rep
 
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.oldest
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" \
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" \
 	  $(OLDEST_TESTS:%=tests/%)
 
 $(OLDEST)/.oldest: pyproject.toml constraints-oldest.txt

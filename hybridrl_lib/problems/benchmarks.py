@@ -11,10 +11,10 @@ from .problem import Benchmark, BenchmarkData, Problem
 from .tiny import load_tiny_symbolic, load_tiny_word
 
 
-def _generated(make: Callable[[], list[Problem]]) -> Callable[[], BenchmarkData]:
+def _generated(make: Callable[[], tuple[Problem, ...]]) -> Callable[[], BenchmarkData]:
     """A loader for generated problems; their revision is the sha256 of their texts."""
     def load() -> BenchmarkData:
-        problems = tuple(make())
+        problems = make()
         content = repr([astuple(problem) for problem in problems]).encode()
         return BenchmarkData(problems, f"generated sha256 {hashlib.sha256(content).hexdigest()}")
     return load

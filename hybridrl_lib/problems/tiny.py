@@ -12,6 +12,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from fractions import Fraction
 from math import lcm
 
@@ -218,22 +219,24 @@ def held_out(draw: Callable[[random.Random], Exercise], seed: int) -> Iterator[E
             yield exercise
 
 
-def _benchmark(name: str, draw: Callable[[random.Random], Exercise], count: int) -> list[Problem]:
+@cache
+def _benchmark(name: str, draw: Callable[[random.Random], Exercise], count: int
+               ) -> tuple[Problem, ...]:
     problems = []
     for number, exercise in zip(range(count), held_out(draw, BENCHMARK_SEED), strict=False):
         problems.append(Problem(
             id=f"{name}/{number:04d}", question=exercise.question,
             solution=solution_text(exercise, "annotator"), answer=exercise.answer,
             benchmark=name, level=len(exercise.steps), subject=exercise.kind))
-    return problems
+    return tuple(problems)
 
 
-def load_tiny_word() -> list[Problem]:
+def load_tiny_word() -> tuple[Problem, ...]:
     """480 word problems of two to four steps, which stand for GSM8K in the preset `tiny`."""
     return _benchmark("tiny_word", draw_word, WORD_COUNT)
 
 
-def load_tiny_symbolic() -> list[Problem]:
+def load_tiny_symbolic() -> tuple[Problem, ...]:
     """320 problems of symbolic math, which stand for MATH-500 in the preset `tiny`."""
     return _benchmark("tiny_symbolic", draw_symbolic, SYMBOLIC_COUNT)
 
