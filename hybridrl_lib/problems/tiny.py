@@ -12,8 +12,8 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from fractions import Fraction
+from functools import cache
 from math import lcm
 
 from .problem import Problem
