@@ -50,8 +50,7 @@ def test_every_notebook_is_listed():
 
 
 def test_tables_are_the_published_ones():
-    """Protects against a page that quotes other runs than the committed ones; `hybridrl report
-    --docs` writes the tables again."""
+    """Protects against a page that quotes other runs than the committed ones."""
     marked = [(name, found[1], found[2]) for name, text in PAGES.items()
               for found in MARKED_TABLE.finditer(text)]
     wrong = [(name, table) for name, table, text in marked
@@ -67,6 +66,15 @@ def test_every_formula_has_its_function():
     names = [re.findall(r"`([\w.]+)`", row.rsplit("|", 2)[1]) for row in rows]
     missing = [name for row in names for name in row if not resolves(name)]
     assert len(rows) >= 8 and all(names) and not missing
+
+
+def test_a_step_is_in_the_functions_that_the_picture_of_the_code_names():
+    """Protects the walk through one GRPO step: 15 functions of 8 files, each where it is said."""
+    rows = re.findall(r"^\| \d+ \| `([\w.]+)` \| \[([\w/.]+)\]", PAGES["docs/architecture.md"],
+                      re.MULTILINE)
+    missing = [row for row in rows if f"def {row[0].rpartition('.')[2]}(" not in (
+        ROOT / "hybridrl_lib" / row[1]).read_text(encoding="utf-8")]
+    assert not missing and len(rows) == 15 and len({file for _, file in rows}) == 8
 
 
 def resolves(name: str) -> bool:
