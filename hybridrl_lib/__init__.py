@@ -1,25 +1,34 @@
 """hybridrl_lib: combining supervised fine-tuning and GRPO on small language models.
 
-Names are imported when first used, so commands that do not need torch start at once.
+These are the public names. They are imported when first used, so commands that do not need torch
+start at once.
 """
 
 from .system.faces import lazy
 
 __version__ = "0.1.0"
-_HOMES = {
-    "Settings": "config", "load_settings": "config", "get_setup": "config",
-    "Problem": "problems", "get_benchmark": "problems", "load_parts": "problems",
-    "Policy": "policy", "PromptCompletion": "policy", "load_policy": "policy", "pack": "policy",
-    "prompt_text": "policy", "sample": "policy",
-    "Verifier": "rewards", "check_gold": "rewards", "extract_boxes": "rewards",
-    "extract_lenient": "rewards", "steps_hold": "rewards",
-    "SETUPS": "setups", "setups_with_notebook": "setups",
-    "evaluate": "training",
-    "verdicts_of": "learning",
-    "make_report": "report",
-    "run": "experiments.run", "reproduce": "experiments.reproduce",
-    "compare": "experiments.compare", "choose_arms": "experiments.compare",
-    "choose": "experiments.tuning", "SWEEPS": "experiments.sweep", "sweep": "experiments.sweep",
-    "UserError": "system.errors",
-}
-__getattr__, __all__ = lazy(__name__, _HOMES)
+__getattr__, __all__ = lazy(__name__, {
+    "config.presets": "get_setup load_settings",
+    "config.settings": "Settings",
+    "experiments.compare": "choose_arms compare",
+    "experiments.reproduce": "reproduce",
+    "experiments.run": "run",
+    "experiments.sweep": "SWEEPS sweep",
+    "experiments.tuning": "choose",
+    "learning.judging": "verdicts_of",
+    "policy.loading": "load_policy",
+    "policy.packing": "PromptCompletion pack",
+    "policy.policy": "Policy",
+    "policy.prompts": "prompt_text",
+    "policy.sampling": "sample",
+    "problems.benchmarks": "get_benchmark",
+    "problems.problem": "Problem",
+    "problems.splits": "load_parts",
+    "report.report": "make_report",
+    "rewards.answers": "extract_boxes extract_lenient",
+    "rewards.steps": "steps_hold",
+    "rewards.verifier": "Verifier check_gold",
+    "setups": "SETUPS setups_with_notebook",
+    "system.errors": "UserError",
+    "training.evaluation": "evaluate",
+})

@@ -9,11 +9,13 @@ def lazy(package: str, homes: dict[str, str]) -> tuple[Callable[[str], object], 
 
     Args:
         package: its `__name__`.
-        homes: {public name: the module below the package that defines it}.
+        homes: {module below the package: the public names that it defines, separated by spaces}.
     """
+    modules = {name: module for module, names in homes.items() for name in names.split()}
+
     def __getattr__(name: str) -> object:
-        if name in homes:
-            return getattr(import_module(f"{package}.{homes[name]}"), name)
+        if name in modules:
+            return getattr(import_module(f"{package}.{modules[name]}"), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return __getattr__, sorted(homes)
+    return __getattr__, sorted(modules)

@@ -94,20 +94,25 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_writes_every_file_and_returns_them(made):
-    """Protects the layout that notebooks, README, and CI rely on, and the printed summary."""
+def test_writes_every_file_and_returns_them(made, report):
+    """All files that notebooks, README, and CI rely on; pictures are small, of 300 dpi, and undated."""
     folder, written, printed = made
     assert {path.name for path in folder.iterdir() if path.is_file()} == TEXTS
     assert {path.name for path in (folder / "figures").iterdir()} == PICTURES
     assert sorted(written) == sorted(path for path in folder.rglob("*") if path.is_file())
     assert lines_with(printed, "SFT + RL", "52.7") and lines_with(printed, "95")
+    for path in sorted((report / "figures").iterdir()):
+        assert path.stat().st_size < 200_000, path.name
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                assert picture.info["dpi"][0] == pytest.approx(300, abs=1)
+                assert picture.width == pytest.approx(2040, abs=2)
+        else:
+            assert "<dc:date>" not in path.read_text(encoding="utf-8")
 
 
 def test_same_records_give_the_same_bytes_without_torch(records, report, tmp_path):
-    """Protects CI's rebuild of the published tables: another process, another hash seed.
-
-    torch is blocked there, as on a machine without it, and matplotlib's style is left as it was.
-    """
+    """Protects CI's rebuild of the published tables."""
     code = ("import sys\n"
             "class Absent:\n"
             "    def find_spec(self, name, *rest):\n"
@@ -116,7 +121,7 @@ def test_same_records_give_the_same_bytes_without_torch(records, report, tmp_pat
             "from pathlib import Path\n"
             "from matplotlib import rcParams\n"
             "before = {k: v for k, v in rcParams.items() if k != 'backend'}\n"
-            "from hybridrl_lib.report import make_report\n"
+            "from hybridrl_lib import make_report\n"
             "make_report(Path(sys.argv[1]), Path(sys.argv[2]))\n"
             f"assert not [n for n in {BLOCKED!r} if n in sys.modules]\n"
             "assert {k: v for k, v in rcParams.items() if k != 'backend'} == before\n")
@@ -129,7 +134,7 @@ def test_same_records_give_the_same_bytes_without_torch(records, report, tmp_pat
 
 
 def test_table_holds_what_the_records_hold(records, report):
-    """Protects the numbers: means counted here from the raw lines, for greedy and for Pass@2."""
+    """Means counted from the raw lines, all columns, and the paper's values for exact match only."""
     table = {(row["setup"], row["benchmark"], row["metric"]): row
              for row in rows(report / "table2.csv")}
     greedy, pass_at_2, lenient = [], [], []
@@ -147,10 +152,6 @@ def test_table_holds_what_the_records_hold(records, report):
         assert float(row["mean"]) == pytest.approx(100 * np.mean(values), abs=0.006)
         assert float(row["ci_low"]) < float(row["mean"]) < float(row["ci_high"])
         assert (row["seeds"], row["problems"]) == ("3", "30")
-
-
-def test_table_columns_metrics_and_paper_values(report):
-    """Protects the columns and metrics, and that only exact match has a value of the paper."""
     table = rows(report / "table2.csv")
     assert list(table[0]) == ["setup", "benchmark", "metric", "mean", "ci_low", "ci_high", "seeds",
                               "problems", "paper"]
@@ -164,7 +165,7 @@ def test_table_columns_metrics_and_paper_values(report):
 
 
 def test_wide_table_has_all_rows_and_its_notes(records, report):
-    """Protects the reader: all seven rows, which benchmarks are stand-ins, all notes."""
+    """The reader finds all rows, notes, hyperparameters, and the published table beside this one."""
     text = (report / "table2.md").read_text(encoding="utf-8")
     experiment = load_experiment(records)
     notes = table_notes(experiment, make_table2(experiment))
@@ -175,6 +176,18 @@ def test_wide_table_has_all_rows_and_its_notes(records, report):
     assert len(interval_notes(experiment)) == 3, "all seeds, few seeds, and the base model's"
     latex = (report / "table2.tex").read_text(encoding="utf-8")
     assert latex.count(r"\\") == 8 and r"\bottomrule" in latex and r"\%" in latex
+    experiment = load_experiment(records)
+    text = beside_published(experiment, make_table2(experiment), report)
+    row = next(line for line in text.splitlines()
+               if line.startswith(f"| SFT + RL | {benchmark_title('tiny_word').title} |"))
+    here, there = row.split("|")[3:5]
+    assert here == there and "3 / 3" in row
+    text = (report / "hyperparameters.md").read_text(encoding="utf-8")
+    assert "| SFT + RL + entropy reg. | rl | 2 | 108 | 216 | 0 | 1 | 0.02 |" in text
+    assert "| SFT + RL | sft | 2 | 28 | 28 | 1 | 0 | 0 |" in text
+    wanted = {"| ε |", "| β |", "γ", "`rl.learning_rate` = 0.00015", "`rl.group_size` = 8"} | {
+        f"`{key}`" for key in KEYS}
+    assert not {piece for piece in wanted if piece not in text}
 
 
 def test_one_seed_is_noted(records, tmp_path):
@@ -211,10 +224,6 @@ def test_differences_pairs_and_holm(report):
             difference = table[row["first"], row["benchmark"]] \
                 - table[row["second"], row["benchmark"]]
             assert float(row["difference"]) == pytest.approx(difference, abs=0.02)
-
-
-def test_gap_is_train_minus_test(report):
-    """Protects the gap's sign, and its agreement with table2.csv."""
     table = {(row["setup"], row["benchmark"], row["metric"]): float(row["mean"])
              for row in rows(report / "table2.csv")}
     for row in rows(report / "gap.csv"):
@@ -267,26 +276,13 @@ def test_unfinished_and_broken_runs_are_left_out_and_named(own_records):
     assert (seeds["rl"], seeds["sft"], seeds["sft_then_rl"]) == ("2", "1", "3")
 
 
-def test_a_cut_off_last_line_loses_that_line_only(own_records):
-    """Protects the log format: a log may lose its last line, never an earlier one."""
+def test_damaged_logs(own_records):
+    """A cut-off line is one line; problems that a seed lacks are dropped; one scored twice breaks a run."""
     log = own_records / "rl" / "seed-0" / "probe.jsonl"
     whole = log.read_text()
     log.write_text(whole[:-20])
     run = load_experiment(own_records).of("rl")[0]
     assert len(run.probe) == whole.count("\n") - 1
-
-
-def test_a_problem_scored_twice_is_a_broken_record(own_records):
-    """Protects against a resumed evaluation that counts problems twice."""
-    path = own_records / "rl" / "seed-1" / "eval.jsonl"
-    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-    experiment = load_experiment(own_records)
-    assert notes_with("\n".join(experiment.notes), "rl", "1")
-    assert [run.seed for run in experiment.of("rl")] == [0, 2]
-
-
-def test_problems_that_not_every_seed_has_are_dropped_and_named(own_records):
-    """Protects the crossing of seeds and problems: only common problems, with a note."""
     path = own_records / "rl" / "seed-1" / "eval.jsonl"
     kept = [line for line in lines(path)
             if (line["part"], line["id"]) != ("test", "tiny_word-test-3")]
@@ -296,6 +292,11 @@ def test_problems_that_not_every_seed_has_are_dropped_and_named(own_records):
                 (row["setup"], row["benchmark"], row["metric"]) == ("rl", "tiny_word", "pass@1"))
     assert cell["problems"] == "29"
     assert notes_with(texts["table2.md"], "RL", benchmark_title("tiny_word").title, "pass@1", 1)
+    path = own_records / "rl" / "seed-1" / "eval.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    experiment = load_experiment(own_records)
+    assert notes_with("\n".join(experiment.notes), "rl", "1")
+    assert [run.seed for run in experiment.of("rl")] == [0, 2]
 
 
 def test_nothing_to_report_is_an_error(tmp_path, records):
@@ -309,26 +310,6 @@ def test_nothing_to_report_is_an_error(tmp_path, records):
     assert not (tmp_path / "out").exists()
 
 
-def test_published_table_is_shown_with_this_one(records, report):
-    """Protects `hybridrl reproduce`: this table and the published one on one page."""
-    experiment = load_experiment(records)
-    text = beside_published(experiment, make_table2(experiment), report)
-    row = next(line for line in text.splitlines()
-               if line.startswith(f"| SFT + RL | {benchmark_title('tiny_word').title} |"))
-    here, there = row.split("|")[3:5]
-    assert here == there and "3 / 3" in row
-
-
-def test_hyperparameters_hold_what_a_repetition_needs(report):
-    """Protects repetition: λ, ε, β, γ, rates, sizes, reward, and every setting."""
-    text = (report / "hyperparameters.md").read_text(encoding="utf-8")
-    assert "| SFT + RL + entropy reg. | rl | 2 | 108 | 216 | 0 | 1 | 0.02 |" in text
-    assert "| SFT + RL | sft | 2 | 28 | 28 | 1 | 0 | 0 |" in text
-    wanted = {"| ε |", "| β |", "γ", "`rl.learning_rate` = 0.00015", "`rl.group_size` = 8"} | {
-        f"`{key}`" for key in KEYS}
-    assert not {piece for piece in wanted if piece not in text}
-
-
 def test_updates_are_those_of_all_seeds(own_records):
     """Protects steps from being read as optimizer updates: the log counts the updates made."""
     path = own_records / "rl" / "seed-0" / "metrics.jsonl"
@@ -338,6 +319,12 @@ def test_updates_are_those_of_all_seeds(own_records):
                      tables(own_records)["hyperparameters.md"])
     write_jsonl(path, [{k: v for k, v in line.items() if k != "updates"} for line in others])
     assert "| RL | rl |" in tables(own_records)["hyperparameters.md"]
+    path = own_records / "rl" / "seed-0" / "config.json"
+    config = json.loads(path.read_text())
+    config["settings"]["rl"]["beta"] = 0.5
+    path.write_text(json.dumps(config))
+    text = tables(own_records)["hyperparameters.md"]
+    assert notes_with(text, "`rl.beta`") and "0.02 / 0.5" in text
 
 
 def test_constants_in_the_table_are_those_of_the_code(make_trainer):
@@ -362,18 +349,8 @@ def test_constants_in_the_table_are_those_of_the_code(make_trainer):
     assert any("min(1, (s + 1) / w) · (f + (1 − f)(1 − s / S))" in text for _, text in FIXED)
 
 
-def test_settings_that_differ_between_runs_are_named(own_records):
-    """Protects against comparing setups that were trained with different settings."""
-    path = own_records / "rl" / "seed-0" / "config.json"
-    config = json.loads(path.read_text())
-    config["settings"]["rl"]["beta"] = 0.5
-    path.write_text(json.dumps(config))
-    text = tables(own_records)["hyperparameters.md"]
-    assert notes_with(text, "`rl.beta`") and "0.02 / 0.5" in text
-
-
 def test_joint_curves_come_from_the_probe_alone(own_records):
-    """Protects the meaning of the joint figures: the step log's columns do not change a line."""
+    """The step log's columns do not change a joint curve; two seeds are drawn one by one."""
     def drawn():
         with style():
             panel = figures.draw_reward(load_experiment(own_records)).axes[0]
@@ -389,6 +366,13 @@ def test_joint_curves_come_from_the_probe_alone(own_records):
         write_jsonl(path, [line | {"reward": 9.0, "entropy": 9.0} for line in lines(path)])
     after = drawn()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+    for path in own_records.glob("*/seed-2"):
+        shutil.rmtree(path)
+    with style():
+        panel = figures.draw_kl(load_experiment(own_records)).axes[0]
+    assert not panel.collections
+    thin = [line for line in panel.get_lines() if line.get_linewidth() == 0.6]
+    assert len(thin) == 2 * 6
 
 
 def test_twins_share_a_color_and_stage_two_is_marked(records):
@@ -407,21 +391,6 @@ def test_twins_share_a_color_and_stage_two_is_marked(records):
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert set(legend[:-2]) == {setup.title for setup in PAPER.values() if setup.stages}
     assert len(legend) == 8, "the start of stage two and the band come last"
-
-
-def test_few_seeds_show_every_seed(own_records):
-    """Protects against a band that two seeds cannot support."""
-    for path in own_records.glob("*/seed-2"):
-        shutil.rmtree(path)
-    with style():
-        panel = figures.draw_kl(load_experiment(own_records)).axes[0]
-    assert not panel.collections
-    thin = [line for line in panel.get_lines() if line.get_linewidth() == 0.6]
-    assert len(thin) == 2 * 6
-
-
-def test_correctness_panels_add_up(records):
-    """Protects the distribution of correct answers: one panel per setup, shares from 0 to 100%."""
     with style():
         figure = figures.draw_correctness(load_experiment(records))
     panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
@@ -434,19 +403,7 @@ def test_correctness_panels_add_up(records):
         assert top[:, 0].min() == 0.0  # the base model's state
 
 
-def test_pictures_are_small_and_printable(report):
-    """Protects the repository's size and print: 300 dpi, under 200 kB, no date."""
-    for path in sorted((report / "figures").iterdir()):
-        assert path.stat().st_size < 200_000, path.name
-        if path.suffix == ".png":
-            with Image.open(path) as picture:
-                assert picture.info["dpi"][0] == pytest.approx(300, abs=1)
-                assert picture.width == pytest.approx(2040, abs=2)
-        else:
-            assert "<dc:date>" not in path.read_text(encoding="utf-8")
-
-
-def test_signal_is_that_of_the_base_model_on_training_problems(own_records):
+def test_signal_is_that_of_the_base_model_on_training_problems(own_records, tmp_path):
     """Protects the estimate of RL's chances: base model, training problems, groups of G."""
     texts = tables(own_records)
     found = {(row["benchmark"], row["verdict"]): row for row in rows(texts["signal.csv"])}
@@ -464,10 +421,6 @@ def test_signal_is_that_of_the_base_model_on_training_problems(own_records):
             100 * np.mean(solved & ~all_of), abs=0.01)
     shutil.rmtree(own_records / "base")
     assert "signal.md" not in tables(own_records)
-
-
-def test_records_without_probe_or_training_part(own_records, tmp_path):
-    """Protects sparse experiments: nothing fails, and what was not measured is not drawn."""
     for path in own_records.glob("*/*/probe.jsonl"):
         path.unlink()
     for path in own_records.glob("*/*/eval.jsonl"):
@@ -480,14 +433,6 @@ def test_records_without_probe_or_training_part(own_records, tmp_path):
     assert {"table2.csv", "loss.svg", "table2.svg", "report.md"} <= names
 
 
-def test_another_method_gets_its_row(own_records):
-    """Protects methods that are not the paper's: a row, and the baseline to beat."""
-    (own_records / "rl").rename(own_records / "another_method")
-    experiment = load_experiment(own_records)
-    assert ("another_method", "sft_then_rl") in pairs(experiment)
-    assert "| another_method |" in tables(own_records)["table2.md"]
-
-
 def test_a_setup_in_the_table_of_setups_that_never_ran_changes_nothing(records, monkeypatch):
     """Protects the rebuild of published tables when somebody adds a setup."""
     before = tables(records)
@@ -497,7 +442,7 @@ def test_a_setup_in_the_table_of_setups_that_never_ran_changes_nothing(records, 
 
 
 def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, monkeypatch):
-    """Protects new methods: title, row after the paper's, baselines, own color."""
+    """A new method has a title, a row after the paper's, baselines, and its own color; so has an unknown."""
     (own_records / "rl").rename(own_records / "blended")
     others = dict(SETUPS)
     SETUPS.clear()  # where the line is in the table does not matter
@@ -518,6 +463,10 @@ def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, mo
         "base", "sft_then_rl"}
     colors = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
     assert list(colors.values()).count(colors["Blended"]) == 1
+    (own_records / "blended").rename(own_records / "another_method")
+    experiment = load_experiment(own_records)
+    assert ("another_method", "sft_then_rl") in pairs(experiment)
+    assert "| another_method |" in tables(own_records)["table2.md"]
 
 
 def test_any_number_of_setups_has_line_styles(monkeypatch):

@@ -233,7 +233,7 @@ def test_script_without_main_guard_and_without_close(tmp_path):
     """As in a notebook: nothing is imported again, and the workers end with the program."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from hybridrl_lib.rewards import Verifier\n"
+        "from hybridrl_lib import Verifier\n"
         "print('started')\n"
         "verifier = Verifier(workers=2, time_limit=60)\n"
         r"texts = [r'\boxed{2^{1/2}}', r'\boxed{3^{1/2}}']" "\n"
