@@ -1,9 +1,4 @@
-"""A machine that looks like Google Colab: its packages, its variables, its folder, no GPU.
-
-Colab's packages are those of the environment that the tests run in, as links in a separate folder:
-nothing is copied, and pip, which installs elsewhere, cannot change them. What Colab lacks is left
-out and available as wheels, so that no index is asked.
-"""
+"""A machine that looks like Google Colab: its packages, its variables, its folder, no GPU."""
 
 import json
 import os
@@ -34,12 +29,7 @@ VARIABLES = {"COLAB_RELEASE_TAG": "release-colab_20260601", "COLAB_GPU": "",
 
 
 class Colab:
-    """A machine in a folder.
-
-    Args:
-        folder: is created.
-        older: a folder of packages that come before the others, as pip's --target leaves it.
-    """
+    """A machine in a folder."""
 
     def __init__(self, folder: Path, older: Path | None = None):
         self.folder = folder
@@ -174,5 +164,3 @@ def copy_project(folder: Path) -> Path:
     shutil.copytree(ROOT / "hybridrl_lib", folder / "hybridrl_lib",
                     ignore=shutil.ignore_patterns("__pycache__", ".ruff_cache"))
     return folder
-
-

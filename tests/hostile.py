@@ -1,7 +1,4 @@
-"""Attacks for the tests of SECURITY.md's promises: harmless payloads that leave a trace.
-
-Every payload creates a file if it is run; a test then checks whether the file exists.
-"""
+"""Attacks for the tests of SECURITY.md's promises: harmless payloads that leave a trace."""
 
 from pathlib import Path
 

@@ -13,16 +13,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """The models, and what happens to a request for weights.
-
-    Attributes:
-        models: name -> folder.
-        gated: names whose files need a login.
-        fault: of a request for weights: `` (none), `cut` (only half, once), `stall` (half, then
-            nothing), `drop` (nothing).
-        ranges: the Range headers of requests for weights, in order.
-        requests: paths of all requests.
-    """
+    """The models, and what happens to a request for weights."""
 
     def __init__(self):
         self.models: dict[str, Path] = {}

@@ -31,12 +31,7 @@ class Ended:
 
 @dataclass
 class MadeUp:
-    """What was started.
-
-    Attributes:
-        commands: the words after `hybridrl` of every job.
-        fails: {name of a job: what it prints before it fails}.
-    """
+    """What was started."""
 
     commands: list[tuple[str, ...]] = field(default_factory=list)
     fails: dict[str, str] = field(default_factory=dict)

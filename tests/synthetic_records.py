@@ -1,7 +1,4 @@
-"""Writes an experiment folder as finished runs leave it, with made-up but plausible numbers.
-
-The numbers come from a seeded generator: they only test the report.
-"""
+"""Writes an experiment folder as finished runs leave it, with made-up but plausible numbers."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -27,10 +24,7 @@ def build_experiment(folder: Path, setups: Iterable[str] = paper_setups(),
                      test: Mapping[str, int] | None = None,
                      train: Mapping[str, int] | None = None,
                      samples: int = 16, epochs: int = 10, random_seed: int = 0) -> Path:
-    """Writes the runs of `setups` x `seeds` (the base model once) and returns `folder`.
-
-    `test` and `train` give the problems of each benchmark.
-    """
+    """Writes the runs of `setups` x `seeds` (the base model once) and returns `folder`."""
     test = {"tiny_word": 192, "tiny_symbolic": 128} if test is None else test
     train = {"tiny_word": 252, "tiny_symbolic": 180} if train is None else train
     ease = {(part, benchmark): np.random.default_rng([random_seed, index, number]).normal(

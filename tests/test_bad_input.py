@@ -67,11 +67,8 @@ def one_sentence(text: str) -> str:
     return text
 
 
-# Wrong words -----------------------------------------------------------------------------------
-
-
-def test_unknown_words_name_the_nearest(refused, results):
-    """Setup, preset, key, and value: the call is refused before anything is written."""
+def test_unknown_words_name_the_nearest(refused, results, model):
+    """Setup, preset, key, value, and experiment are refused before anything is written."""
     for words, nearest in (
             (["run", "sft_than_rl"], "'sft_then_rl'"),
             (["run", "rl", "--preset", "smolm"], "'smollm2'"),
@@ -83,28 +80,15 @@ def test_unknown_words_name_the_nearest(refused, results):
             (["reproduce", "--set", "rl.bta=0"], "'rl.beta'")):
         assert nearest in refused(words, 2), words
     assert not results.exists()
-
-
-def test_experiment_cannot_leave_the_results(refused, results, model):
-    """A name is a folder's name, never a path."""
     assert "../up" in refused(["run", "sft", "--experiment", "../up", "--set", model])
     assert not results.exists()
-
-
-# Data ------------------------------------------------------------------------------------------
 
 
 REAL = ["run", "sft", "--preset", "smollm2", "--set"]
 
 
-def test_missing_data_folder(refused, monkeypatch, tmp_path, model):
-    """The sentence says which files the folder should hold."""
-    monkeypatch.setenv("HYBRIDRL_DATA_DIR", str(tmp_path / "nowhere"))
-    assert "gsm8k/train.jsonl" in refused([*REAL, model])
-
-
-def test_rows_without_a_usable_answer(refused, data_folder, model):
-    """The row or problem is named; a gold that cannot be parsed never becomes a reward of 0."""
+def test_rows_without_a_usable_answer(refused, data_folder, model, monkeypatch, tmp_path):
+    """The row, problem, or file is named; a gold that cannot be parsed is never a reward of 0."""
     smallest = ["data.train_limits=()", "data.validation_limits=()", "data.test_limits=()"]
     for file, value, named in (
             ("gsm8k/train.jsonl", "no last line", (3, "train.jsonl")),
@@ -116,36 +100,23 @@ def test_rows_without_a_usable_answer(refused, data_folder, model):
         (data_folder / file).write_text("\n".join(lines) + "\n")
         assert lines_with(refused([*REAL, model, *smallest]), *named), (file, value)
         (data_folder / file).write_text(before)
+    monkeypatch.setenv("HYBRIDRL_DATA_DIR", str(tmp_path / "nowhere"))
+    assert "gsm8k/train.jsonl" in refused([*REAL, model])
 
 
-# Models ----------------------------------------------------------------------------------------
-
-
-def test_model_folder_without_tokenizer(refused, tmp_path, model_folders):
-    """transformers would invent one, and training would be nonsense."""
+def test_models_that_cannot_be_read(refused, tmp_path, model_folders):
+    """No tokenizer, half of the weights, no GGUF, no such path: each is named."""
     shutil.copytree(model_folders["qwen2"], tmp_path / "model",
                     ignore=shutil.ignore_patterns("tokenizer*"))
     assert "tokenizer" in refused(["run", "sft", "--set", f"model.path={tmp_path / 'model'}"])
-
-
-def test_model_folder_with_truncated_weights(refused, tmp_path, model_folders):
-    """The folder of an interrupted download is named."""
     shutil.copytree(model_folders["qwen2"], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert lines_with(refused(["run", "sft", "--set", f"model.path={tmp_path / 'model'}"]), "model")
-
-
-def test_gguf_that_is_truncated(refused, tmp_path):
-    """Half a file, an empty one, and a web page saved under its name."""
     file = tmp_path / "half.gguf"
     for content in (b"GGUF\x03\x00\x00\x00", b"", b"<html>not found</html>" * 9):
         file.write_bytes(content)
         assert "half.gguf" in refused(["run", "sft", "--set", f"model.path={file}"]), content
-
-
-def test_model_path_that_does_not_exist(refused, tmp_path):
-    """A path is never taken for a hub name."""
     for name in ("folder", "file.gguf"):
         said = refused(["run", "sft", "--set", f"model.path={tmp_path / name}"])
         assert str(tmp_path / name) in said and "HF_HUB_OFFLINE" not in said
@@ -181,9 +152,6 @@ def test_unreachable_hub_is_asked_once():
     assert constants.HF_HUB_OFFLINE
 
 
-# A folder that is taken ------------------------------------------------------------------------
-
-
 def test_run_made_with_other_settings(refused, results, model):
     """The difference is shown, and the record is not changed."""
     assert main(["run", "sft", "--set", model]) == 0
@@ -192,12 +160,9 @@ def test_run_made_with_other_settings(refused, results, model):
     assert "sft.learning_rate: 0.0002 -> 0.5" in message and "sft.gamma: 0.1 -> 0" in message
     assert "--experiment" in message
     assert before == {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
-
-
-def test_a_run_that_never_began_blocks_nobody(refused, results, model):
-    """After a misspelled model path, the corrected command works."""
-    refused(["run", "sft", "--set", "model.path=/no/such/model"])
     assert main(["run", "sft", "--set", model]) == 0
+    (results / "tiny-smoke" / "sft" / "seed-0" / "config.json").write_text('{"setup"')
+    assert "config.json" in refused(["run", "sft", "--set", model])
 
 
 def test_a_run_that_another_process_writes(refused, results, model):
@@ -206,25 +171,13 @@ def test_a_run_that_another_process_writes(refused, results, model):
 
     with only_writer(results / "tiny-smoke" / "sft" / "seed-0", "The run"):
         assert str(os.getpid()) in refused(["run", "sft", "--set", model])
-
-
-def test_damaged_record(refused, results, model):
-    """A truncated config.json is named."""
+    refused(["run", "sft", "--set", "model.path=/no/such/model"])
     assert main(["run", "sft", "--set", model]) == 0
-    (results / "tiny-smoke" / "sft" / "seed-0" / "config.json").write_text('{"setup"')
-    assert "config.json" in refused(["run", "sft", "--set", model])
-
-
-# A full disk -----------------------------------------------------------------------------------
 
 
 @contextmanager
 def small_files(size):
-    """Inside, no file can grow beyond `size` bytes.
-
-    Only for the call under test: the limit applies to the whole process, including a file that
-    pytest's output may go to.
-    """
+    """Inside, no file can grow beyond `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -275,9 +228,6 @@ def test_disk_full_for_the_final_model(refused, results, model):
         message = refused(words)
     assert "HYBRIDRL_RESULTS_DIR" in message
     assert main(words) == 0
-
-
-# Ctrl-C ----------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_same_command_resumes(results, model):

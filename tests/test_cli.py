@@ -41,12 +41,8 @@ def written(results: Path, experiment: str = "tiny-smoke", setup: str = "sft") -
     return RunFolder(results / experiment / setup / "seed-0")
 
 
-# Without torch ---------------------------------------------------------------------------------
-
-
 def test_light_parts_do_not_import_torch(results):
-    """The verifier's worker, settings, help, list, and report start at once and work without torch;
-    the worker does not need numpy either."""
+    """The verifier's worker."""
     build_experiment(results / "small", setups=("base", "sft"), seeds=(0, 1),
                      test={"tiny_word": 6}, train={"tiny_word": 4}, epochs=2)
     program = (
@@ -78,12 +74,10 @@ def test_every_command_has_help_with_an_example(capsys):
         assert example in capsys.readouterr().out and example.startswith(f"hybridrl {name}")
         _, left_over = cli.make_parser(name).parse_known_args(example.split()[1:])
         assert not left_over, example
+    assert [cli.seed_list(text) for text in ("3", "0,4,7", "4,")] == [(0, 1, 2), (0, 4, 7), (4,)]
 
 
-# Wrong use -------------------------------------------------------------------------------------
-
-
-def test_wrong_use_is_one_sentence_and_exit_2(capsys):
+def test_wrong_use_is_one_sentence_and_exit_2(capsys, monkeypatch):
     """A misspelled call names what was probably meant, without a usage page or a traceback."""
     wrong = []
     for words, hint in (
@@ -97,20 +91,11 @@ def test_wrong_use_is_one_sentence_and_exit_2(capsys):
                 hint not in err):
             wrong.append((words, code, out, err))
     assert not wrong
-
-
-def test_no_command_shows_help(capsys):
-    """`hybridrl` without a command did nothing, which is not a success."""
     assert main([]) == 2
     assert "reproduce" in capsys.readouterr().out
-
-
-def test_seeds_are_a_number_or_a_list():
-    """`--seeds 3` means three seeds, not seed 3."""
-    assert [cli.seed_list(text) for text in ("3", "0,4,7", "4,")] == [(0, 1, 2), (0, 4, 7), (4,)]
-
-
-# Errors ----------------------------------------------------------------------------------------
+    monkeypatch.setenv("HYBRIDRL_DEBUG", "1")
+    with pytest.raises(UsageError):
+        main(["run", "stf"])
 
 
 def test_errors_become_one_sentence(monkeypatch, capsys):
@@ -139,22 +124,12 @@ def test_errors_become_one_sentence(monkeypatch, capsys):
     assert not wrong
 
 
-def test_debug_shows_tracebacks(monkeypatch):
-    """HYBRIDRL_DEBUG=1 raises the error itself."""
-    monkeypatch.setenv("HYBRIDRL_DEBUG", "1")
-    with pytest.raises(UsageError):
-        main(["run", "stf"])
-
-
 def test_a_closed_pipe_prints_no_error():
     """`hybridrl list | head -1` ends quietly."""
     done = subprocess.run(
         f"'{sys.executable}' -m hybridrl_lib.cli list --json | head -c 10", shell=True,
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
     assert len(done.stdout) == 10 and done.stderr == ""
-
-
-# run and rerun ---------------------------------------------------------------------------------
 
 
 def test_run_records_and_is_not_run_again(model_folders, results, smoke, capsys):
@@ -221,9 +196,6 @@ def test_rerun_passes_every_setting():
             assert difference(wanted, load_settings("tiny", overrides, smoke=smoke_now)) == []
 
 
-# report ----------------------------------------------------------------------------------------
-
-
 def test_report_finds_runs_before_published_ones(tmp_path):
     """New runs have precedence over published ones of that name, which are never written to."""
     runs, published = tmp_path / "runs", tmp_path / "published"
@@ -241,9 +213,6 @@ def test_report_finds_runs_before_published_ones(tmp_path):
     assert commands.find_experiment("some/folder", runs, published)[0] == Path("some/folder")
 
 
-# list ------------------------------------------------------------------------------------------
-
-
 def test_list_shows_what_there_is(capsys):
     """Every setup, method, and preset is named, for people and for programs."""
     assert main(["list", "--json"]) == 0
@@ -253,10 +222,6 @@ def test_list_shows_what_there_is(capsys):
     assert main(["list"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in (*catalogue.SETUPS, *catalogue.METHODS, *preset_names()))
-
-
-def test_cost_of_tiny_is_exact():
-    """The training problems of the default preset are counted, not guessed."""
     from hybridrl_lib.problems.splits import load_parts
 
     settings = load_settings("tiny", smoke=False)
@@ -280,9 +245,6 @@ def test_minutes_come_from_published_runs_only(tmp_path):
     assert (entry.minutes, entry.runs) == (1.5, 2)
     assert not found, "a comparison may have fewer epochs than the preset"
     assert catalogue.minutes(()) == catalogue.NOT_MEASURED
-
-
-# doctor, pretrain-tiny -------------------------------------------------------------------------
 
 
 def test_doctor_exits_by_its_verdict(monkeypatch, capsys):

@@ -27,9 +27,6 @@ OLDER = ("ipython==7.34.0", "ipykernel==6.17.1", "traitlets==5.7.1", "backcall==
          f"transformers=={FLOORS['transformers']}", "tokenizers==0.22.2", "huggingface_hub==1.3.0")
 
 
-# Without a machine --------------------------------------------------------------------------------
-
-
 @pytest.fixture()
 def versions(monkeypatch):
     """{package: version} of what the library believes is installed."""
@@ -39,8 +36,8 @@ def versions(monkeypatch):
     return found
 
 
-def test_too_old_packages_are_one_sentence(versions):
-    """An old package is named with the version needed; torch and numpy are never left to pip."""
+def test_too_old_packages_are_one_sentence(versions, monkeypatch):
+    """What is too old is named with its version; torch is never left to pip; newer is fine."""
     colab.refuse_unfit(NEEDED)
     for name, version in (("transformers", "4.40.2"), ("torch", "2.3.0+cu121"),
                           ("numpy", "1.26.4")):
@@ -52,29 +49,17 @@ def test_too_old_packages_are_one_sentence(versions):
         assert "\n" not in sentence
         assert (f"%pip install {name}==" in sentence) == (name == "transformers")
         assert ("%pip" in sentence) == (name == "transformers")
-
-
-def test_too_old_python_is_one_sentence(monkeypatch):
-    """pip ignores the version of Python, so that this error can be shown."""
-    monkeypatch.setattr(platform, "python_version", lambda: "3.10.12")
-    with pytest.raises(UserError, match=r"Python 3\.10\.12 .*>=3\.11") as caught:
-        colab.refuse_unfit([])
-    assert "%pip" not in str(caught.value)
-
-
-def test_newer_than_ours_is_fine(versions):
-    """Colab gets newer packages: only old ones are refused, whatever the pins say."""
     versions.update({name: "99.0" for name in versions} | {"transformers": "99.0.dev0"})
     colab.refuse_unfit(NEEDED)
-
-
-def test_recorded_colab_is_new_enough(versions):
-    """No floor may be above what Colab has: its kernel breaks if IPython is replaced."""
     lines = (ROOT / "tests" / "data" / "colab.txt").read_text().splitlines()
     listed = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert {name.lower() for name in listed} == set(versions) - set(LACKING)
     versions.update({name.lower(): version for name, version in listed.items()})
     colab.refuse_unfit(NEEDED)
+    monkeypatch.setattr(platform, "python_version", lambda: "3.10.12")
+    with pytest.raises(UserError, match=r"Python 3\.10\.12 .*>=3\.11") as caught:
+        colab.refuse_unfit([])
+    assert "%pip" not in str(caught.value)
 
 
 def test_where_results_go(monkeypatch, tmp_path):
@@ -93,12 +78,12 @@ def test_where_results_go(monkeypatch, tmp_path):
     assert colab.os.environ["HYBRIDRL_RESULTS_DIR"] == str(tmp_path)
 
 
-def test_pins_are_those_of_the_project():
+def test_pins_are_those_of_the_project(tmp_path):
     """The cell installs the versions that `make env` does; run `make lock` after a change."""
     assert colab.PINS.read_bytes() == (ROOT / "constraints.txt").read_bytes()
-
-
-# Machines -----------------------------------------------------------------------------------------
+    done = subprocess.run([sys.executable, "-S", "-c", setup_cell("00_start_here")], env={},
+                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "pip install -e ." in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +108,9 @@ def older_machine(tmp_path_factory):
     return machine
 
 
-def test_setup_cell_elsewhere_installs_nothing(tmp_path):
-    """On another machine the cell says what to do; -S: a Python without any package."""
-    done = subprocess.run([sys.executable, "-S", "-c", setup_cell("00_start_here")], env={},
-                          cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "pip install -e ." in done.stderr.splitlines()[-1]
-
-
 @pytest.mark.slow
 def test_setup_cell_says_what_is_wrong(machine):
-    """The cell with real pip: old packages and a missing connection are one error each, only the
-    library is installed by then, and running the cell again fixes it."""
+    """The cell with real pip."""
     machine.new_session()
     before = machine.versions()
     for name, version in (("transformers", "4.40.2"), ("torch", "2.3.0+cu121")):
@@ -155,8 +132,7 @@ def test_setup_cell_says_what_is_wrong(machine):
 
 @pytest.mark.slow
 def test_setup_cell_next_to_a_clone(machine):
-    """A folder named hybridrl_lib, a clone's or that of results on Drive, can be imported as an
-    empty name: the library is installed anyway, from the clone if the user says so."""
+    """A folder named hybridrl_lib."""
     machine.new_session()
     clone = copy_project(machine.content / "hybridrl_lib")
     failed = machine.run_setup_cell(HYBRIDRL_SOURCE=str(machine.content / "elsewhere"))
@@ -181,8 +157,7 @@ def test_all_cells_on_an_older_colab(older_machine):
 
 @pytest.mark.slow
 def test_a_lost_session_resumes_from_drive(machine):
-    """A kernel is killed during training and only Drive is left of its machine: running all cells
-    again resumes from the last checkpoint."""
+    """A kernel is killed during training and only Drive is left of its machine."""
     machine.new_session()
     before = machine.versions()
     run = machine.mount_drive() / "hybridrl_lib" / "results" / "tiny-smoke" / "rl" / "seed-0"
@@ -210,12 +185,7 @@ def only_lacking_was_installed(before: dict, after: dict) -> None:
 
 
 def run_all(machine: Colab, settings: str = "", until=None) -> str:
-    """Runs all cells of 11_rl in a new kernel and returns the text of their outputs.
-
-    Args:
-        settings: the notebook's parameter.
-        until: the kernel is killed as soon as it returns True.
-    """
+    """Runs all cells of 11_rl in a new kernel and returns the text of their outputs."""
     notebook = read("11_rl")
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -1,12 +1,11 @@
-"""The package's rooms: who imports whom, on how many layers, and how long files are.
-
-A room is a folder or a module directly inside the package. Every import counts: at the top, in
-functions, under TYPE_CHECKING, and importlib with a literal name.
-"""
+"""The package's rooms: who imports whom, on how many layers, and how long files are."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
+from operator import attrgetter
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -82,6 +81,20 @@ def test_the_equations_import_torch_and_nothing_else():
         [alias.name for alias in node.names] if isinstance(node, ast.Import) else
         ["." * node.level + (node.module or "")] if isinstance(node, ast.ImportFrom) else [])]
     assert names and set(names) == {"torch"}
+
+
+def test_the_functions_of_the_readmes_table_exist():
+    """formula of the paper -> `module.function`, with the paper's own ones in objectives.py."""
+    files = files_of(PACKAGE)
+    table = re.findall(r"^\|.*\| `([\w.]+)` \|$", (PACKAGE.parent / "README.md").read_text(
+        encoding="utf-8"), re.M)
+    names = [name for name in table if "." in name]
+    for name in names:
+        module = max((part for part in files if f"hybridrl_lib.{name}".startswith(f"{part}.")),
+                     key=len)
+        rest = f"hybridrl_lib.{name}".removeprefix(f"{module}.")
+        assert callable(attrgetter(rest)(resolve_name(module))), name
+    assert len([name for name in names if name.startswith("objectives.")]) >= 6
 
 
 def test_every_kind_of_import_is_seen(tmp_path):

@@ -1,12 +1,4 @@
-r"""Agreement of our verifier, and of math-verify alone, with the labels of `data/verdicts.jsonl`.
-
-    python tests/verdict_report.py            # prints the page and every disagreement
-    python tests/verdict_report.py --write    # also writes data/verdicts.md
-
-A row of the corpus has `category`, `gold`, `answer` (the content of the only box) or `completion`
-(a whole text), `right` (the strict verdict of a careful grader), and optionally `finished` (false:
-no EOS), `rule` (the convention of the label), `known` (why we disagree), and `source`.
-"""
+r"""Agreement of our verifier."""
 
 import json
 import os
@@ -83,11 +75,7 @@ def our_verdicts(rows: Sequence[dict[str, Any]], seconds: float = SECONDS_AN_ANS
 
 
 def math_verify_verdicts(rows: Sequence[dict[str, Any]]) -> list[bool]:
-    """What math-verify says about each row, called as in its README.
-
-    In a process that is killed if a row takes `SECONDS_AN_ANSWER`, because some computations ignore
-    the signal that math-verify sends. Such a row counts as wrong.
-    """
+    """What math-verify says about each row, called as in its README."""
     verdicts: list[bool] = []
     while len(verdicts) < len(rows):
         with subprocess.Popen(

@@ -59,8 +59,8 @@ def _score_sentence(setup: str, benchmark: str, exact: Line, found: Mapping) -> 
     if one and many:
         text += f"; sampled, pass@1 is {one['mean']} % and {many['metric']} is {many['mean']} %"
     if exact.get("paper"):
-        text += (f". The paper's number is {exact['paper']} %, of another model on "
-                 "another benchmark" if benchmark.startswith("tiny") else
+        text += (f". The paper's number is {exact['paper']} %, for another model and "
+                 "benchmark" if benchmark.startswith("tiny") else
                  f". The paper prints {exact['paper']} %")
     return text + "."
 
@@ -69,7 +69,7 @@ def _difference_sentence(row: Line) -> str:
     first, second = setup_title(row["first"]), setup_title(row["second"])
     size = float(row["difference"])
     if float(row["p_holm"]) < SIGNIFICANT:
-        verdict = f"**{'better' if size > 0 else 'worse'}** than {second}, beyond chance"
+        verdict = f"**{'better' if size > 0 else 'worse'}** than {second} (significant)"
     else:
         verdict = f"not distinguishable from {second}"
     return (f"    - {first} is {verdict}: {_signed(row)} points, "
@@ -82,8 +82,7 @@ def show_claims(folder: Path) -> None:
 
 
 def claims(folder: Path) -> str:
-    """A Markdown table: claim, comparison, measured difference, and what it says about the claim.
-    """
+    """A Markdown table of the claims, the measured differences, and what these say."""
     measured = {(row["first"], row["second"], row["benchmark"]): row
                 for row in _lines(folder / "differences.csv") if row["metric"] == "exact_match"}
     rows = []

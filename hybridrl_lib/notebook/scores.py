@@ -46,8 +46,8 @@ def show_scores(record: RunFolder) -> None:
         f"{metrics[c.metric]}, {p_said(c.difference.p_value)}\n"
         for c in sorted(comparisons, key=lambda c: list(metrics).index(c.metric)))
     if comparisons:
-        text += ("\nStrict: the answer is right and in its box; lenient: right wherever it stands. "
-                 "What is won by the strict rule alone is the form of the answer.\n")
+        text += ("\nStrict: the answer is correct and in its box; lenient: correct anywhere. A gain "
+                 "by the strict rule only is a gain in form.\n")
     if record.path.parent.name != "base" and "base" not in experiment.setups:
         text += "- The base model was not scored in this experiment; `00_start_here` does it.\n"
     display(Markdown(text))
@@ -96,7 +96,7 @@ def show_signal(record: RunFolder, group_size: int = 8) -> None:
         panel.bar(range(samples + 1), counts, color=colors)
         title = figure_text(benchmark_title(name).title)
         panel.set_title(f"{title} ({len(right)} problems)", loc="left")
-        panel.set(xlabel=f"right samples out of {samples}", ylabel="problems")
+        panel.set(xlabel=f"correct samples out of {samples}", ylabel="problems")
         for axis in (panel.xaxis, panel.yaxis):  # counts
             axis.set_major_locator(MaxNLocator(integer=True))
     show(figure, alt="Histogram of correct samples per problem; gray: all wrong or all correct")

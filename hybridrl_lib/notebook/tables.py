@@ -18,7 +18,7 @@ from ..report.style import style
 from ..system.errors import UserError, printable
 
 LONGEST_TEXT = 900  # characters of a text in a cell; the record has all of it
-WIDEST_PICTURE, COLOURS = 1000, 64  # pixels
+WIDEST_PICTURE, COLORS = 1000, 64  # pixels
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 # No typesetting: an answer's dollar signs are part of it.
 PLAIN = 'class="tex2jax_ignore mathjax_ignore"'
@@ -104,7 +104,7 @@ def show_picture(folder: Path, name: str) -> None:
     if figure is None:
         print(f"Nothing was measured for the figure {name!r}.")
     else:
-        show(figure, alt=f"The report's picture {name}")
+        show(figure, alt=f"Figure {name} of the report")
 
 
 def say(text: str) -> None:
@@ -127,13 +127,11 @@ def show_file(path: Path) -> None:
                         "no data, or it was not made yet.")
     else:
         display(Image(data=smaller(path.read_bytes()),
-                      metadata={"alt": f"The picture {path.stem}"}))
+                      metadata={"alt": f"Figure {path.stem}"}))
 
 
 def smaller(png: bytes) -> bytes:
-    """A figure no wider than a page; a wider one is reduced in size and colors, to keep committed
-    notebooks small.
-    """
+    """A figure reduced to page width and few colors, to keep committed notebooks small."""
     from PIL import Image as Picture
 
     with Picture.open(io.BytesIO(png)) as picture:
@@ -143,7 +141,7 @@ def smaller(png: bytes) -> bytes:
         shown = picture.convert("RGB").resize((WIDEST_PICTURE, height), Picture.Resampling.LANCZOS)
     found = io.BytesIO()
     # the default, median cut, merges thin blue and green lines on a white background
-    shown.quantize(COLOURS, method=Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE).save(
+    shown.quantize(COLORS, method=Picture.Quantize.MAXCOVERAGE, dither=Picture.Dither.NONE).save(
         found, "PNG", optimize=True)
     return found.getvalue()
 
@@ -152,7 +150,7 @@ def show_published(experiment: str, *names: str) -> None:
     """Shows files of a published experiment, if the repository's results are available."""
     folder = published_folder() / experiment
     if not folder.is_dir():
-        print(f"The published results of {experiment} are in the repository, under "
+        print(f"The published results of {experiment} are in the repository, in "
               f"results/published/{experiment}; they do not come with the installed package.")
     for name in names if folder.is_dir() else ():
         show_file(folder / name)

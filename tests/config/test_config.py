@@ -112,26 +112,32 @@ def test_the_share_of_the_warm_up_is_as_the_paper_preset_says():
 
 
 def test_every_preset_value_has_its_reason():
-    """A reader of a preset learns why each value is what it is."""
+    """Presets hold data only, no key twice, and a reason for every value."""
     paths = sorted(PRESET_FOLDER.glob("*.yaml"))
     bare = [(path.name, line) for path in paths
             for line in path.read_text(encoding="utf-8").splitlines()
             if line.startswith("  ") and "#" not in line]
     assert not bare
     assert {path.stem for path in paths} == {*preset_names(), "smoke"}
+    class Strict(yaml.SafeLoader):
+        """A loader that refuses a repeated key, which YAML itself accepts."""
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value]
+            assert len(names) == len(set(names)), names
+            return super().construct_mapping(node, deep)
+
+    for path in PRESET_FOLDER.glob("*.yaml"):
+        assert yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)
 
 
 def test_tiny_is_a_real_workload():
-    """`tiny` keeps the paper's epochs, G and m: it is small by its model, not by skipping work."""
+    """`tiny` keeps the paper's epochs, G, and m; defaults are those that the docs list."""
     settings = load_settings("tiny")
     assert (settings.training.epochs, settings.rl.group_size) == (10, 8)
     assert settings.evaluation.samples == 16
     assert settings.data.train_limits == settings.data.test_limits == ()
     assert settings.evaluation.pass_at == (1, 2, 4, 8)
-
-
-def test_defaults_are_the_settled_points_of_the_paper():
-    """Where the paper is open, the defaults are those that the documentation lists."""
     settings = Settings()
     assert (settings.rl.kl_anchor, settings.rl.advantage_scale) == ("old", "group_std")
     assert (settings.sft.loss_normalization, settings.rl.loss_normalization) == (
@@ -151,10 +157,6 @@ def test_smoke_shrinks_every_budget_but_keeps_the_method(monkeypatch):
     assert 4 <= rollouts * small.rl.updates_per_rollout <= 40
     monkeypatch.setenv("HYBRIDRL_SMOKE", "0")
     assert load_settings("paper") == full
-
-
-def test_what_the_user_says_wins_over_smoke():
-    """A value from `--set` is used, whatever smoke and preset say."""
     assert load_settings("tiny", "rl.group_size=6", smoke=True).rl.group_size == 6
 
 
@@ -237,16 +239,8 @@ def test_unknown_names_are_refused():
         settings_from_dict({"trainign": {}})
     with pytest.raises(UsageError, match="rl.group_size"):
         settings_from_dict({"rl": {"group_sise": 3}})
-
-
-def test_settings_cannot_be_changed_in_place():
-    """A run's settings are those in its record."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().rl.beta = 1.0
-
-
-def test_replace_checks_again():
-    """`dataclasses.replace` is as strict as `--set`."""
     with pytest.raises(UsageError, match="rl.group_size"):
         dataclasses.replace(Settings().rl, group_size=1)
 
@@ -268,10 +262,6 @@ def test_describe_explains_every_setting():
     assert not bare
     # A step may have several optimizer updates, so no meaning may confuse the two.
     assert not [key for key, _, meaning in rows if "optimizer step" in meaning]
-
-
-def test_difference_names_key_and_both_values():
-    """A refused run folder shows what differs; equal settings have no difference."""
     one, other = load_settings("tiny"), load_settings("tiny", "rl.beta=0.5 data.max_level=2")
     assert difference(one, other) == ["data.max_level: none -> 2", "rl.beta: 0.02 -> 0.5"]
     assert difference(one, one) == []
@@ -296,17 +286,3 @@ def test_any_text_after_set_is_read_or_refused(text):
         load_settings("tiny", [f"rl.beta={text}"], smoke=False)
     except UsageError as error:
         assert str(error)
-
-
-def test_presets_are_plain_yaml():
-    """Presets hold data only: safe_load reads them, and no key is repeated."""
-    class Strict(yaml.SafeLoader):
-        """A loader that refuses a repeated key, which YAML itself accepts."""
-
-        def construct_mapping(self, node, deep=False):
-            names = [key.value for key, _ in node.value]
-            assert len(names) == len(set(names)), names
-            return super().construct_mapping(node, deep)
-
-    for path in PRESET_FOLDER.glob("*.yaml"):
-        assert yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)

@@ -24,16 +24,9 @@ COMMAND = (sys.executable, "-m", "hybridrl_lib.cli", "reproduce", "--setups", "s
            "--set", "training.epochs=4", "training.checkpoint_every=3")
 
 
-# With Ray ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture()
 def nodes(monkeypatch):
-    """A cluster on this machine: a head without room for jobs; `join` adds nodes for one job each.
-
-    They join after the command found the head: if several nodes had its address, the command might
-    take another one for its own and end with it.
-    """
+    """A cluster on this machine."""
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")  # a busy machine is slow, not broken
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -108,9 +101,6 @@ def test_the_runs_of_a_dead_node_resume_elsewhere_and_the_table_is_the_same(
             results / "local" / place).read_bytes(), place
 
 
-# Without Ray ------------------------------------------------------------------------------------
-
-
 def test_an_executor_that_is_not_available_is_an_error(monkeypatch, capsys):
     """An unknown executor, a missing package, and a cluster that does not answer."""
     assert cluster.connect("local") is None
@@ -141,10 +131,6 @@ def test_jobs_fill_the_cluster():
     assert found.slots(16) == 4, "a job of 16 threads gets 4, so four run at a time"
     found.gpus = 2
     assert found.slots(1) == 2
-
-
-def test_a_job_never_asks_for_more_than_a_node_has():
-    """Protects against a command that waits forever without a message."""
     gone, wrong = {"Alive": False, "Resources": {"CPU": 1000.0}}, []
     for threads, nodes, fits in (
             (16, [{"CPU": 4.0}, {"CPU": 8.0}], 8),  # Ray would wait forever for a node of 16
@@ -196,7 +182,7 @@ def test_nothing_keeps_writing_after_a_nodes_ray_has_ended(tmp_path):
     job.wait(timeout=60)
 
 
-def test_a_job_waits_for_the_lock_of_its_run(tmp_path):
+def test_a_job_waits_for_the_lock_of_its_run(tmp_path, monkeypatch):
     """A lock may outlive its node for a moment, so the job waits instead of failing."""
     record = tmp_path / "run"
     assert not is_locked(record)
@@ -207,6 +193,13 @@ def test_a_job_waits_for_the_lock_of_its_run(tmp_path):
             process.wait(timeout=3)
         assert not (tmp_path / "job.log").exists()
     assert process.wait(timeout=600) == 0 and not is_locked(record)
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / ".lock").touch()
+    looking = (tmp_path / ".lock").open("r+")
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: looking.close())
+    with only_writer(tmp_path, "It"):
+        assert is_locked(tmp_path)
 
 
 def test_a_job_that_the_cluster_lost_has_failed(tmp_path, monkeypatch):
@@ -220,21 +213,6 @@ def test_a_job_that_the_cluster_lost_has_failed(tmp_path, monkeypatch):
     log = tmp_path / "job.log"
     process = cluster.RemoteProcess(log, "task")
     assert process.poll() == 1 and "the node died" in log.read_text()
-
-
-def test_checking_a_lock_blocks_no_run(tmp_path, monkeypatch):
-    """`is_locked` holds the lock for an instant, in which a run may begin."""
-    fcntl = pytest.importorskip("fcntl")
-    (tmp_path / ".lock").touch()
-    looking = (tmp_path / ".lock").open("r+")
-    fcntl.flock(looking, fcntl.LOCK_SH)
-    monkeypatch.setattr(locks.time, "sleep", lambda seconds: looking.close())
-    with only_writer(tmp_path, "It"):
-        assert is_locked(tmp_path)
-
-
-def test_an_ended_job_leaves_no_stop_file(tmp_path, monkeypatch):
-    """Protects the folder of logs from files that mean nothing anymore."""
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
         wait=lambda tasks, timeout: (tasks, []), get=lambda task: 130))
     log = tmp_path / "job.log"

@@ -63,14 +63,8 @@ def table(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-# What is run --------------------------------------------------------------------------------------
-
-
 def test_every_arm_is_tuned_on_the_same_grid(started, results):
-    """Same factors, same seeds, judged on validation; the test runs take the best and no other.
-
-    The made-up `rl` gains from a higher rate; SFT -> RL does not and keeps the preset's.
-    """
+    """Same factors, same seeds, judged on validation; the test runs take the best and no other."""
     files, said = go(grid=(0.5, 1.0, 2.0))
     tuning = [c for c in started.commands if "tuning" in " ".join(c)]
     asked = {(c[1], c[c.index("--experiment") + 1], c[c.index("--seed") + 1]) for c in tuning}
@@ -95,16 +89,12 @@ def test_every_arm_is_tuned_on_the_same_grid(started, results):
 
 
 def test_tuning_leaves_the_behavior_model_alone():
-    """PEAR and its control would learn from different demonstrations if their factors differed."""
+    """Tuning moves neither PEAR's behavior model nor leaves switching without its probes."""
     for preset in preset_names():
         for arm in (s for s in SETUPS.values() if s.method == "pear"):
             settings = load_settings(preset, smoke=False, setup=arm)
             assert settings.method.behavior_rate == settings.sft.learning_rate
             assert set(learning_rates(settings)) == {"sft.learning_rate", "rl.learning_rate"}
-
-
-def test_what_decides_by_its_probes_is_tuned_with_them():
-    """Without probes, switching would be another method: a stage that never ends."""
     unprobed = {setup.name for setup in SETUPS.values()
                 if any(text.startswith("probe.every") for text in greedy_alone(setup))}
     assert unprobed == {name for name, setup in SETUPS.items() if setup.method != "switching"}
@@ -129,8 +119,7 @@ def test_what_is_finished_is_not_run_again(started, results):
 
 
 def test_transfer_trains_on_one_and_tests_on_all(started, results):
-    """Each arm once more per benchmark, without the other's training and validation problems: by
-    the latter it would choose the best weights, or switch."""
+    """Each arm once more per benchmark."""
     go(grid=(1.0,), seeds=(0, 1), transfer=1)
     alone = [c for c in started.commands if "only" in " ".join(c)]
     limits = {c[c.index("--experiment") + 1]: tuple(text for text in c if "_limits=" in text)
@@ -149,8 +138,13 @@ def test_transfer_trains_on_one_and_tests_on_all(started, results):
 
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(started, results):
-    """The finished arms are in the tables, and the command still fails."""
-    started.fails["rl seed 1"] = "it broke\n"
+    """Finished arms are in the tables and the command fails; without any, the error is why."""
+    started.fails |= {f"{arm} seed {seed}": "it broke\n"
+                      for arm in ("base", "rl", BASELINE) for seed in (0, 1)}
+    with pytest.raises(UserError, match="rl seed 0, rl seed 1.*base seed 0"):
+        go(grid=(1.0,))
+    assert not (results / "cmp" / "comparison.csv").exists()
+    started.fails = {"rl seed 1": "it broke\n"}
     lines = []
     with pytest.raises(UserError, match="rl seed 1"):
         compare("tiny", seeds=(0, 1), transfer=0, methods=["rl"], grid=(1.0,), jobs=2,
@@ -160,28 +154,8 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(started, results
     assert {r["setup"]: r["seeds"] for r in rows} == {"base": "1", BASELINE: "2", "rl": "1"}
 
 
-def test_why_runs_failed_is_the_error_if_there_is_nothing_to_show(started, results):
-    """Not that there is no experiment, which is only a consequence."""
-    started.fails |= {f"{arm} seed {seed}": "it broke\n"
-                      for arm in ("base", "rl", BASELINE) for seed in (0, 1)}
-    with pytest.raises(UserError, match="rl seed 0, rl seed 1.*base seed 0"):
-        go(grid=(1.0,))
-    assert not (results / "cmp" / "comparison.csv").exists()
-
-
-def test_a_run_is_a_process_of_this_interpreter(results):
-    """The job of a run is `hybridrl run` with the arm's own settings."""
-    job = plans.run_job(plan_of(), get_setup("rl"), 0, "cmp", ("rl.beta=0.1", "pear.level=block"))
-    assert job.command == (sys.executable, "-m", "hybridrl_lib.cli", "run", "rl", "--preset",
-                           "tiny", "--seed", "0", "--experiment", "cmp", "--set", "rl.beta=0.1")
-    assert (job.name, job.seed) == ("rl seed 0", 0) and not job.record.is_complete
-
-
-# Choices ------------------------------------------------------------------------------------------
-
-
 def test_the_arms():
-    """By default: the paper's setups, RL's whole budget after SFT, one setup per method."""
+    """The paper's setups and one per method; arms without SFT have the rollouts of SFT -> RL."""
     names = [setup.name for setup in choose_arms(())]
     assert names[0] == "base" and set(paper_setups()) <= set(names)
     assert {get_setup(name).method for name in names} == set(METHODS)
@@ -195,11 +169,6 @@ def test_the_arms():
     assert {s.name for s in choose_arms(["superrl_drop"])} == {"base", BASELINE, "superrl_drop"}
     with pytest.raises(UsageError, match="relift"):
         choose_arms(["relft"])
-
-
-def test_the_epochs_of_arms():
-    """Arms without a stage of SFT have the rollouts of SFT -> RL, and its odd epoch goes to SFT;
-    all of RL after SFT has RL's steps."""
     def stages(name, epochs):
         settings = load_settings("tiny", [f"training.epochs={epochs}"], smoke=False,
                                  setup=get_setup(name))
@@ -217,17 +186,8 @@ def test_the_epochs_of_arms():
     assert not wrong
 
 
-def test_the_best_mean_is_chosen_and_the_nearer_of_equals():
-    """Ties go to the factor nearest to 1, then to the smaller one."""
-    scores = {0.5: (0.2, 0.6), 1.0: (0.5, 0.1), 2.0: (0.4, 0.4)}
-    tuned = [Tuned("rl", factor, seed, value) for factor, values in scores.items()
-             for seed, value in enumerate(values)]
-    assert choose(tuned, "rl") == 0.5, "0.4 twice: as far from 1, and the smaller"
-    assert choose([*tuned, Tuned("rl", 1.0, 2, 0.7)], "rl") == 1.0
-
-
-def test_a_factor_multiplies_the_presets_own_rates(monkeypatch):
-    """All learning rates of an arm, and also the one that defines a setup."""
+def test_a_factor_multiplies_the_presets_own_rates(monkeypatch, results):
+    """Rates of a factor, how a factor is chosen (ties: nearest to 1), and the command of a run."""
     for setup in ("rl", "bridge"):
         arm = get_setup(setup)
         assert rates(plan_of(), arm, 2.0) == ("sft.learning_rate=0.0004",
@@ -241,6 +201,15 @@ def test_a_factor_multiplies_the_presets_own_rates(monkeypatch):
     record = plans.run_job(plan, own, 0, "x", (*plans.given(own, plan.settings),
                                                *rates(plan, own, 2.0)))
     assert "rl.learning_rate=0.002" in record.command
+    scores = {0.5: (0.2, 0.6), 1.0: (0.5, 0.1), 2.0: (0.4, 0.4)}
+    tuned = [Tuned("rl", factor, seed, value) for factor, values in scores.items()
+             for seed, value in enumerate(values)]
+    assert choose(tuned, "rl") == 0.5, "0.4 twice: as far from 1, and the smaller"
+    assert choose([*tuned, Tuned("rl", 1.0, 2, 0.7)], "rl") == 1.0
+    job = plans.run_job(plan_of(), get_setup("rl"), 0, "cmp", ("rl.beta=0.1", "pear.level=block"))
+    assert job.command == (sys.executable, "-m", "hybridrl_lib.cli", "run", "rl", "--preset",
+                           "tiny", "--seed", "0", "--experiment", "cmp", "--set", "rl.beta=0.1")
+    assert (job.name, job.seed) == ("rl seed 0", 0) and not job.record.is_complete
 
 
 def test_what_cannot_be_compared_is_refused_before_any_run():
@@ -254,6 +223,8 @@ def test_what_cannot_be_compared_is_refused_before_any_run():
         with pytest.raises(UsageError, match=fact):
             plan_of(**more)
             pytest.fail(f"{more} was accepted")
+    assert plan_of(settings="rl.beta=0.1 rl.group_size=4").settings == (
+        "rl.beta=0.1", "rl.group_size=4")
 
 
 def test_an_arm_keeps_what_defines_it(started, results):
@@ -276,12 +247,6 @@ def test_an_arm_keeps_what_defines_it(started, results):
         assert {keeps, takes} <= {command[1] for command in started.commands}
 
 
-def test_settings_may_be_one_text_as_in_a_notebook():
-    """As after `--set`."""
-    assert plan_of(settings="rl.beta=0.1 rl.group_size=4").settings == (
-        "rl.beta=0.1", "rl.group_size=4")
-
-
 def test_the_command_line(monkeypatch, capsys):
     """Options reach `compare` as they are meant."""
     seen = []
@@ -293,9 +258,6 @@ def test_the_command_line(monkeypatch, capsys):
                      ["rl.beta=0.1"], {"executor": "local"})]
     assert main(["compare", "--grid", "half"]) == 2
     assert "half" in capsys.readouterr().err
-
-
-# The report ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +307,12 @@ def test_differences_and_holm_are_those_of_the_formulas(experiment):
             p_values.append((wanted.p_value, p))
     assert [p for _, p in p_values] == pytest.approx(holm(p for p, _ in p_values))
     assert arms["rl"].rate_factor == 2.0
+    (arm,) = (arm for arm in make_arms(experiment, BASELINE, {}) if arm.setup == "relift")
+    arm = replace(arm, differences={("tiny_word", "exact_match"): difference(0.0, 0.9),
+                                    ("tiny_word", "pass@8"): difference(0.2, 0.01)})
+    assert arm.verdict("exact_match") == TIE and arm.verdict("pass@8") == BETTER
+    (row,) = difference_rows(experiment, [arm], BASELINE)
+    assert row[-1] == TIE
 
 
 def test_settings_of_all_runs_that_differ_from_the_preset_are_listed(experiment):
@@ -354,11 +322,19 @@ def test_settings_of_all_runs_that_differ_from_the_preset_are_listed(experiment)
         settings = load_settings("tiny", ["training.epochs=4", *rate], setup=SETUPS[run.setup])
         run.config.update(preset="tiny", settings=settings_to_dict(settings))
     assert notes_with(page_of(experiment), "training.epochs=4", 10)
+    assert not lines_with(page_of(experiment), "rl.clip=false")
+    for run in experiment.runs:
+        run.config["settings"] = settings_to_dict(load_settings(
+            "tiny", ["rl.learning_rate=1"] if run.setup == "rl" else
+            ["rl.clip=false", "rl.beta=0", "relift.batch_size=7"] if run.setup == "relift" else [],
+            smoke=False, setup=SETUPS[run.setup]))
+    (row,) = lines_with(page_of(experiment), "rl.clip=false")
+    assert row.startswith("| ReLIFT |") and lines_with(row, "rl.beta=0")
+    assert "relift." not in row and "learning_rate" not in row, "its own, and the rates"
 
 
 def test_a_setting_that_some_arm_defines_is_listed_for_the_others():
-    """LUFFY has beta = 0 and DeepSeekMath one update whatever is asked for; only ReLIFT has a
-    buffer."""
+    """LUFFY has beta = 0 and DeepSeekMath one update whatever is asked for."""
     for settings, facts in ((["rl.beta=0"], ["rl.beta=0", "0.02"]),
                             (["rl.updates_per_rollout=1"], ["rl.updates_per_rollout=1", 2]),
                             (["relift.batch_size=4"], ["relift.batch_size=4", 16]), ([], [])):
@@ -378,7 +354,7 @@ def test_a_setting_that_some_arm_defines_is_listed_for_the_others():
 
 
 def test_lenient_scores_are_next_to_strict_ones(experiment):
-    """Training may only add the box; no difference is tested by lenient scores."""
+    """Lenient scores have no verdict, nor has what was not sampled; one seed has a note."""
     texts = texts_of(experiment)
     head = next(line for line in texts["comparison.md"].splitlines() if line.startswith("| arm |"))
     assert head.count("lenient") == 2
@@ -388,10 +364,6 @@ def test_lenient_scores_are_next_to_strict_ones(experiment):
         answers = [run.answers["last", "test", r["benchmark"]].lenient
                    for run in experiment.of(r["setup"])]
         assert float(r["mean"]) == pytest.approx(100 * np.mean(answers), abs=0.01)
-
-
-def test_what_was_not_sampled_has_no_verdict(experiment):
-    """A verdict by Pass@1 would be a result that nobody measured."""
     greedy = replace(experiment, runs=tuple(
         replace(run, answers={key: replace(a, samples=0) for key, a in run.answers.items()})
         for run in experiment.runs))
@@ -400,10 +372,6 @@ def test_what_was_not_sampled_has_no_verdict(experiment):
         metrics = {r["metric"] for r in table(texts["comparison.csv"])}
         assert metrics == {"exact_match", "exact_match_lenient"}
         assert "Pass@" not in texts["comparison.md"].partition("\n## ")[2].partition("\n## ")[0]
-
-
-def test_one_seed_adds_a_note_to_the_verdicts(experiment):
-    """A verdict on one seed is about that run only."""
     notes = len(notes_with(page_of(experiment), "seed"))
     for setups in (("rl", "relift", BASELINE), (BASELINE,)):
         one = replace(experiment, runs=tuple(run for run in experiment.runs
@@ -436,22 +404,8 @@ def tuning_of(scores: dict[str, tuple], factors=(0.25, 1.0)) -> list[Tuned]:
             for factor, values in zip(factors, found, strict=True) for seed in (1000, 1001)]
 
 
-def test_ties_and_ends_of_the_grid_are_named(experiment):
-    """A choice by rule is not a choice by score, and a better factor may lie outside the grid."""
-    tuned = tuning_of({"rl": ((0.7,), (0.7,)), "relift": ((0.6,), (0.8,)),
-                       BASELINE: ((0.75,), (0.75,))})
-    arms = make_arms(experiment, BASELINE, {"rl": 0.25})
-    (tie,) = ties(arms, tuned)
-    assert lines_with(tie, "RL", 0.25, 1) and lines_with(tie, TITLE, 0.25, 1)
-    assert SETUPS["relift"].title not in tie
-    low, high = grid_ends(arms, tuned)
-    assert lines_with(low, 1, 3, 0.25) and lines_with(high, 2, 3, 1)
-    text = page_of(experiment, tuned=tuned, factors={"rl": 0.25})
-    assert all(sentence in text for sentence in (tie, low, high))
-
-
 def test_what_samples_would_have_chosen_is_given(experiment):
-    """Greedy answers and samples want different rates: Pass@k then has no verdict."""
+    """What samples would have chosen, ties, and ends of the grid are named."""
     tuned = tuning_of({"rl": ((0.8, 0.2), (0.7, 0.5)), "relift": ((0.6, 0.1), (0.9, 0.4)),
                        BASELINE: ((0.9, 0.3), (0.8, 0.2))})
     factors = {"rl": 0.25, BASELINE: 0.25}
@@ -470,19 +424,16 @@ def test_what_samples_would_have_chosen_is_given(experiment):
     unprobed = [replace(t, sampled=None) for t in tuned]
     assert "| RL | 80.0 | **70.0** |" in page_of(experiment, tuned=unprobed)
     assert not by_samples(arms, unprobed)
-
-
-def test_arms_may_differ_in_more_than_the_method(experiment):
-    """A paper that also drops the clip and the KL term changes GRPO: the page has a row for it."""
-    assert not lines_with(page_of(experiment), "rl.clip=false")
-    for run in experiment.runs:
-        run.config["settings"] = settings_to_dict(load_settings(
-            "tiny", ["rl.learning_rate=1"] if run.setup == "rl" else
-            ["rl.clip=false", "rl.beta=0", "relift.batch_size=7"] if run.setup == "relift" else [],
-            smoke=False, setup=SETUPS[run.setup]))
-    (row,) = lines_with(page_of(experiment), "rl.clip=false")
-    assert row.startswith("| ReLIFT |") and lines_with(row, "rl.beta=0")
-    assert "relift." not in row and "learning_rate" not in row, "its own, and the rates"
+    tuned = tuning_of({"rl": ((0.7,), (0.7,)), "relift": ((0.6,), (0.8,)),
+                       BASELINE: ((0.75,), (0.75,))})
+    arms = make_arms(experiment, BASELINE, {"rl": 0.25})
+    (tie,) = ties(arms, tuned)
+    assert lines_with(tie, "RL", 0.25, 1) and lines_with(tie, TITLE, 0.25, 1)
+    assert SETUPS["relift"].title not in tie
+    low, high = grid_ends(arms, tuned)
+    assert lines_with(low, 1, 3, 0.25) and lines_with(high, 2, 3, 1)
+    text = page_of(experiment, tuned=tuned, factors={"rl": 0.25})
+    assert all(sentence in text for sentence in (tie, low, high))
 
 
 def test_notes_on_older_records_differ(experiment):
@@ -496,10 +447,6 @@ def test_notes_on_older_records_differ(experiment):
         title = SETUPS[name].title
         before, after = (notes_with(page_of(one), title) for one in (both, new))
         assert before and after and before != after, name
-
-
-def test_transfer_has_a_zero_point_and_its_seeds(experiment):
-    """The base model's score is the first row, and no row claims that it was trained."""
     alone = {"tiny_word": replace(experiment, runs=tuple(
         run for run in experiment.runs if run.seed == 0 and run.setup != "base"))}
     texts = texts_of(experiment, alone=alone)
@@ -567,17 +514,6 @@ def test_who_does_not_beat_the_baseline_is_named(experiment):
     assert {r["verdict"] for r in rows if r["setup"] in (BASELINE, "base")} == {""}
 
 
-def test_a_verdict_is_of_one_family(experiment):
-    """Holm keeps the level within a metric: the best of three would be wrong three times as
-    often."""
-    (arm,) = (arm for arm in make_arms(experiment, BASELINE, {}) if arm.setup == "relift")
-    arm = replace(arm, differences={("tiny_word", "exact_match"): difference(0.0, 0.9),
-                                    ("tiny_word", "pass@8"): difference(0.2, 0.01)})
-    assert arm.verdict("exact_match") == TIE and arm.verdict("pass@8") == BETTER
-    (row,) = difference_rows(experiment, [arm], BASELINE)
-    assert row[-1] == TIE
-
-
 def test_who_used_more_than_the_budget_is_marked(experiment, tmp_path):
     """In the text, the tables, and the forest plot: twice the rollouts may be what wins."""
     arms = [replace(arm, used=replace(arm.used, rollouts=2 * arm.used.rollouts))
@@ -619,25 +555,8 @@ def test_the_files_have_every_arm(experiment, tmp_path):
     assert widths == [2, 2], "narrow enough for a page: one per benchmark"
 
 
-# Figures ------------------------------------------------------------------------------------------
-
-
-def test_the_weight_of_sft_is_drawn_if_losses_are_mixed(experiment):
-    """lambda over time is the diagnostic of the combined loss, which has no column of its own."""
-    for weights, drawn in (((0.5, 0.5), True), ((1.0, 0.25), True), ((1.0, 1.0), False),
-                           ((1.0, 0.0), False)):
-        runs = tuple(replace(run, setup="combined", metrics=[
-            line | {"lambda/sft": weights[place % 2]} for place, line in enumerate(run.metrics)])
-            for run in experiment.of("rl"))
-        figure = draw_diagnostics(replace(experiment, runs=runs), "combined")
-        assert (figure is not None) == drawn, weights
-        if drawn:
-            (panel,) = figure.axes
-            assert "λ" in panel.get_title(loc="left")
-
-
-def test_a_constant_is_drawn_as_one():
-    """Rounding of a share in fp32 must not fill a panel; and each column names its x axis."""
+def test_figures_of_arms(experiment):
+    """A constant does not fill its panel, titles are wrapped, lambda is drawn if losses mix."""
     metrics = [{"step": step, "stage": "sft", "epoch": step, "mifo/frozen": 0.1 + 3e-7 * (step % 2),
                 "mifo/taught": 16 * (step % 2), "mifo/buffer": step, "mifo/token_share": 0.2}
                for step in (1, 2, 3)]
@@ -650,13 +569,19 @@ def test_a_constant_is_drawn_as_one():
     assert -2 < low <= 0 and 16 <= high < 18
     assert [name for name, panel in panels.items() if panel.get_xlabel()] == [
         "frozen", "taught", "token share"]
-
-
-def test_long_titles_of_panels_are_wrapped(experiment):
-    """One of three panels in a row has room for some 27 letters."""
     run = replace(experiment.of("rl")[0], setup="switching")
     figure = draw_pass_at_k(replace(experiment, runs=(run, *experiment.of(BASELINE))), BASELINE)
     titles = [panel.get_title(loc="left") for panel in figure.axes]
     (title,) = (title for title in titles
                 if title.replace("\n", " ") == SETUPS["switching"].title)
     assert "\n" in title
+    for weights, drawn in (((0.5, 0.5), True), ((1.0, 0.25), True), ((1.0, 1.0), False),
+                           ((1.0, 0.0), False)):
+        runs = tuple(replace(run, setup="combined", metrics=[
+            line | {"lambda/sft": weights[place % 2]} for place, line in enumerate(run.metrics)])
+            for run in experiment.of("rl"))
+        figure = draw_diagnostics(replace(experiment, runs=runs), "combined")
+        assert (figure is not None) == drawn, weights
+        if drawn:
+            (panel,) = figure.axes
+            assert "λ" in panel.get_title(loc="left")

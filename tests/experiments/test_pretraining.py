@@ -51,24 +51,18 @@ def documents(count, seed=0):
     return list(islice(corpus(World(), seed), count))
 
 
-# What it reads ------------------------------------------------------------------------------------
-
-
 def test_the_corpus_never_touches_the_held_out_seventh(problems):
     """No benchmark question is read in pretraining: all of them are held out, no document is."""
     questions = {question for question, _ in documents(8000)}
     assert not any(is_held_out(question) for question in questions)
     assert all(is_held_out(problem.question) for problem in problems)
     assert not questions & {problem.question for problem in problems}
-
-
-def test_the_held_out_part_is_a_seventh_of_both_kinds():
-    """The rule is a checksum, so it does not favor a kind of question or a phrasing."""
     for draw in (draw_word, draw_symbolic):
         drawn = [draw(random.Random(seed)) for seed in range(3000)]
         for phrasing in "AB":
             mine = [is_held_out(e.question) for e in drawn if e.phrasing == phrasing]
             assert 1 / 7 - 0.04 < sum(mine) / len(mine) < 1 / 7 + 0.04
+    assert documents(50) == documents(50) != documents(50, seed=1)
 
 
 def verdicts(world, count=2000):
@@ -86,12 +80,8 @@ def verdicts(world, count=2000):
 
 
 def test_a_world_without_slips_is_correct_everywhere():
-    """The generator's own answers are correct: errors in the corpus are intended."""
+    """The generator is correct without slips; each choice of the world does what its name says."""
     assert verdicts(CLEAN) == (1.0, 1.0)
-
-
-def test_slips_and_misconceptions_make_wrong_answers():
-    """Each choice of the world does what its name says."""
     right, _ = verdicts(replace(CLEAN, sloppy=1.0))
     assert right < 0.35, "a slip in an earlier line of symbolic working leaves the answer right"
     right, _ = verdicts(replace(CLEAN, misconception=1.0, word_share=0.0))
@@ -100,16 +90,8 @@ def test_slips_and_misconceptions_make_wrong_answers():
     assert 0.5 < boxed < 0.65, "phrasing A boxes, B only in its box_only endings"
 
 
-def test_the_corpus_repeats_by_seed():
-    """The same seed gives the same documents, another seed others."""
-    assert documents(50) == documents(50) != documents(50, seed=1)
-
-
-# Tokenizer ----------------------------------------------------------------------------------------
-
-
-def test_tokenizer_round_trip(tokenizer, problems):
-    """Every text of the tiny world is decoded unchanged, without an unknown token."""
+def test_tokenizer(tokenizer, problems):
+    """Every text is decoded unchanged; EOS, padding, and unknown differ; documents end with EOS."""
     texts = [prompt_text(tokenizer, p.question) for p in problems]
     texts += [p.solution for p in problems]
     texts += [solution for _, solution in documents(2000, seed=3)]
@@ -118,26 +100,15 @@ def test_tokenizer_round_trip(tokenizer, problems):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert unknown not in ids, text
         assert tokenizer.decode(ids) == text
-
-
-def test_tokenizer_has_its_own_end_and_padding(tokenizer):
-    """EOS, padding, and unknown are three different tokens, and none is added automatically."""
     ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     assert len(ids) == 3 and None not in ids
     assert not ids & set(tokenizer("First 1 + 2 = 3.")["input_ids"])
-
-
-def test_every_document_is_read_to_its_end(tokenizer):
-    """Batches have whole documents, each with EOS at its end and padding only after it."""
     ids = next(batches(tokenizer, SMALL, seed=0))
     assert len(ids) == SMALL.batch_size
     for row in ids.tolist():
         end = row.index(tokenizer.eos_token_id)
         assert tokenizer.pad_token_id not in row[:end]
         assert set(row[end + 1:]) <= {tokenizer.pad_token_id}
-
-
-# The model ----------------------------------------------------------------------------------------
 
 
 def files_of(folder):
@@ -179,10 +150,7 @@ def test_training_reads_the_corpus(tmp_path):
     assert loss < 3.0, "a uniform guess costs 4.6 nats"
 
 
-# The shipped one ----------------------------------------------------------------------------------
-
-
-def test_the_shipped_model_is_the_one_the_command_makes(tokenizer):
+def test_the_shipped_model_is_the_one_the_command_makes(tokenizer, problems):
     """World and tokenizer of the shipped folder are those of the code."""
     folder = tiny_model_folder()
     made_from = json.loads((folder / "world.json").read_text())
@@ -190,10 +158,6 @@ def test_the_shipped_model_is_the_one_the_command_makes(tokenizer):
     shipped = load_policy(ModelSettings(path="tiny", device="cpu")).tokenizer
     assert shipped.get_vocab() == tokenizer.get_vocab()
     assert "tiny-v1" in (folder / "README.md").read_text()
-
-
-def test_the_shipped_model_reads_every_problem(problems):
-    """No benchmark text has a token that the shipped model does not know."""
     policy = load_policy(ModelSettings(path="tiny", device="cpu"))
     unknown = policy.tokenizer.unk_token_id
     for problem in problems:

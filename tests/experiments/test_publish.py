@@ -58,10 +58,6 @@ def test_what_is_published_reads_the_same(experiment, tmp_path, capsys):
     assert RunFolder(run).altered() == []
     assert RunFolder(run).lines("eval.jsonl") == RunFolder(
         experiment / "sft" / "seed-0").lines("eval.jsonl")
-
-
-def test_the_same_records_are_the_same_bytes(experiment, tmp_path):
-    """Protects the repository from files that change whenever they are published again."""
     def content():
         return {path.relative_to(tmp_path): path.read_bytes()
                 for path in sorted((tmp_path / "kept").rglob("*")) if path.is_file()}
@@ -127,6 +123,8 @@ def test_nothing_is_lost_by_publishing(experiment, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--to"):
         publish("made", tmp_path / "file")
+    with pytest.raises(UserError, match="'maid'"):
+        publish("maid", tmp_path)
 
 
 def test_what_cannot_be_repeated_is_not_published(experiment, tmp_path):
@@ -155,13 +153,7 @@ def test_a_report_skips_a_damaged_packed_log(experiment, tmp_path):
     assert lines_with("\n".join(found.notes), "sft", 1, "eval.jsonl.gz")
 
 
-def test_nothing_to_publish_is_an_error(experiment, tmp_path):
-    """A misspelled name is repeated."""
-    with pytest.raises(UserError, match="'maid'"):
-        publish("maid", tmp_path)
-
-
-def test_a_damaged_packed_log_is_an_error(tmp_path):
+def test_a_damaged_packed_log_is_an_error(tmp_path, monkeypatch):
     """It is named; an empty one is an empty log."""
     for content in (b"no gzip", gzip.compress(b"{}" * 1000)[:-9]):
         (tmp_path / "metrics.jsonl.gz").write_bytes(content)
@@ -169,10 +161,6 @@ def test_a_damaged_packed_log_is_an_error(tmp_path):
             RunFolder(tmp_path).lines("metrics.jsonl")
     (tmp_path / "metrics.jsonl.gz").write_bytes(b"")
     assert RunFolder(tmp_path).lines("metrics.jsonl") == []
-
-
-def test_a_packed_log_cannot_fill_the_memory(tmp_path, monkeypatch):
-    """Somebody's record may unpack to more than a machine's memory."""
     monkeypatch.setattr(files, "LARGEST_LOG", 1000)
     line = json.dumps({"step": 1, "epoch": 1.0}).encode() + b"\n"
     (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress(line * 100))

@@ -112,12 +112,8 @@ def run_queue(waiting: list[Job], slots: int = 1, say=lambda line: None, gpus: i
     return Queue(waiting, slots, environment or dict(os.environ), say, start_here(gpus)).run()
 
 
-# The whole command -----------------------------------------------------------------------------
-
-
 def test_a_setup_without_notebook_is_left_to_hybridrl_run(checkout, fast, results, monkeypatch):
-    """A new line in setups.py does not break `hybridrl reproduce`; asked for by name, it is an
-    error."""
+    """A new line in setups.py does not break `hybridrl reproduce`."""
     monkeypatch.setitem(SETUPS, "blended", Setup("blended", "Blended", ("rl",)))
     planned = []
     monkeypatch.setattr(reproduce, "setup_job", lambda plan, setup, seed: planned.append(setup.name)
@@ -133,11 +129,7 @@ def test_a_setup_without_notebook_is_left_to_hybridrl_run(checkout, fast, result
 
 @pytest.mark.xdist_group("papermill")
 def test_notebooks_run_and_failures_are_listed_at_the_end(checkout, fast, results, monkeypatch):
-    """One failure does not stop the other notebooks, and the report covers the rest.
-
-    Every notebook gets its parameters unchanged (an experiment called 2025 stays a text), this
-    interpreter, this package, and one thread, whatever the number of jobs.
-    """
+    """One failure does not stop the other notebooks, and the report covers the rest."""
     monkeypatch.setenv("HYBRIDRL_SMOKE", "1")
     monkeypatch.setenv("HYBRIDRL_RESULTS_DIR", "new")
     monkeypatch.setenv("HYBRIDRL_DATA_DIR", "../data")
@@ -211,9 +203,6 @@ def test_ctrl_c_lets_every_kernel_write_its_checkpoint(checkout, results):
     assert all((place / "kept.json").exists() for place in places)
 
 
-# What is refused -------------------------------------------------------------------------------
-
-
 def test_a_second_process_is_refused(checkout, fast, results):
     """Two of them would write the same records; the error names the one that is running."""
     with only_writer(results / "tiny", "The experiment tiny"):
@@ -232,6 +221,12 @@ def test_a_lock_file_of_a_killed_process_blocks_nobody(tmp_path):
         with pytest.raises(UserError), only_writer(tmp_path, "It"):
             pass
     assert not (tmp_path / ".lock").exists()
+    import shlex
+
+    from hybridrl_lib.config.presets import split_overrides
+
+    settings = ["model.path=/a b/c.gguf", "rl.beta=0.5"]
+    assert split_overrides(shlex.join(settings)) == settings
 
 
 def test_a_missing_notebook_is_named(tmp_path, fast, monkeypatch):
@@ -243,18 +238,8 @@ def test_a_missing_notebook_is_named(tmp_path, fast, monkeypatch):
         reproduce.reproduce("tiny", setups=["rl"], say=lambda line: None)
 
 
-# The plan --------------------------------------------------------------------------------------
-
-
-def test_the_longest_come_first_and_finished_ones_last(tmp_path):
-    """Setups that run at the same time end together if the long ones start first."""
-    names = sorted(paper_setups(), key=lambda name: -plan_module.relative_cost(SETUPS[name]))
-    assert names == ["rl_entropy", "rl", "sft_then_rl_entropy", "sft_then_rl", "sft_entropy", "sft",
-                     "base"]
-
-
-def test_jobs_follow_the_machine(monkeypatch):
-    """One job per GPU; on a CPU one per core, if each has the memory that its preset needs."""
+def test_jobs_follow_the_machine(monkeypatch, tmp_path):
+    """One job per GPU or per core with memory; the longest setups come first."""
     monkeypatch.setattr(plan_module, "usable_cores", lambda: 8)
     monkeypatch.setattr(plan_module, "main_memory", lambda: 16.0)
     assert plan_module.default_jobs("tiny", 7, 0) == 7
@@ -267,30 +252,16 @@ def test_jobs_follow_the_machine(monkeypatch):
     assert plan_module.gpus_for("tiny", ()) == 0  # it trains on the CPU
     assert plan_module.threads_for("tiny", 1) == plan_module.threads_for("tiny", 8) == 1
     assert plan_module.threads_for("smollm2", 2) == 4
-
-
-def test_settings_survive_the_way_through_papermill(tmp_path):
-    """A path with a space is still one setting after a notebook has split the text."""
-    import shlex
-
-    from hybridrl_lib.config.presets import split_overrides
-
-    settings = ["model.path=/a b/c.gguf", "rl.beta=0.5"]
-    assert split_overrides(shlex.join(settings)) == settings
-
-
-# The queue -------------------------------------------------------------------------------------
+    names = sorted(paper_setups(), key=lambda name: -plan_module.relative_cost(SETUPS[name]))
+    assert names == ["rl_entropy", "rl", "sft_then_rl_entropy", "sft_then_rl", "sft_entropy", "sft",
+                     "base"]
 
 
 def test_a_notebook_without_a_finished_run_has_failed(tmp_path):
-    """A notebook that ran to its end and trained nothing has failed."""
+    """A notebook that trained nothing has failed; a reason is our sentence, a type, a last line."""
     failures = run_queue([job("empty", folder=tmp_path, record=RunFolder(tmp_path / "run")),
                           job("fine", folder=tmp_path)], 2)
     assert [failed.name for failed in failures] == ["empty"] and all(failures.values())
-
-
-def test_reason_is_the_notebooks_sentence_or_the_logs_last_line(tmp_path):
-    """Our own errors are repeated, others have their type, a crash has its log's last line."""
     def notebook(name, text):
         return {"cells": [{"outputs": []}, {"outputs": [
             {"output_type": "error", "ename": name, "evalue": text}]}]}
@@ -308,8 +279,7 @@ def test_reason_is_the_notebooks_sentence_or_the_logs_last_line(tmp_path):
 
 
 def test_a_kernel_that_did_not_start_is_started_again(tmp_path):
-    """Two kernels that start together may get the same port, and one dies before it has run
-    anything. One that never starts has failed."""
+    """Two kernels that start together may get the same port."""
     death = "RuntimeError: Kernel died before replying to kernel_info"
     for bad_starts, lost in ((1, False), (2, False), (9, True)):
         folder = tmp_path / str(bad_starts)
@@ -327,7 +297,7 @@ def test_a_kernel_that_did_not_start_is_started_again(tmp_path):
         assert lines_with(lines[-1], "one", 1)
 
 
-def test_each_slot_has_its_own_gpu(tmp_path):
+def test_each_slot_has_its_own_gpu(tmp_path, monkeypatch):
     """Two jobs on two GPUs never share one."""
     program = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
     two = [job(name, folder=tmp_path, command=(sys.executable, "-c", program))
@@ -335,10 +305,6 @@ def test_each_slot_has_its_own_gpu(tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "4,7"}
     assert run_queue(two, 2, gpus=2, environment=environment) == {}
     assert {one.log.read_text().strip() for one in two} == {"4", "7"}
-
-
-def test_time_left_follows_what_is_done(tmp_path, monkeypatch):
-    """The estimate counts finished jobs and the steps of running ones."""
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     long, short = job("long", 9.0, folder=tmp_path), job("short", 1.0, folder=tmp_path)
     estimate = TimeLeft([long, short], slots=1)

@@ -71,11 +71,16 @@ def test_a_sweep_runs_each_value_and_shows_it(started, results):
     started.commands.clear()
     sweep("beta", ("0", "0.1"), seeds=(0, 1), jobs=2, experiment="sw", say=lines.append)
     assert not started.commands, "what is finished is not run again"
+    sweep("beta", ("0",), jobs=1, seeds=(3,), experiment="sw", say=lambda line: None)
+    started.fails["0 sft_then_rl seed 0"] = "no\n"
+    with pytest.raises(UserError, match="0 sft_then_rl seed 0"):
+        sweep("beta", ("0", "0.1"), jobs=1, experiment="sw", say=lambda line: None)
+    rows = csv.DictReader((results / "sw" / "sweep.csv").open())
+    assert {row["value"] for row in rows} == {"0.1"}
 
 
 def test_values_are_paired_with_the_presets_own(started, results):
-    """Two values on the same problems are compared by their difference, not by their intervals;
-    Holm's family is one metric over values and benchmarks."""
+    """Two values on the same problems are compared by their difference."""
     sweep("beta", ("0", "0.02", "0.1"), seeds=(0, 1), jobs=2, experiment="sw",
           settings=("training.epochs=2",), say=lambda line: None)
     text = (results / "sw" / "sweep.md").read_text()
@@ -108,31 +113,11 @@ def test_other_problems_are_not_paired(started, results):
     sweep("split", ("0", "1"), jobs=2, experiment="sw", say=lambda line: None)
     rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
     assert rows and not any(row["difference"] for row in rows)
-
-
-def test_factors_multiply_the_presets_own_values():
-    """A sweep of learning rates is relative to the preset."""
-    assert as_settings(plan_of("learning_rate"), SWEEPS["learning_rate"], "2") == (
-        "sft.learning_rate=0.0004", "rl.learning_rate=0.0003")
-
-
-def test_another_setup_is_another_sweep(started, results):
-    """One must not replace the other's table."""
     for setup in (None, "rl"):
         sweep("beta", ("0",), jobs=1, setup=setup, say=lambda line: None)
     for folder, setup in (("tiny-sweep-beta", "sft_then_rl"), ("tiny-sweep-beta-rl", "rl")):
         rows = list(csv.DictReader((results / folder / "sweep.csv").open()))
         assert {row["setup"] for row in rows} == {setup}
-
-
-def test_a_value_without_a_run_of_this_sweep_is_left_out(started, results):
-    """Its folder may have other seeds, which were not asked for."""
-    sweep("beta", ("0",), jobs=1, seeds=(3,), experiment="sw", say=lambda line: None)
-    started.fails["0 sft_then_rl seed 0"] = "no\n"
-    with pytest.raises(UserError, match="0 sft_then_rl seed 0"):
-        sweep("beta", ("0", "0.1"), jobs=1, experiment="sw", say=lambda line: None)
-    rows = csv.DictReader((results / "sw" / "sweep.csv").open())
-    assert {row["value"] for row in rows} == {"0.1"}
 
 
 def test_what_cannot_be_swept_is_refused_before_any_run():
@@ -146,6 +131,8 @@ def test_what_cannot_be_swept_is_refused_before_any_run():
         with pytest.raises(UsageError, match=fact):
             sweep(*arguments, jobs=1)
             pytest.fail(f"{arguments} were accepted")
+    assert as_settings(plan_of("learning_rate"), SWEEPS["learning_rate"], "2") == (
+        "sft.learning_rate=0.0004", "rl.learning_rate=0.0003")
 
 
 def test_the_command_line(monkeypatch):

@@ -47,9 +47,6 @@ def strike_by_signal(trial: Trial, number: signal.Signals,
     return child
 
 
-# Signals ------------------------------------------------------------------------------------------
-
-
 def killed(trial: Trial) -> None:
     """SIGKILL, once to three times in a row."""
     for _ in range(trial.chance.randint(1, 3)):
@@ -77,9 +74,6 @@ def interrupted(trial: Trial) -> None:
         child.signal(signal.SIGINT)
     trial.check_end(child)
     trial.look()
-
-
-# The disk -----------------------------------------------------------------------------------------
 
 
 def power_cut(trial: Trial) -> None:
@@ -187,9 +181,6 @@ def damage(path: Path, chance) -> None:
     path.write_bytes(content)
 
 
-# Processes and clocks -----------------------------------------------------------------------------
-
-
 def two_processes(trial: Trial) -> None:
     """Two at once, and sometimes the first is killed: the other is refused, or reads the result."""
     first = trial.start()
@@ -229,10 +220,7 @@ def clock_jumps(trial: Trial) -> None:
 
 
 def verifier_faults(trial: Trial) -> None:
-    """Every answer goes through a worker process, and one of these is killed or stopped.
-
-    Only one: an answer that two workers in a row die of is taken for the cause.
-    """
+    """Every answer goes through a worker process, and one of these is killed or stopped."""
     def use_workers() -> None:
         from hybridrl_lib.rewards import verifier, workers
 
@@ -263,9 +251,6 @@ def workers_of(pid: int) -> list[int]:
         return [child.pid for child in psutil.Process(pid).children()
                 if any("math_check" in word for word in child.cmdline())]
     return []
-
-
-# Notebooks ----------------------------------------------------------------------------------------
 
 
 def kernel_restarts(trial: Trial) -> None:

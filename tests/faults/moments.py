@@ -10,17 +10,7 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
 class Moments:
-    """Counts this process's operations on a folder and calls `strike` before each from `at` on.
-
-    Operations are what Python itself opens, renames, removes, makes, cuts and syncs; what the
-    writers of tensors do in between is reached by signals at random times.
-
-    Args:
-        folder: operations elsewhere do not count.
-        at: the first operation that is struck, counted from 1.
-        strike: may raise an OSError, or end the process.
-        changes_only: only operations that change the folder count.
-    """
+    """Counts this process's operations on a folder and calls `strike` before each from `at` on."""
 
     def __init__(self, folder: Path, at: int, strike: Callable[[], None],
                  changes_only: bool = False):

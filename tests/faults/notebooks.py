@@ -47,10 +47,7 @@ def wait_for_papermill(trial: Trial, process: subprocess.Popen) -> bool:
 
 
 def run_in_kernel(trial: Trial) -> int:
-    """Runs a notebook's cells, restarts the kernel on the way, runs them all again.
-
-    In a process of its own, whose exit code it returns: what talks to kernels starts threads.
-    """
+    """Runs a notebook's cells, restarts the kernel on the way, runs them all again."""
     hit = trial.folder / "hit"
 
     def drive() -> int:

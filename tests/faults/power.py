@@ -1,11 +1,4 @@
-"""A power cut: what was not synced is lost, in whole or in part.
-
-A `Recorder` in the process notes at every fsync what is then surely on the disk: of a file its
-content, of a folder its names. `rebuild` makes the tree that a cut could have left: for each name
-and each content that was not synced, what was synced last or what came later, by chance or always
-the former. Nothing follows from the order of operations: a rename may be on the disk and the
-content it names not.
-"""
+"""A power cut: what was not synced is lost, in whole or in part."""
 
 import json
 import os
@@ -16,12 +9,7 @@ from pathlib import Path
 
 
 class Recorder:
-    """Notes what is synced below a folder, from now on; what is there already counts as synced.
-
-    Args:
-        root: the folder.
-        store: an empty folder elsewhere, for the notes.
-    """
+    """Notes what is synced below a folder, from now on; what is there already counts as synced."""
 
     def __init__(self, root: Path, store: Path):
         self.root, self.store, self.number = root, store, 0
@@ -59,11 +47,7 @@ class Recorder:
 
 
 def rebuild(root: Path, store: Path, chance: random.Random | None = None) -> None:
-    """Puts a tree that a power cut could have left in the place of `root`.
-
-    Args:
-        chance: decides what of the unsynced is on the disk; nothing of it unless given.
-    """
+    """Puts a tree that a power cut could have left in the place of `root`."""
     folders, files = {}, {}
     for line in (store / "journal.jsonl").read_text().splitlines():
         row = json.loads(line)

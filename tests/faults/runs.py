@@ -47,9 +47,6 @@ COMMANDS = (
 )
 
 
-# Processes ----------------------------------------------------------------------------------------
-
-
 @dataclass
 class Child:
     """A forked run."""
@@ -88,12 +85,7 @@ class Child:
 
 def start(command: Command, results: Path, prepare: Callable[[], None] = lambda: None,
           body: Callable[[], int] | None = None) -> Child:
-    """Forks a process that runs a command into a results folder.
-
-    Args:
-        prepare: called in the process, before the command.
-        body: called in place of the command; returns the exit code.
-    """
+    """Forks a process that runs a command into a results folder."""
     results.mkdir(parents=True, exist_ok=True)
     output = results.parent / f"output-{time.monotonic_ns()}.txt"
     sys.stdout.flush()
@@ -147,9 +139,6 @@ def keep_promises(place: Path) -> None:
     Checkpoints.save, RunFolder.write = noted_save, noted_write
 
 
-# Records ------------------------------------------------------------------------------------------
-
-
 def without_times(row: dict) -> dict:
     return {key: value for key, value in row.items() if not key.startswith("seconds")}
 
@@ -185,19 +174,9 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
             for path in sorted(folder.rglob("*")) if path.is_file() and is_read(path.name)}
 
 
-# The uninterrupted run ----------------------------------------------------------------------------
-
-
 @dataclass
 class Reference:
-    """What an uninterrupted run left, and how long it took.
-
-    Attributes:
-        record: see `record`.
-        weights: {step: bytes of its weights, as in a checkpoint}.
-        moments, changes: operations on the results folder (`moments.py`).
-        seconds: from fork to end.
-    """
+    """What an uninterrupted run left, and how long it took."""
 
     record: dict
     weights: dict[int, bytes]
@@ -238,17 +217,8 @@ def make_reference(command: Command, folder: Path) -> Reference:
                      moments, changes, seconds)
 
 
-# One trial's checks -------------------------------------------------------------------------------
-
-
 class Trial:
-    """One run under one fault: its folder, its processes, and what was found lost.
-
-    Attributes:
-        results: the results folder.
-        losses: sentences; empty if the run survived.
-        was_hit: whether the fault came before the run ended.
-    """
+    """One run under one fault: its folder, its processes, and what was found lost."""
 
     def __init__(self, command: Command, reference: Reference, folder: Path, chance):
         self.command, self.reference, self.folder = command, reference, folder

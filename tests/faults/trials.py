@@ -14,11 +14,7 @@ from .runs import COMMANDS, Command, Trial, make_reference
 
 def run_trials(folder: Path, trials: int, seed: int, only: list[str], each_once: bool,
                may_mount: bool) -> int:
-    """Runs trials of all kinds in turn and prints their outcome.
-
-    Returns:
-        0 if nothing was lost, else 1.
-    """
+    """Runs trials of all kinds in turn and prints their outcome."""
     began = time.monotonic()
     plan = make_plan(only or list(KINDS), trials, each_once)
     count = len(plan)

@@ -1,7 +1,4 @@
-"""Coverage-guided fuzzing of verification: any completion, golds of all kinds, a real worker.
-
-See README.md beside this.
-"""
+"""Coverage-guided fuzzing of verification: any completion, golds of all kinds, a real worker."""
 
 import sys
 import time

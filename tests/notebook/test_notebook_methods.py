@@ -30,32 +30,20 @@ def record(folder, setup, rows, **settings):
     return RunFolder(folder)
 
 
-def test_the_methods_own_columns_are_drawn(tmp_path, drawn):
-    """Those of its method, with the requested ones first; a single point is not a curve."""
+def test_the_methods_own_columns_are_drawn(tmp_path, drawn, capsys):
+    """A method's own columns, the requested first, thresholds dashed; without any, a message."""
     rows = [{"relift/buffer": i, "relift/taught": 2 * i, "lambda/rl": 1.0, "other/x": 3,
              **({"relift/once": 1} if i == 2 else {})} for i in range(5)]
     notebook.plot_diagnostics(record(tmp_path, "relift_code", rows), "lambda/rl", "not/there")
     assert drawn == [("lambda/rl", 5), ("relift/buffer", 5), ("relift/taught", 5)]
-
-
-def test_a_threshold_is_a_dashed_line(tmp_path, drawn):
-    """It shows how near the switch was; a condition that is off has no line."""
     rows = [{"switching/entropy": 0.5, "switching/loss_fall": 0.1, "switching/switches": 0}] * 2
     notebook.plot_diagnostics(record(tmp_path, "switching", rows, switching={
         "entropy": 0.05, "loss_fall": None}))
     assert drawn == [("switching/entropy", 2, 0.05), ("switching/loss_fall", 2),
                      ("switching/switches", 2)]
-
-
-def test_a_setting_that_is_not_a_limit_has_no_line(tmp_path, drawn):
-    """uft/hinted is a fraction of a step's problems, uft.hinted one of the run's steps."""
     rows = [{"uft/hinted": 0.9, "kl/anchor": 0.1, "entropy_control/coefficient": 0.2}] * 2
     notebook.plot_diagnostics(record(tmp_path, "uft", rows, uft={"hinted": 0.6}))
     assert drawn == [("entropy_control/coefficient", 2), ("kl/anchor", 2), ("uft/hinted", 2)]
-
-
-def test_a_run_without_its_own_columns_has_a_message_instead(tmp_path, drawn, capsys):
-    """Also for a setup that is gone."""
     for setup in ("sft", "a setup that is gone"):
         notebook.plot_diagnostics(record(tmp_path, setup, [{"reward": 0.5}] * 3))
         assert drawn == [] and capsys.readouterr().out.strip()

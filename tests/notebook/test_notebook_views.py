@@ -75,11 +75,8 @@ def assert_harmless(html):
     assert "&amp;amp;" in html, "what looks like an escape is shown as it was written"
 
 
-# Model output is data ---------------------------------------------------------------------------
-
-
 def test_model_output_is_escaped_everywhere(shown, tmp_path):
-    """Protects a reader's browser from what a model wrote."""
+    """What a model wrote reaches the page as text: escaped, not typeset, and truncated."""
     record = RunFolder(tmp_path / "rl" / "seed-0")
     record.write_lines("samples.jsonl", [sample_row(ATTACK)])
     record.write_lines("eval.jsonl", [{
@@ -95,20 +92,9 @@ def test_model_output_is_escaped_everywhere(shown, tmp_path):
     for html in (*shown, view.html()):
         assert_harmless(html)
     assert len(shown) == 4
-
-
-def test_dollar_signs_are_not_typeset(shown):
-    """Protects answers about money: MathJax ignores code and marked tables."""
     show_rows(["price"], [["from $3 to $5"]])
-    assert "from $3 to $5" in shown[0] and "mathjax_ignore" in shown[0]
-
-
-def test_long_text_is_truncated_on_the_page():
-    """Protects the notebook's size from a completion that never ends."""
+    assert "from $3 to $5" in shown[-1] and "mathjax_ignore" in shown[-1]
     assert len(tables.escaped("x" * 100_000)) < 1_000
-
-
-# The live view ----------------------------------------------------------------------------------
 
 
 class Page:
@@ -129,8 +115,8 @@ class Page:
         return Handle()
 
 
-def test_live_view_draws_in_place_and_ends_with_the_last_step(capsys):
-    """Protects notebooks from growing while they run: two displays, and the last step is drawn."""
+def test_live_view(capsys, monkeypatch):
+    """Two displays, drawn at the first and last step; an error in drawing does not end the run."""
     page = Page()
     view = LiveRun("rl", seconds=1e9, show=page)
     for step in range(1, 21):
@@ -146,19 +132,11 @@ def test_live_view_draws_in_place_and_ends_with_the_last_step(capsys):
     assert "answer 20" in table["text/html"] and "answer 16" not in table["text/html"]
     assert lines_with(picture["text/plain"], 20)
     assert capsys.readouterr().out == ""
-
-
-def test_a_picture_that_fails_does_not_end_the_run(monkeypatch, capsys):
-    """Protects hours of training from an error in drawing."""
     view = LiveRun("rl", show=Page())
     monkeypatch.setattr("hybridrl_lib.notebook.live_view.draw_live", lambda *rows: 1 / 0)
     for step in (1, 2):
         view.on_step(step_row(step), total=3)
     assert capsys.readouterr().out.count("ZeroDivisionError") == 1
-
-
-def test_sft_rows_are_drawn_too():
-    """Protects setups without rollouts: a panel shows the loss, others what is missing."""
     rows = [{"step": 1, "stage": "sft", "epoch": 0.5, "loss/sft": 1.0, "entropy": 0.2}]
     assert len(curves.png(curves.draw_live(rows, []))) < LARGEST_PICTURE
     assert len(curves.png(curves.draw_run(rows, [], []))) < LARGEST_PICTURE
@@ -177,11 +155,8 @@ def test_headless(monkeypatch):
         assert isinstance(live("rl"), Lines if headless else LiveRun), variables
 
 
-# From records -----------------------------------------------------------------------------------
-
-
 def test_views_of_a_finished_run(experiment, shown, capsys):
-    """Protects the notebooks of the setups: every view works from the record only."""
+    """Every view works from the record only, and says what is missing."""
     record = RunFolder(experiment / "sft_then_rl" / "seed-1")
     plot_run(record)
     plot_against(record, "rl")
@@ -197,21 +172,12 @@ def test_views_of_a_finished_run(experiment, shown, capsys):
     assert [("strict" in line, "lenient" in line) for line in scored] == [
         (True, False), (True, False), (False, True), (False, True)], "two benchmarks by two rules"
     assert lines_with(capsys.readouterr().out, 8), "groups of 8 with signal"
-
-
-def test_a_picture_made_smaller_keeps_its_colors():
-    """Setups are distinguished by color, and thin lines are a small part of a white picture. The
-    published Pass@k picture had SFT's blue and SFT + RL's green as one teal."""
-    published = Path(__file__).parents[2] / "results" / "published"
-    whole = (published / "tiny-compare" / "figures" / "pass_at_k.png").read_bytes()
-    small = tables.smaller(whole)
-    assert len(small) < len(whole) / 2
-    with Image.open(io.BytesIO(small)) as picture:
-        found = np.array(picture.convert("RGB")).reshape(-1, 3).astype(int)
-    for setup in ("sft", "rl", "sft_then_rl"):
-        wanted = np.array([int(line_style(setup)["color"][i:i + 2], 16) for i in (1, 3, 5)])
-        near = (np.abs(found - wanted).max(axis=1) < 25).sum()
-        assert near > 200, f"{setup}: its color is gone"
+    shown.clear()
+    plot_run(RunFolder(experiment / "base" / "seed-0"))
+    plot_against(RunFolder(experiment / "rl" / "seed-0"), "rl_entropy")
+    show_completions(RunFolder(experiment / "sft" / "seed-0"))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 3 and lines_with(said, "rl_entropy") and not shown
 
 
 def test_tables_that_a_command_prints_are_shown_by_the_page(capsys):
@@ -219,15 +185,6 @@ def test_tables_that_a_command_prints_are_shown_by_the_page(capsys):
     for text in ("2 runs of 1 arm", "\narm  score\nRL   81.0\n", "\n9 files in results"):
         say(text)
     assert capsys.readouterr().out == "2 runs of 1 arm\n9 files in results\n"
-
-
-def test_views_name_what_is_missing(experiment, shown, capsys):
-    """Protects a reader who runs cells in another order from a traceback."""
-    plot_run(RunFolder(experiment / "base" / "seed-0"))
-    plot_against(RunFolder(experiment / "rl" / "seed-0"), "rl_entropy")
-    show_completions(RunFolder(experiment / "sft" / "seed-0"))
-    said = capsys.readouterr().out
-    assert said.count("\n") == 3 and lines_with(said, "rl_entropy") and not shown
 
 
 def test_signal_is_the_chance_of_a_mixed_group(shown, tmp_path, capsys):
@@ -293,9 +250,6 @@ def test_claims_are_judged_by_sign_and_p_value(tmp_path):
     assert len({holds, opposite, noise}) == 3 and noise == same_noise
 
 
-# Parameters, files, errors ----------------------------------------------------------------------
-
-
 def test_begin_prints_what_will_run(capsys, monkeypatch, results):
     """Protects against a run with other settings than its reader believes."""
     monkeypatch.delenv("HYBRIDRL_SMOKE", raising=False)
@@ -305,6 +259,14 @@ def test_begin_prints_what_will_run(capsys, monkeypatch, results):
     assert "$HYBRIDRL_RESULTS_DIR/tiny" in said and str(results) not in said
     with pytest.raises(UsageError, match="rl.beta"):
         begin("tiny", 0, "", "rl.betta=0.5")
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    for headless in ("0", "1"):
+        monkeypatch.setenv("HYBRIDRL_HEADLESS", headless)
+        begin("tiny", 0, "", "")
+        assert are_progress_bars_disabled() == (headless == "1")
+        assert not is_progress_bar_enabled()
 
 
 def test_paths_are_shown_without_the_machines_folders(monkeypatch, tmp_path, capsys):
@@ -333,24 +295,8 @@ def test_a_users_error_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "UserError: Do this."
 
 
-def test_progress_bars_of_downloads_are_for_people(monkeypatch):
-    """A viewer sees the progress of a download; a log does not, and loading has no bar."""
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from transformers.utils.logging import is_progress_bar_enabled
-
-    for headless in ("0", "1"):
-        monkeypatch.setenv("HYBRIDRL_HEADLESS", headless)
-        begin("tiny", 0, "", "")
-        assert are_progress_bars_disabled() == (headless == "1")
-        assert not is_progress_bar_enabled()
-
-
-# Questions --------------------------------------------------------------------------------------
-
-
 def test_check(capsys):
-    """Protects the reader: correct and wrong answers are recognized, and nothing they type stops
-    the page."""
+    """Protects the reader."""
     def said(answer, expected):
         check("the thing", answer, expected, hint="think")
         out = capsys.readouterr().out
@@ -364,9 +310,6 @@ def test_check(capsys):
             (" Yes", "yes", right), ("1.5", 1.5, right), ({}, 1.5, wrong),
             (-0.0375, -0.0375, right)]
     assert not [row for row in rows if said(*row[:2]) != row[2]]
-
-
-# Executing the committed notebooks --------------------------------------------------------------
 
 
 def test_clean_leaves_what_belongs_to_the_notebook():
@@ -421,7 +364,7 @@ def test_execute_runs_in_place_or_not_at_all(tmp_path, monkeypatch, capsys):
 
 
 def test_published_files_are_shown_or_named(tmp_path, monkeypatch, capsys):
-    """Tables and pictures unchanged; without the repository's results one sentence, no error."""
+    """Tables and pictures of the repository; wide ones get smaller and keep their colors."""
     shown = []
     monkeypatch.setattr(tables, "display", shown.append)
     monkeypatch.setattr(tables, "published_folder", lambda: tmp_path)
@@ -435,10 +378,6 @@ def test_published_files_are_shown_or_named(tmp_path, monkeypatch, capsys):
     assert shown[0].data.startswith("### Table <\u200bb>") and shown[1].data == picture.read_bytes()
     with pytest.raises(UserError, match="other.png"):
         show_published("one", "figures/other.png")
-
-
-def test_a_wide_picture_of_a_command_is_shown_as_wide_as_a_page(tmp_path, monkeypatch):
-    """A comparison's figures in full size would make a notebook too large."""
     shown = []
     monkeypatch.setattr(tables, "display", shown.append)
     noise = Image.effect_noise((3000, 600), 80).convert("RGB")
@@ -446,3 +385,13 @@ def test_a_wide_picture_of_a_command_is_shown_as_wide_as_a_page(tmp_path, monkey
     tables.show_file(tmp_path / "wide.png")
     assert Image.open(io.BytesIO(shown[0].data)).size == (1000, 200)
     assert len(shown[0].data) < (tmp_path / "wide.png").stat().st_size / 5
+    published = Path(__file__).parents[2] / "results" / "published"
+    whole = (published / "tiny-compare" / "figures" / "pass_at_k.png").read_bytes()
+    small = tables.smaller(whole)
+    assert len(small) < len(whole) / 2
+    with Image.open(io.BytesIO(small)) as picture:
+        found = np.array(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    for setup in ("sft", "rl", "sft_then_rl"):
+        wanted = np.array([int(line_style(setup)["color"][i:i + 2], 16) for i in (1, 3, 5)])
+        near = (np.abs(found - wanted).max(axis=1) < 25).sum()
+        assert near > 200, f"{setup}: its color is gone"

@@ -34,102 +34,54 @@ def test_all_notebooks_are_there():
     assert {setup.notebook for setup in SETUPS.values()} - {""} <= set(NAMES)
 
 
-def test_code_cells_parse_and_fit_on_a_screen():
-    """Protects against a cell that nobody can run, or that nobody reads to its end."""
+def test_every_cell_is_in_its_place():
+    """Title with cost and badge, setup, one cell of literals, files last, solutions below."""
     wrong = []
-    for name in NOTEBOOKS:
-        for cell in code_cells(name):
-            ast.parse(cell.source)
-            lines = cell.source.split("\n")
-            longest = max(lines, key=len)
-            if len(lines) > MOST_LINES or len(longest) > MOST_COLUMNS:
-                wrong.append((name, len(lines), len(longest), longest))
-    assert not wrong
-
-
-def test_title_cost_and_badge_come_first():
-    """Protects what a visitor sees: a title, what it costs, and a link that opens it."""
-    wrong = []
-    for name in NOTEBOOKS:
-        title = read(name).cells[0]
-        if not (title.cell_type == "markdown" and title.source.startswith(f"# {name[:2]} · ")
-                and f"{BADGE}{name}.ipynb)" in title.source
-                and "| | CPU | T4 | A100 |" in title.source):
-            wrong.append(name)
-    assert not wrong
-
-
-def test_setup_cell_is_the_same_everywhere():
-    """Protects against notebooks that diverge: one is fixed, the others stay broken."""
-    assert len({setup_cell(name) for name in NOTEBOOKS}) == 1
-    assert all(read(name).cells[1].source == setup_cell(name) for name in NOTEBOOKS)
-
-
-def test_setup_cell_installs_what_the_project_says():
-    """Protects against two places that name different sources."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     assert f'"HYBRIDRL_SOURCE", "{tool["hybridrl"]["source"]}")' in setup_cell(NAMES[0])
-
-
-def test_parameters_cell():
-    """Protects papermill: one tagged cell, right after the setup cell, with literals only."""
-    wrong = []
     for name in NOTEBOOKS:
         cells = read(name).cells
-        tagged = [index for index, cell in enumerate(cells)
-                  if "parameters" in cell.metadata.get("tags", ())]
-        if tagged != [2] or cells[2].source != PARAMETERS:
-            wrong.append(name)
+        title, last = cells[0], cells[-1]
+        held = {
+            "title": (title.cell_type == "markdown" and title.source.startswith(f"# {name[:2]} · ")
+                      and f"{BADGE}{name}.ipynb)" in title.source
+                      and "| | CPU | T4 | A100 |" in title.source),
+            "setup": cells[1].source == setup_cell(name) == setup_cell(NAMES[0]),
+            "parameters": cells[2].source == PARAMETERS and [2] == [
+                i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", ())],
+            "files": "list_files" in last.source or (
+                last.cell_type == "markdown" and "files" in last.source),
+            "solutions": all(
+                cell.source.startswith("answer = None\n") and "check(" in cell.source
+                and SOLUTION.search(below.source)
+                for cell, below in zip(cells, cells[1:], strict=False)
+                if cell.cell_type == "code" and cell.source.startswith("answer = "))}
+        wrong += [(name, part) for part, holds in held.items() if not holds]
     assert not wrong
 
 
 def test_committed_as_make_notebooks_leaves_it():
-    """Protects the diff: no timings, widget state, papermill metadata, or injected parameters."""
+    """Executed, clean, small: no error, no timing, no path of a machine, cells fit a screen."""
     wrong = []
     for name, path in NOTEBOOKS.items():
         text = path.read_text(encoding="utf-8")
         if (nbformat.writes(clean(read(name))) + "\n" != text
                 or "application/vnd.jupyter.widget" in text
                 or read(name).metadata.kernelspec != KERNELSPEC or len(text.encode()) >= LARGEST):
-            wrong.append(name)
-    assert not wrong
-
-
-def test_committed_executed():
-    """Protects readers on the web, who see outputs and do not run anything; `make notebooks`
-    executes."""
-    wrong = []
-    for name in NOTEBOOKS:
-        for cell in code_cells(name):
-            kinds = {output.output_type for output in cell.outputs} | {
-                output.get("name") for output in cell.outputs}
-            if cell.execution_count is None or kinds & {"error", "stderr"}:
-                wrong.append((name, cell.source))
-    assert not wrong
-
-
-def test_no_path_of_a_machine():
-    """Protects against a notebook that works in one person's folder and names it."""
-    wrong = []
-    for name in NOTEBOOKS:
+            wrong.append((name, "not clean"))
         for cell in read(name).cells:
-            texts = [cell.source]
-            for output in cell.get("outputs", ()):
+            outputs, texts, lines = cell.get("outputs", ()), [cell.source], cell.source.split("\n")
+            for output in outputs:
                 texts += [output.get("text", "")]
                 texts += [text for kind, text in output.get("data", {}).items()
                           if not kind.startswith("image/")]
-            wrong += [(name, text) for text in texts if ABSOLUTE_PATH.search(text)]
-    assert not wrong
-
-
-def test_the_last_cell_lists_the_files():
-    """Protects the reader who wants to know what to look at or to delete."""
-    wrong = []
-    for name in NOTEBOOKS:
-        last = read(name).cells[-1]
-        if "list_files" not in last.source and not (
-                last.cell_type == "markdown" and "files" in last.source):
-            wrong.append(name)
+            kinds = {output.output_type for output in outputs} | {
+                output.get("name") for output in outputs}
+            if any(map(ABSOLUTE_PATH.search, texts)) or cell.cell_type == "code" and (
+                    not ast.parse(cell.source) or cell.execution_count is None
+                    or kinds & {"error", "stderr"} or len(lines) > MOST_LINES
+                    or max(map(len, lines)) > MOST_COLUMNS):
+                wrong.append((name, cell.source))
     assert not wrong
 
 
@@ -225,17 +177,4 @@ def test_settings_and_notebooks_in_the_text_exist():
                     wrong.append((name, str(error)))
             wrong += [(name, other) for other in re.findall(r"\b\d\d_[a-z]\w+", quoted)
                       if other not in NAMES]
-    assert not wrong
-
-
-def test_every_question_has_its_solution_below():
-    """Protects the reader who is stuck."""
-    wrong = []
-    for name in NOTEBOOKS:
-        cells = read(name).cells
-        for cell, below in zip(cells, cells[1:], strict=False):
-            if cell.cell_type == "code" and cell.source.startswith("answer = ") and not (
-                    cell.source.startswith("answer = None\n") and "check(" in cell.source
-                    and SOLUTION.search(below.source)):
-                wrong.append((name, cell.source))
     assert not wrong

@@ -60,11 +60,8 @@ def part_ids(parts) -> dict[str, list[str]]:
     return {part: [p.id for p in getattr(parts, part)] for part in ("train", "validation", "test")}
 
 
-# Benchmarks -----------------------------------------------------------------------------------
-
-
-def test_gsm8k_rows_become_boxed_solutions(data_folder):
-    """Calculator notes and `####` must not reach SFT; all benchmarks have one answer format."""
+def test_rows_become_problems(data_folder):
+    """One format of answers, no calculator notes, figures kept, the source's number of steps."""
     problems = {problem.id: problem for problem in get_benchmark("gsm8k").load().problems}
     choirs = problems["gsm8k/train/4"]
     assert choirs.answer == "1260"
@@ -75,10 +72,6 @@ def test_gsm8k_rows_become_boxed_solutions(data_folder):
         assert "<<" not in problem.solution and "####" not in problem.solution
         assert "\n\n" not in problem.solution
     assert len(problems) == 22 and "gsm8k/test/5" in problems
-
-
-def test_math500_rows_are_unchanged(data_folder):
-    """Level, subject, figures, and solutions with several boxes must survive loading."""
     problems = {problem.id: problem for problem in get_benchmark("math500").load().problems}
     triangle = problems["math500/test/geometry/9005.json"]
     assert (triangle.level, triangle.subject, triangle.answer) == (2, "Geometry", "15")
@@ -86,10 +79,6 @@ def test_math500_rows_are_unchanged(data_folder):
     dice = problems["math500/test/counting_and_probability/9011.json"]
     assert dice.solution.count("\\boxed") == 2
     assert len(problems) == 12
-
-
-def test_solution_steps_count_lines_of_working(data_folder):
-    """`max_solution_steps: 3` must mean three steps of the source, not the rewritten text."""
     problems = {p.id: p for name in REAL for p in BENCHMARKS[name].load().problems}
     assert solution_steps(problems["gsm8k/train/0"]) == 2
     assert solution_steps(problems["gsm8k/train/7"]) == 3  # a blank line is not a step
@@ -105,15 +94,10 @@ def test_generated_benchmarks_are_the_same_every_time():
         assert len(first.problems) == count
         assert all(rf"\boxed{{{p.answer}}}" in p.solution for p in first.problems)
         assert {p.benchmark for p in first.problems} == {name}
-
-
-def test_unknown_benchmark_names_the_nearest():
-    """A typo must be answered with the correct name."""
-    with pytest.raises(UsageError, match="'gsm8k'"):
-        get_benchmark("gsm8")
-
-
-# Bad input ------------------------------------------------------------------------------------
+    parts = load_parts(DataSettings())
+    assert len(parts.train) >= 400 and len(parts.test) >= 320 and len(parts.validation) >= 32
+    assert set(parts.counts) == set(parts.revisions) == {"tiny_word", "tiny_symbolic"}
+    assert parts.dropped_duplicates == {"tiny_word": 0, "tiny_symbolic": 0}
 
 
 def one_sentence(caught) -> str:
@@ -134,6 +118,8 @@ def test_a_missing_folder_or_file_is_named_with_its_variable(data_folder, monkey
         BENCHMARKS["gsm8k"].load()
     message = one_sentence(caught)
     assert "nowhere" in message and "gsm8k/train.jsonl" in message
+    with pytest.raises(UsageError, match="'gsm8k'"):
+        get_benchmark("gsm8")
 
 
 def refused(name: str, file: Path, *facts) -> None:
@@ -146,7 +132,7 @@ def refused(name: str, file: Path, *facts) -> None:
 
 
 def test_a_row_without_a_usable_answer_is_named(data_folder):
-    """A broken row must stop the run with its line, and is never learned from or skipped."""
+    """A broken row, line, or file stops the run with its place and is never skipped."""
     for name, row, cases in (
             ("gsm8k", 2, [({"answer": None}, "answer"), ({"answer": "  "}, "answer"),
                           ({"answer": "2+2 = <<2+2=4>>4"}, "####"),
@@ -161,10 +147,6 @@ def test_a_row_without_a_usable_answer_is_named(data_folder):
             refused(name, file, row + 1, fact)
             file.write_text(before)
         BENCHMARKS[name].load()
-
-
-def test_a_line_that_is_not_json_is_named(data_folder):
-    """A truncated download must be named, not shown as a traceback; nor may a file be empty."""
     file = data_folder / "gsm8k" / "train.jsonl"
     before = file.read_bytes()
     for line in ('{"question": "How', "[1, 2]", "\udcff"):
@@ -175,21 +157,15 @@ def test_a_line_that_is_not_json_is_named(data_folder):
 
 
 def test_repeated_id_is_refused(data_folder):
-    """Records are matched by id, so a repeated id would mix up two problems."""
+    """A repeated id would mix up two problems; a gold that cannot be parsed gives wrong rewards."""
     change_row(data_folder / "math500" / "test.jsonl", 3, unique_id="test/prealgebra/9001.json")
     with pytest.raises(UserError, match="math500/test/prealgebra/9001.json"):
         load_parts(DataSettings(benchmarks=("math500",)))
-
-
-def test_a_gold_that_cannot_be_parsed_is_named(data_folder):
-    """A gold answer that no completion can match would silently give wrong rewards."""
-    change_row(data_folder / "math500" / "test.jsonl", 3, answer="\\frac{")
+    change_row(data_folder / "math500" / "test.jsonl", 3, answer="\\frac{",
+               unique_id="test/number_theory/9004.json")
     with pytest.raises(UserError) as caught:
         load_parts(DataSettings(benchmarks=("math500",)))
     assert "math500/test/number_theory/9004.json" in one_sentence(caught)
-
-
-# The hub --------------------------------------------------------------------------------------
 
 
 def test_hub_is_read_at_a_pinned_revision(no_folder, monkeypatch):
@@ -213,10 +189,7 @@ def test_hub_is_read_at_a_pinned_revision(no_folder, monkeypatch):
         assert from_hub[name].problems == from_folder.problems
         assert from_hub[name].revision.startswith("hub ")
         assert from_folder.revision.startswith("sha256 ")
-
-
-def test_an_unreachable_hub_suggests_a_folder(no_folder, monkeypatch):
-    """Without a connection, the error names the variable for a folder."""
+    monkeypatch.delenv("HYBRIDRL_DATA_DIR")
     def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach the Hub\nwith a second line")
 
@@ -225,9 +198,6 @@ def test_an_unreachable_hub_suggests_a_folder(no_folder, monkeypatch):
         BENCHMARKS["gsm8k"].load()
     message = one_sentence(caught)
     assert "HYBRIDRL_DATA_DIR" in message and "Couldn't reach the Hub" in message
-
-
-# Parts ----------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -261,23 +231,6 @@ def test_no_question_is_in_two_parts(loaded, seed, train, validation, split):
         assert len(parts["test"]) == len(problems) - round(train * len(problems))
 
 
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10**9), train=st.floats(0.3, 0.9), validation=st.floats(0.05, 0.6),
-       split=st.sampled_from(["paper", "official"]))
-def test_no_problem_is_in_two_parts_of_real_rows(seed, train, validation, split):
-    """The same through the public function, with both real benchmarks joined."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HYBRIDRL_DATA_DIR", str(FIXTURE))
-        parts = load_parts(DataSettings(benchmarks=REAL, split=split, split_seed=seed,
-                                        train_fraction=train, validation_fraction=validation))
-    ids = [identity for part in part_ids(parts).values() for identity in part]
-    assert len(ids) == len(set(ids)) == 34
-    questions = [normalized(p.question) for p in parts.train + parts.validation + parts.test]
-    assert len(set(questions)) == 34
-    assert {name: sum(count.values()) for name, count in parts.counts.items()} == {
-        "gsm8k": 22, "math500": 12}
-
-
 def test_duplicates_are_dropped_and_counted(data_folder):
     """Of two equal questions the later one is dropped and counted, also across benchmarks."""
     lines = (data_folder / "gsm8k" / "train.jsonl").read_text().splitlines()
@@ -293,37 +246,22 @@ def test_duplicates_are_dropped_and_counted(data_folder):
     assert "gsm8k/train/0" not in sum(part_ids(official).values(), [])
 
 
-def test_split_official_keeps_the_test_file(data_folder):
-    """`official` is what others report: GSM8K's whole test file; MATH-500 has only one file."""
+def test_parts_of_real_rows(data_folder):
+    """The official test file, one benchmark alone, limits as prefixes, filters spare the test."""
     parts = load_parts(DataSettings(benchmarks=REAL, split="official"))
     test = part_ids(parts)["test"]
     assert {i for i in test if i.startswith("gsm8k")} == {f"gsm8k/test/{n}" for n in range(6)}
+    assert len(set(sum(part_ids(parts).values(), []))) == 34
     assert parts.counts["gsm8k"] == {"train": 14, "validation": 2, "test": 6}
     assert parts.counts["math500"] == {"train": 6, "validation": 1, "test": 5}
     pooled = load_parts(DataSettings(benchmarks=REAL))
     assert [p for p in pooled.test if p.benchmark == "math500"] == [
         p for p in parts.test if p.benchmark == "math500"]
-
-
-def test_split_never_changes():
-    """Published records name problems by part: the order must be the same on every machine."""
-    problems = [Problem(f"made/{n}", str(n), "", "", "made") for n in range(10)]
-    assert [int(p.id[5:]) for p in shuffled(problems, 0)] == SHUFFLED_0
-    assert shuffled(reversed(problems), 0) == shuffled(problems, 0)
-    assert shuffled(problems, 1) != shuffled(problems, 0)
-
-
-def test_split_does_not_depend_on_other_benchmarks(data_folder):
-    """A run on MATH-500 only must be comparable with the run on both."""
     alone = load_parts(DataSettings(benchmarks=("math500",)))
     both = load_parts(DataSettings(benchmarks=REAL))
     for part in ("train", "validation", "test"):
         assert getattr(alone, part) == tuple(
             p for p in getattr(both, part) if p.benchmark == "math500")
-
-
-def test_smaller_limit_is_a_prefix(data_folder):
-    """A study of data sizes must add problems, not replace them."""
     data = DataSettings(benchmarks=REAL, max_solution_steps=3)
     small = load_parts(replace(data, train_limits=(3, 0), test_limits=(2, 1)))
     large = load_parts(replace(data, train_limits=(7, 4), test_limits=(4, 3)))
@@ -331,10 +269,6 @@ def test_smaller_limit_is_a_prefix(data_folder):
     assert small.test[:2] == large.test[:2] and small.test[2] == large.test[4]
     assert small.counts["math500"]["train"] == 0
     assert large.validation == small.validation
-
-
-def test_filters_leave_the_test_part_alone(data_folder):
-    """Easier training problems must not make the test easier."""
     data = DataSettings(benchmarks=REAL)
     every, easy = load_parts(data), load_parts(replace(data, max_solution_steps=2, max_level=3))
     assert easy.test == every.test
@@ -343,10 +277,6 @@ def test_filters_leave_the_test_part_alone(data_folder):
                 if solution_steps(p) <= 2 and (p.level is None or p.level <= 3)]
         assert list(getattr(easy, part)) == kept
     assert len(easy.train) < len(every.train)
-
-
-def test_no_training_problem_left_is_an_error(data_folder):
-    """Filters that remove everything must be named before a model is loaded."""
     for file in (data_folder / "gsm8k").iterdir():
         for number in range(len(file.read_text().splitlines())):
             change_row(file, number, answer="one\ntwo\n#### 2")
@@ -354,12 +284,16 @@ def test_no_training_problem_left_is_an_error(data_folder):
         load_parts(DataSettings(benchmarks=("gsm8k",), max_solution_steps=1))
 
 
-def test_tiny_parts_have_the_promised_size():
-    """The preset `tiny` has at least 400 training and 320 test problems."""
-    parts = load_parts(DataSettings())
-    assert len(parts.train) >= 400 and len(parts.test) >= 320 and len(parts.validation) >= 32
-    assert set(parts.counts) == set(parts.revisions) == {"tiny_word", "tiny_symbolic"}
-    assert parts.dropped_duplicates == {"tiny_word": 0, "tiny_symbolic": 0}
+def test_split_never_changes():
+    """The order is the same everywhere; the first validation problems are of all benchmarks."""
+    problems = [Problem(f"made/{n}", str(n), "", "", "made") for n in range(10)]
+    assert [int(p.id[5:]) for p in shuffled(problems, 0)] == SHUFFLED_0
+    assert shuffled(reversed(problems), 0) == shuffled(problems, 0)
+    assert shuffled(problems, 1) != shuffled(problems, 0)
+    names = ["a", "a", "a", "b", "c", "c"]
+    problems = [SimpleNamespace(benchmark=name, id=i) for i, name in enumerate(names)]
+    assert [problem.id for problem in in_turn(problems)] == [0, 3, 4, 1, 5, 2]
+    assert in_turn([]) == []
 
 
 @pytest.mark.skipif(not FULL_DATA, reason="HYBRIDRL_DATA_DIR is not set")
@@ -375,8 +309,6 @@ def test_full_data():
     official = load_parts(DataSettings(benchmarks=REAL, split="official"))
     assert official.counts["gsm8k"] == {"train": 6726, "validation": 747, "test": 1319}
 
-
-# The prompt -----------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -400,17 +332,13 @@ def make_tokenizer(*special: str, chat: bool = False, adds_begin: bool = False, 
     return made
 
 
-def test_plain_prompt():
-    """Without a chat template, the prompt is plain text without tokens at its ends."""
+def test_prompts():
+    """Plain text without tokens at its ends, except an automatic BOS; or the chat template."""
     tokenizer = make_tokenizer("</s>", eos_token="</s>")
     text = prompt_text(tokenizer, "What is 2+2?")
     assert text == f"Problem: What is 2+2?\n{INSTRUCTION}\nSolution:\n"
     assert tokenizer.decode(encode_prompt(tokenizer, "What is 2+2?")).replace(" ", "") == (
         text.replace(" ", ""))
-
-
-def test_plain_prompt_begins_as_the_tokenizer_does():
-    """The beginning-of-text token is added once if the tokenizer adds it, and EOS never."""
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     with_begin = make_tokenizer("<s>", "</s>", adds_begin=True, **names)
     ids = encode_prompt(with_begin, "1+1")
@@ -418,10 +346,6 @@ def test_plain_prompt_begins_as_the_tokenizer_does():
     assert with_begin.eos_token_id not in ids
     without = make_tokenizer("<s>", "</s>", **names)
     assert encode_prompt(without, "1+1") == ids[1:]
-
-
-def test_chat_prompt():
-    """With a chat template, the model is asked as in its training."""
     tokenizer = make_tokenizer("<|im_start|>", "<|im_end|>", chat=True, eos_token="<|im_end|>")
     text = prompt_text(tokenizer, "What is 2+2?")
     assert text == (f"<|im_start|>user\nWhat is 2+2?\n{INSTRUCTION}<|im_end|>\n"
@@ -432,28 +356,19 @@ def test_chat_prompt():
     assert ids.count(start) == 2 and ids[0] == start
 
 
-def test_stop_tokens_of_a_base_model_with_a_chat_template():
-    """Qwen2.5-0.5B's EOS is not what its template ends a turn with: both must end a completion."""
+def test_stop_tokens_and_padding():
+    """EOS and the end of a turn stop, never the unknown token; padding is another if possible."""
     tokenizer = make_tokenizer("<|endoftext|>", "<|im_start|>", "<|im_end|>", chat=True,
                                eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     end, turn_end = map(tokenizer.convert_tokens_to_ids, ("<|endoftext|>", "<|im_end|>"))
     assert stop_token_ids(tokenizer) == (end, turn_end)
     assert stop_token_ids(tokenizer, [turn_end, 77]) == (end, turn_end, 77)
     assert stop_token_ids(tokenizer, 0) == (end, turn_end, 0)
-
-
-def test_stop_tokens_without_chat_template():
-    """A missing end-of-turn token must not become the unknown token, and a tokenizer without an
-    end-of-text token is refused."""
     assert stop_token_ids(make_tokenizer("</s>", eos_token="</s>", unk_token="<unk>")) == (1,)
     chat = make_tokenizer("</s>", chat=True, eos_token="</s>", unk_token="<unk>")
     assert stop_token_ids(chat) == (1,)
     with pytest.raises(UserError, match="tokenizer"):
         stop_token_ids(make_tokenizer("<s>"))
-
-
-def test_padding_is_not_a_stop_token_if_another_token_is_available():
-    """If padding equals EOS, EOS may be lost from the loss."""
     own = make_tokenizer("<pad>", "</s>", eos_token="</s>", pad_token="<pad>")
     assert pad_token_id(own) == own.pad_token_id
     shared = make_tokenizer("<|fim_pad|>", "</s>", eos_token="</s>", pad_token="</s>")
@@ -464,11 +379,3 @@ def test_padding_is_not_a_stop_token_if_another_token_is_available():
     assert pad_token_id(instruct, [instruct.pad_token_id]) == instruct.unk_token_id
     alone = make_tokenizer("</s>", eos_token="</s>", pad_token="</s>")
     assert pad_token_id(alone) == alone.eos_token_id
-
-
-def test_in_turn_begins_with_all_benchmarks():
-    """The probe takes the first validation problems, so each benchmark must be among them."""
-    names = ["a", "a", "a", "b", "c", "c"]
-    problems = [SimpleNamespace(benchmark=name, id=i) for i, name in enumerate(names)]
-    assert [problem.id for problem in in_turn(problems)] == [0, 3, 4, 1, 5, 2]
-    assert in_turn([]) == []

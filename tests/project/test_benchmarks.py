@@ -33,10 +33,7 @@ def script(monkeypatch):
 
 @pytest.fixture()
 def measure(model_folders, script, capsys, tmp_path):
-    """measure(name, *options) -> the record in the last line of what a script prints.
-
-    It runs in this process; with process=True in its own, as a user runs it.
-    """
+    """measure(name, *options) -> the record in the last line of what a script prints."""
     def run(name, *options, model=True, process=False):
         path = tmp_path / "new" / "record.json"
         given = ["--model", str(model_folders["qwen2"]), *SMALL] if model else []
@@ -64,16 +61,12 @@ def measure(model_folders, script, capsys, tmp_path):
 
 
 def test_against_generate_runs(measure):
-    """Both samplers run, and their tokens are within what was asked of them."""
+    """Both samplers run on what was asked; both packings give the same gradient."""
     record = measure("against_generate")
     assert record["decoder"] == "own" and record["ratio_best"] > 0
     for side in ("ours", "generate"):
         assert len(record["seconds"][side]) == len(record["tokens_per_second"][side]) == 2
         assert all(6 <= tokens <= 36 for tokens in record["tokens"][side])
-
-
-def test_packing_runs(measure):
-    """Both packings run, and give the same gradient from fewer positions."""
     record = measure("packing")
     assert 0 <= record["gradient_difference"] < 1e-4 * record["gradient_largest"]
     assert record["positions_ratio"] > 1
@@ -116,6 +109,11 @@ def test_the_bound_is_what_the_numbers_say(script):
     text = script("page").bounds_text([ceiling], [step, half, step | {"model": "other"}])
     assert lines_with(" ".join(text.split()), "0.25", "0.40", "4.0", "5.0")
     assert script("page").bounds_text([{"model": "m"}], []) == ""
+    calls = []
+    pairs = script("common").alternate(lambda n: calls.append(f"a{n}") or f"a{n}",
+                                          lambda n: calls.append(f"b{n}") or f"b{n}", 3)
+    assert calls == ["a0", "b0", "a1", "b1", "b2", "a2", "a3", "b3"]
+    assert [(a, b) for (_, a), (_, b) in pairs] == [(f"a{n}", f"b{n}") for n in (1, 2, 3)]
 
 
 @pytest.mark.slow
@@ -140,7 +138,7 @@ def test_overhead_runs(measure):
     assert all(-1 < share < 1 for found in record["overhead"].values() for share in found.values())
 
 
-def test_verdicts_runs(script, measure):
+def test_verdicts_runs(script, measure, capsys, model_folders):
     """Its pairs are judged as they were made, none is repeated, and the line has both kinds."""
     verdicts = script("verdicts")
     for pairs in (verdicts.numeric_pairs(500, seed=3), verdicts.symbolic_pairs(500, seed=3)):
@@ -149,6 +147,9 @@ def test_verdicts_runs(script, measure):
                      "--rounds", "2", model=False)
     for kind in ("numeric", "symbolic"):
         assert len(record[kind]["per_second"]) == len(record[kind]["per_processor_second"]) == 2
+    arguments = ["--model", str(model_folders["qwen2"]), "--prompts", "100000"]
+    code = script("common").run(lambda: script("packing").main(arguments))
+    assert code == 1 and "--prompts" in capsys.readouterr().err
 
 
 @pytest.fixture()
@@ -166,22 +167,11 @@ def sides(script, policy):
     return make
 
 
-def test_trl_gets_nothing_of_this_library(sides):
-    """Protects the ratio: TRL trains the model as transformers makes it, not with our products."""
-    _, trl, _ = sides()
-    assert not any(isinstance(module, Linear) for module in trl.model.modules())
-    assert trl.model.config._attn_implementation == "sdpa"
-
-
 def test_both_sides_compute_the_same(script, sides):
-    """What is timed against TRL has the same loss, gradient, and clipping."""
+    """Equal loss, gradient, and clipping; unequal settings are refused; TRL has none of ours."""
     for which in ("all", "signal"):
         found = script("against_trl").compare(*sides(which))
         assert found["gradient_distance"] < 1e-4 and found["gradient_norm_ours"] > 1e-3, which
-
-
-def test_unequal_settings_are_refused(script, sides):
-    """The check before the timing can fail: with one setting of TRL changed, nothing is timed."""
     for name, value in (("loss_type", "dapo"), ("scale_rewards", "none"), ("entropy_coef", 0.05)):
         ours, trl, groups = sides()
         setattr(trl.trainer, name, value)
@@ -189,10 +179,13 @@ def test_unequal_settings_are_refused(script, sides):
         with pytest.raises(RuntimeError, match="distance"):
             script("against_trl").compare(ours, trl, groups)
             pytest.fail(f"{name}={value} was accepted")
+    _, trl, _ = sides()
+    assert not any(isinstance(module, Linear) for module in trl.model.modules())
+    assert trl.model.config._attn_implementation == "sdpa"
 
 
 def test_trl_samples_from_the_same_distribution(script, policy):
-    """TRL's generation gets no top-k or penalty from the model, and our stop tokens."""
+    """The model's own top-k and penalty reach neither side; tokens up to the stop are counted."""
     policy.model.generation_config.update(repetition_penalty=1.5, top_k=20, top_p=0.5)
     policy.stop_ids = (policy.model.config.vocab_size,)
     ours = script("grpo_step").GRPOStep(policy, ["1 + 1", "2 * 3"], samples=4, max_new_tokens=9)
@@ -201,6 +194,19 @@ def test_trl_samples_from_the_same_distribution(script, policy):
     assert (config.top_k, config.top_p, config.temperature) == (0, 1.0, 1.0)
     assert config.repetition_penalty in (None, 1.0)
     assert trl(seed=0).tokens == ours(seed=0).tokens == 2 * 4 * 9
+    policy.model.generation_config.update(repetition_penalty=1.5, top_k=20, top_p=0.5)
+    prompts, draws = [[5, 6, 7], [8, 9, 10, 11]], 20_000
+    generate = script("against_generate").Generate(policy, prompts, draws, 1)
+    for prompt, tokens in zip(prompts, generate(0).reshape(len(prompts), draws), strict=True):
+        with torch.no_grad():
+            p = policy.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        seen = torch.bincount(tokens, minlength=len(p)) / draws
+        assert float((seen - p).abs().sum()) / 2 < 0.03  # total variation
+    assert set(generate.model.generation_config.eos_token_id) == set(policy.stop_ids)
+    generate = script("against_generate").Generate(policy, [[5]], 3, 4)
+    stop, pad = policy.stop_ids[0], policy.pad_id
+    ids = torch.tensor([[7, stop, pad, pad], [7, 8, 9, 7], [stop, stop, 7, stop]])
+    assert generate.count(ids) == 2 + 4 + 1
 
 
 def test_operations_of_an_update_are_those_of_its_products(script, policy, monkeypatch):
@@ -220,7 +226,7 @@ def test_operations_of_an_update_are_those_of_its_products(script, policy, monke
 
 
 def test_published_page_is_rebuilt_to_the_letter(script, tmp_path):
-    """Protects against a page that was edited."""
+    """Pages follow from their records; memory is flat, overhead under 5%, and docs quote them."""
     assert PUBLISHED
     for path in PUBLISHED:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -232,16 +238,22 @@ def test_published_page_is_rebuilt_to_the_letter(script, tmp_path):
                 text = new.read_text(encoding="utf-8")
                 assert old.read_text(encoding="utf-8") == text
                 assert "/work" not in text and "/home" not in path.read_text(encoding="utf-8")
-
-
-def test_published_memory_is_flat_at_a_large_vocabulary():
-    """Protects the bound on the update's memory: logits are never in memory all at once."""
     measured = [scaling for path in PUBLISHED if (scaling := json.loads(
         path.read_text(encoding="utf-8"))["cases"].get("scaling"))]
     assert measured
     for scaling in measured:
         assert [p["length"] for p in scaling["points"]["vocabulary"]] == [128, 256, 512, 1024]
         assert scaling["vocabulary_above_resting_ratio"] <= 1.3
+    for path in PUBLISHED:
+        found = json.loads(path.read_text(encoding="utf-8"))["cases"]["overhead_tiny"]["overhead"]
+        assert set(found) == {arm.name for arm in choose_arms([])
+                              if arm.stages and arm.method != "staged"}
+        assert max(share for stages in found.values() for share in stages.values()) < 0.05
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- table: speed -->\n")[2].partition("<!-- /table -->")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "**" in line]
+    pages = "".join(path.with_suffix(".md").read_text(encoding="utf-8") for path in PUBLISHED)
+    assert len(rows) >= 4 and all(row in pages for row in rows)
 
 
 def test_scaling_is_drawn(script, tmp_path):
@@ -260,24 +272,6 @@ def test_scaling_is_drawn(script, tmp_path):
     for name in ("seconds", "peak_mib", "vocabulary"):
         assert (tmp_path / f"here-{name}.png").stat().st_size > 5000
         assert f"here-{name}.png" in page.read_text(encoding="utf-8")
-
-
-def test_the_published_overhead_is_of_every_method_and_small():
-    """Protects "under 5%" from a table that lacks methods or has old names."""
-    for path in PUBLISHED:
-        found = json.loads(path.read_text(encoding="utf-8"))["cases"]["overhead_tiny"]["overhead"]
-        assert set(found) == {arm.name for arm in choose_arms([])
-                              if arm.stages and arm.method != "staged"}
-        assert max(share for stages in found.values() for share in stages.values()) < 0.05
-
-
-def test_the_documentation_quotes_the_published_ratios():
-    """Protects against claims of another speed than was measured."""
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- table: speed -->\n")[2].partition("<!-- /table -->")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ") and "**" in line]
-    pages = "".join(path.with_suffix(".md").read_text(encoding="utf-8") for path in PUBLISHED)
-    assert len(rows) >= 4 and all(row in pages for row in rows)
 
 
 def test_the_suite_keeps_what_it_measured(script, monkeypatch, tmp_path):
@@ -305,27 +299,6 @@ def test_the_suite_keeps_what_it_measured(script, monkeypatch, tmp_path):
         suite.main([*out, "--only", "nonsense"])
 
 
-def test_generate_draws_from_the_same_distribution(script, policy):
-    """generate gets no repetition penalty or top-k from the model's folder, and our stop tokens."""
-    policy.model.generation_config.update(repetition_penalty=1.5, top_k=20, top_p=0.5)
-    prompts, draws = [[5, 6, 7], [8, 9, 10, 11]], 20_000
-    generate = script("against_generate").Generate(policy, prompts, draws, 1)
-    for prompt, tokens in zip(prompts, generate(0).reshape(len(prompts), draws), strict=True):
-        with torch.no_grad():
-            p = policy.model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-        seen = torch.bincount(tokens, minlength=len(p)) / draws
-        assert float((seen - p).abs().sum()) / 2 < 0.03  # total variation
-    assert set(generate.model.generation_config.eos_token_id) == set(policy.stop_ids)
-
-
-def test_generate_is_charged_for_its_tokens_only(script, policy):
-    """A stop token counts once; padding and stop tokens after it do not."""
-    generate = script("against_generate").Generate(policy, [[5]], 3, 4)
-    stop, pad = policy.stop_ids[0], policy.pad_id
-    ids = torch.tensor([[7, stop, pad, pad], [7, 8, 9, 7], [stop, stop, 7, stop]])
-    assert generate.count(ids) == 2 + 4 + 1
-
-
 def test_one_row_per_completion_has_every_token(script, policy):
     """The other side of the packing benchmark scores the same tokens within its budget."""
     sequences = [PromptCompletion([5, 6, 7], [8, 9, 10]), PromptCompletion([5, 6, 7], [11]),
@@ -345,19 +318,3 @@ def test_one_row_per_completion_has_every_token(script, policy):
         assert all(len(m.input_ids) == 1 or m.input_ids.numel() <= budget for m in rows)
         torch.testing.assert_close(scores(rows), scores(pack(sequences, budget, policy.pad_id)),
                                    atol=1e-5, rtol=1e-5)
-
-
-def test_order_within_pairs_alternates(script):
-    """Neither side always runs first, each is warmed up once, and results are not mixed up."""
-    calls = []
-    pairs = script("common").alternate(lambda n: calls.append(f"a{n}") or f"a{n}",
-                                          lambda n: calls.append(f"b{n}") or f"b{n}", 3)
-    assert calls == ["a0", "b0", "a1", "b1", "b2", "a2", "a3", "b3"]
-    assert [(a, b) for (_, a), (_, b) in pairs] == [(f"a{n}", f"b{n}") for n in (1, 2, 3)]
-
-
-def test_too_many_prompts_is_one_sentence(script, capsys, model_folders):
-    """What cannot be measured is refused with one sentence and a nonzero exit code."""
-    arguments = ["--model", str(model_folders["qwen2"]), "--prompts", "100000"]
-    code = script("common").run(lambda: script("packing").main(arguments))
-    assert code == 1 and "--prompts" in capsys.readouterr().err

@@ -37,10 +37,7 @@ def pins() -> dict[str, str]:
 
 
 def declared() -> list[Requirement]:
-    """Every requirement of the project and its extras, other than on itself.
-
-    Without vllm, which brings the torch it was built for, so it cannot be pinned with ours.
-    """
+    """Every requirement of the project and its extras, other than on itself."""
     texts = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
     return [item for item in map(Requirement, texts)
             if canonicalize_name(item.name) not in (OUR_NAME, "vllm")]
@@ -55,10 +52,6 @@ def test_every_requirement_has_a_floor_and_a_pin_above_it():
     outside = [item.name for item in declared()
                if not item.specifier.contains(pinned[canonicalize_name(item.name)])]
     assert not outside
-
-
-def test_pins_fit_every_build():
-    """No pin names a build such as +cpu: each machine installs its own."""
     assert not [name for name, version in pins().items() if "+" in version]
 
 
@@ -165,10 +158,6 @@ def test_dev_is_every_extra_but_vllm():
     extras = dict(PROJECT["optional-dependencies"])
     dev, = map(Requirement, extras.pop("dev"))
     assert canonicalize_name(dev.name) == OUR_NAME and dev.extras == set(extras) - {"vllm"}
-
-
-def test_conda_and_make_install_the_same():
-    """environment.yml and `make env` both install `.[dev]` under constraints.txt."""
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     python, _, pip = environment["dependencies"]
     assert pip["pip"] == ["-c constraints.txt", "-e .[dev]"]
@@ -196,10 +185,6 @@ def test_every_folder_of_code_is_a_package():
     """A folder without __init__.py would work in a checkout and be missing elsewhere."""
     folders = {path.parent for path in (ROOT / "hybridrl_lib").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
-
-
-def test_package_data_covers_presets_and_assets():
-    """An installed package has its presets and the tiny model, not only a checkout."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     covered = {path for pattern in setuptools["package-data"]["hybridrl_lib"]
                for path in (ROOT / "hybridrl_lib").glob(pattern.replace("**", "**/*"))}
@@ -222,10 +207,6 @@ def test_make_has_its_targets():
     for target in TARGETS:
         make("-n", target)
     assert not [target for target in TARGETS if f"make {target}" not in offered]
-
-
-def test_make_reproduce_passes_its_variables():
-    """PRESET, SEEDS, JOBS, and EXPERIMENT reach the command; empty ones leave it to decide."""
     for arguments, command in (
             ([], "reproduce --preset tiny --seeds 1"),
             (["PRESET=paper", "SEEDS=5", "JOBS=2", "EXPERIMENT=night"],
@@ -265,11 +246,6 @@ def test_citation_names_software_and_paper():
     paper, = citation["references"]
     assert [author["family-names"] for author in paper["authors"]] == ["Denisov", "Serdyuk"]
     assert paper["year"] == 2025
-
-
-def test_setup_cell_has_one_source():
-    """What notebooks install on Colab is one constant: an address for pip with the tag of this
-    version, so that an old notebook does not get a new library."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     source = tool["hybridrl"]["source"]
     assert source.startswith("git+https://") and source.endswith(f"@v{PROJECT['version']}")

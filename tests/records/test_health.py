@@ -31,14 +31,8 @@ SAID = {"smollm2/rl/seed-0": ["reward_zero"],
 NAMES = {detector.name for detector in DETECTORS}
 
 
-# Healthy runs -----------------------------------------------------------------------------------
-
-
 def test_published_runs_are_silent():
-    """Protects readers from false alarms: six setups, five seeds, no warning in preset `tiny`.
-
-    Whoever changes a threshold sees its cost here. `SAID` has all warnings of `tiny` and `smollm2`.
-    """
+    """Protects readers from false alarms: six setups, five seeds, no warning in preset `tiny`."""
     said, runs = {}, sorted(
         path.parent for name in ("tiny", "smollm2")
         for path in PUBLISHED.glob(f"{name}/*/seed-*/metrics.jsonl*"))
@@ -48,9 +42,6 @@ def test_published_runs_are_silent():
         if alarms:
             said[folder.relative_to(PUBLISHED).as_posix()] = [alarm.name for alarm in alarms]
     assert said == SAID and len(runs) >= 30
-
-
-# Sick runs: every warning happens in training ---------------------------------------------------
 
 
 class Listener(Observer):
@@ -70,11 +61,7 @@ class Silence(Coin):
 
 @pytest.fixture()
 def sicken(make_trainer):
-    """sicken(setup, ...) -> {name: Alarm} of a run of 16 steps, whose record is checked, too.
-
-    The rows name the warnings from their first step on, the observer was told once, and reading the
-    record again gives the same.
-    """
+    """sicken(setup, ...) -> {name: Alarm} of a run of 16 steps, whose record is checked, too."""
     def train(setup, *overrides, prepare=None, **arguments):
         listener = Listener()
         trainer = make_trainer(setup, "training.epochs=16", "rl.reference_every=1", *overrides,
@@ -94,43 +81,26 @@ def sicken(make_trainer):
     return train
 
 
-def test_a_healthy_small_run_has_no_such_key(sicken):
-    """The rows of a run without warnings have no column of warnings."""
+def test_sick_runs_are_named_with_their_setting(sicken, make_policy, make_trainer):
+    """Real runs of 16 steps, one per symptom; a healthy one has no warning."""
     assert sicken("rl") == {}
-
-
-def test_entropy_collapse(sicken):
-    """A learning rate at which one rewarded answer gets all probability."""
-    alarms = sicken("rl", "rl.learning_rate=0.02", verifier=Silence())
+    alarms = sicken("rl", "rl.learning_rate=0.02", verifier=Silence(), folder="collapse")
     assert "rl.learning_rate" in alarms["entropy_collapse"].advice
-
-
-def test_entropy_explosion(sicken, make_policy):
-    """A dominant entropy term turns a confident policy into noise; gamma is named."""
     policy = make_policy("llama")
     with torch.no_grad():
         policy.model.get_output_embeddings().weight.mul_(5)  # confident
-    alarms = sicken("rl_entropy", "rl.gamma=10", "rl.learning_rate=0.003", policy=policy)
+    alarms = sicken("rl_entropy", "rl.gamma=10", "rl.learning_rate=0.003", policy=policy,
+                    folder="explosion")
     assert "rl.gamma" in alarms["entropy_explosion"].advice
-
-
-def test_kl_runaway_in_rl(sicken):
-    """A learning rate that is far too high moves the policy away from the base model."""
-    assert "rl.learning_rate" in sicken("rl", "rl.learning_rate=0.05")["kl_runaway"].advice
-
-
-def test_kl_runaway_in_sft(sicken, make_trainer):
-    """SFT's steps do not measure the divergence; the probe does."""
-    validation = make_trainer("sft").parts.train[:2]
+    alarms = sicken("rl", "rl.learning_rate=0.05", folder="runaway")
+    assert "rl.learning_rate" in alarms["kl_runaway"].advice
+    validation = make_trainer("sft", folder="none").parts.train[:2]
     alarms = sicken("sft", "sft.learning_rate=1", "probe.every=2", validation=validation)
     assert "sft.learning_rate" in alarms["kl_runaway"].advice
     assert alarms["kl_runaway"].step == 5, "after the probes of steps 2 and 4"
-
-
-def test_reward_fall(sicken):
-    """Correct half of the time, then never."""
-    verifier = Fixed([1, 0] * 16 * 9 + [0] * 32 * 20)
-    assert sicken("rl", verifier=verifier)["reward_fall"].step == 9 + WINDOW // 2
+    verifier = Fixed([1, 0] * 16 * 9 + [0] * 32 * 20)  # correct half of the time, then never
+    alarms = sicken("rl", verifier=verifier, folder="fall")
+    assert alarms["reward_fall"].step == 9 + WINDOW // 2
 
 
 def test_the_advice_on_reward_zero_follows_from_the_verdicts(sicken):
@@ -146,17 +116,13 @@ def test_the_advice_on_reward_zero_follows_from_the_verdicts(sicken):
     assert "rl.max_new_tokens" in alarms[0].advice and "100%" in alarms[2].sentence
     assert not {"no_signal"} & {*short, *long, *wrong}, "reported once, with its reason"
     assert "length_limit" in short and "length_limit" not in long
-
-
-def test_no_signal(sicken):
-    """All correct and nearly all wrong have the same symptom and different advice."""
     learned = sicken("rl", verifier=Fixed([1]), folder="learned")["no_signal"]
     hard = sicken("rl", verifier=Fixed([1] * 4 + [0] * (32 * 8 - 4)), folder="hard")["no_signal"]
     assert learned.step == hard.step == WINDOW and learned.advice != hard.advice
 
 
 def test_gradient_spike(sicken):
-    """One problem unlike all others, after the model has memorized the others."""
+    """One problem unlike all others is one step; a loss that is NaN once holds for a window."""
     likes = [Problem(id=f"a/{i}", question="How many?", solution=r"\boxed{3}", answer="3",
                      benchmark="tiny_word") for i in range(7)]
     stranger = replace(likes[0], id="a/7", solution="9 * 8 = 72, 72 - 69 = 3.")
@@ -167,20 +133,13 @@ def test_gradient_spike(sicken):
     alarms = sicken("sft", "sft.learning_rate=0.003", "training.epochs=44", prepare=arrange,
                     train=[*likes, stranger])
     assert (alarms["gradient_spike"].step, alarms["gradient_spike"].ended) == (41, 42)
-
-
-def test_not_finite(sicken):
-    """A loss that is NaN once: the step is named, and the warning ends a window later."""
     def poison(trainer):
         loss = trainer.learner._loss
         trainer.learner._loss = lambda *arguments: loss(*arguments) * (
             float("nan") if trainer.step == 3 else 1)
 
-    alarm = sicken("sft", prepare=poison)["not_finite"]
+    alarm = sicken("sft", prepare=poison, folder="poisoned")["not_finite"]
     assert (alarm.step, alarm.ended) == (4, 4 + WINDOW)
-
-
-# Begin and end ----------------------------------------------------------------------------------
 
 
 def row(step, stage="rl", **values):
@@ -219,50 +178,30 @@ def test_a_warning_begins_once_and_ends_lower():
 
 
 def test_a_spike_is_one_step():
-    """The step after it is compared with the calm ones before, not with the spike."""
+    """A spike is compared with calm steps before it, and the first gradient with signal is none."""
     rows = healthy(20) + [row(21, grad_norm=11.0)] + healthy(20, 22)
     assert steps_of(rows, "gradient_spike") == [(21, 22)]
     assert steps_of(healthy(20) + [row(21, grad_norm=9.0)], "gradient_spike") == []
-
-
-def test_the_first_gradient_with_signal_is_no_spike():
-    """Without signal the gradient is that of the KL term, which is 10,000 times smaller."""
     rows = healthy(30, grad_norm=1e-4, frac_reward_zero_std=1.0) + healthy(20, 31)
     assert steps_of(rows, "gradient_spike") == []
 
 
-def test_rare_rewards_do_not_warn_again_and_again():
-    """One correct answer in twenty steps does not end the warning; three in eight do."""
-    rows = [row(step, reward=float(step % 20 == 0 or step > 100)) for step in range(1, 120)]
-    assert steps_of(rows, "reward_zero") == [(8, 102)]
-
-
-def test_a_stage_starts_afresh():
-    """RL is not measured by what SFT began with, and SFT's warnings end with it."""
+def test_what_is_compared():
+    """Each stage starts afresh; rollouts and demonstrations apart; no symptom without a column."""
     sft = [row(step, "sft", entropy=1.0 if step < 10 else 0.01) for step in range(1, 31)]
     alarms = replay([*sft, *healthy(30, 31, entropy=0.01)]).alarms
     assert [(alarm.name, alarm.stage, alarm.ended) for alarm in alarms] == [
         ("entropy_collapse", "sft", 31)]
-
-
-def test_there_is_no_warning_before_there_is_something_to_compare():
-    """The first steps of a stage are not a change, whatever they are."""
+    rows = [row(step, reward=float(step % 20 == 0 or step > 100)) for step in range(1, 120)]
+    assert steps_of(rows, "reward_zero") == [(8, 102)]
     for count in range(1, WINDOW):
         assert replay(healthy(count, entropy=9.0, reward=0.0, grad_norm=50.0)).alarms == []
     assert START < WINDOW
-
-
-def test_steps_on_rollouts_are_not_compared_with_steps_on_demonstrations():
-    """A method may take either at each step of one stage; their entropies differ by nature."""
     rows = healthy(60)
     for taught in rows[1::2]:
         taught["entropy"] = 0.01
         del taught["reward"]
     assert replay(rows).alarms == []
-
-
-def test_rows_of_an_unknown_method_do_not_stop_a_run():
-    """A row only needs step and stage: a missing column is a symptom that is not measured."""
     bare = [{"step": step, "stage": "mine"} for step in range(1, 40)]
     assert replay(bare).alarms == []
     no_verdicts = [{**entry, "reward": 0.0} for entry in bare]
@@ -272,16 +211,9 @@ def test_rows_of_an_unknown_method_do_not_stop_a_run():
 def test_every_reason_has_advice():
     """A new kind of verdict comes with what to do about it."""
     assert set(health.FAULTS) == set(REASONS) - {"right"}
-
-
-def test_setting_names_in_advice_exist():
-    """Advice must not name a setting that is gone."""
     source = Path(health.__file__).read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:rl|sft|model|data|training|verifier)\.[a-z_]+", source))
     assert len(named) > 6 and named <= set(KEYS), named - set(KEYS)
-
-
-# Resume -----------------------------------------------------------------------------------------
 
 
 class Crash(Exception):
@@ -326,14 +258,11 @@ def test_a_resumed_run_warns_like_an_uninterrupted_one(model_folders, monkeypatc
     assert json.dumps(cut) == json.dumps(whole) and heard_again == []
 
 
-# Where it is seen -------------------------------------------------------------------------------
-
-
 def sick_rows():
     return healthy(20) + healthy(10, 21, entropy=0.01)
 
 
-def test_plain_lines_have_the_warning_at_once():
+def test_plain_lines_have_the_warning_at_once(capsys):
     """A log that is read the next morning has the step, the sentence, and the advice."""
     said = []
     lines = Lines(1e9, "rl", write=said.append)
@@ -344,10 +273,6 @@ def test_plain_lines_have_the_warning_at_once():
     (alarm,) = watch.alarms
     assert len(said) == 1 and lines_with(said[0], "entropy_collapse", 25, "rl.learning_rate")
     assert said[0].endswith(str(alarm)) and alarm.advice in said[0]
-
-
-def test_live_view_shows_a_warning_while_it_holds(capsys):
-    """The picture shows current warnings; a printed line stays."""
     view = LiveRun("rl", show=None)
     view.due = float("inf")
     view.on_warning("no_signal", "step 3: <b>bad</b>")

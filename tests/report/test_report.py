@@ -95,7 +95,7 @@ def lines(path):
 
 
 def test_writes_every_file_and_returns_them(made, report):
-    """All files that notebooks, README, and CI rely on; pictures are small, of 300 dpi, and undated."""
+    """All files that notebooks, README, and CI rely on; pictures are small, 300 dpi, undated."""
     folder, written, printed = made
     assert {path.name for path in folder.iterdir() if path.is_file()} == TEXTS
     assert {path.name for path in (folder / "figures").iterdir()} == PICTURES
@@ -134,7 +134,7 @@ def test_same_records_give_the_same_bytes_without_torch(records, report, tmp_pat
 
 
 def test_table_holds_what_the_records_hold(records, report):
-    """Means counted from the raw lines, all columns, and the paper's values for exact match only."""
+    """Means counted from the raw lines, all columns, the paper's values for exact match only."""
     table = {(row["setup"], row["benchmark"], row["metric"]): row
              for row in rows(report / "table2.csv")}
     greedy, pass_at_2, lenient = [], [], []
@@ -165,7 +165,7 @@ def test_table_holds_what_the_records_hold(records, report):
 
 
 def test_wide_table_has_all_rows_and_its_notes(records, report):
-    """The reader finds all rows, notes, hyperparameters, and the published table beside this one."""
+    """A reader finds all rows, notes, hyperparameters, and the published table beside this one."""
     text = (report / "table2.md").read_text(encoding="utf-8")
     experiment = load_experiment(records)
     notes = table_notes(experiment, make_table2(experiment))
@@ -277,7 +277,7 @@ def test_unfinished_and_broken_runs_are_left_out_and_named(own_records):
 
 
 def test_damaged_logs(own_records):
-    """A cut-off line is one line; problems that a seed lacks are dropped; one scored twice breaks a run."""
+    """A cut-off line is one line; problems that a seed lacks are dropped; doubles break a run."""
     log = own_records / "rl" / "seed-0" / "probe.jsonl"
     whole = log.read_text()
     log.write_text(whole[:-20])
@@ -442,7 +442,7 @@ def test_a_setup_in_the_table_of_setups_that_never_ran_changes_nothing(records, 
 
 
 def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, monkeypatch):
-    """A new method has a title, a row after the paper's, baselines, and its own color; so has an unknown."""
+    """A new method has a title, a row after the paper's, baselines, and its own color."""
     (own_records / "rl").rename(own_records / "blended")
     others = dict(SETUPS)
     SETUPS.clear()  # where the line is in the table does not matter

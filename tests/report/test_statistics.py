@@ -58,8 +58,7 @@ def crossed(scores):
 
 
 def test_pass_at_k_and_signal_equal_brute_force_over_subsets():
-    """Protects the estimators: the fraction of all subsets of k samples with a correct one, and of
-    those with both verdicts, which RL can learn from."""
+    """Both estimators against all subsets, at their ends, for large counts, and impossible ones."""
     wrong = []
     for samples in (1, 2, 4, 5, 7):
         for right in range(samples + 1):
@@ -72,28 +71,19 @@ def test_pass_at_k_and_signal_equal_brute_force_over_subsets():
                         group_signal(samples, right, k) != pytest.approx(mixed, abs=1e-12)):
                     wrong.append((samples, right, k))
     assert not wrong
-
-
-def test_pass_at_k_is_exact_at_its_ends_and_stable():
-    """Protects the limits: pass@1 is the mean, all wrong 0, fewer than k wrong 1, no overflow."""
     right = np.arange(17)
     assert pass_at_k(16, right, 1) == pytest.approx(right / 16)
     assert pass_at_k(16, 0, 8) == 0.0
     assert np.all(pass_at_k(16, right[9:], 8) == 1.0)
     assert 0.0 < pass_at_k(100_000, 1, 50_000) < 1.0
     assert pass_at_k(16, np.zeros((2, 3), dtype=int), 4).shape == (2, 3)
-
-
-def test_pass_at_k_refuses_impossible_counts():
-    """Protects against a number if k exceeds the samples or a count is impossible."""
     for samples, right, k in [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)]:
         with pytest.raises(ValueError):
             pass_at_k(samples, right, k)
 
 
 def test_the_interval_covers():
-    """Protects the table's promise: 95% covers 92-98% with five seeds, also for a weak base model
-    and a solved benchmark, and nearly that with three seeds (seeds deviate by up to 5 points)."""
+    """95% intervals cover 95%; with one seed it is the textbook interval over problems."""
     cases = [(5, problems, 0.5, spread, 0.92, 0.98) for problems in (50, 128, 192, 500)
              for spread in (0.0, 0.1, 0.3)]
     cases += [(5, 192, center, 0.1, 0.92, 0.98) for center in (-4.0, -1.5, 4.0)]
@@ -101,10 +91,6 @@ def test_the_interval_covers():
     wrong = [(case, found) for case in cases
              if not case[-2] <= (found := coverage(*case[:-2], crossed)) <= case[-1]]
     assert not wrong
-
-
-def test_one_seed_is_over_problems_only():
-    """Protects the one-seed case: the textbook interval over problems."""
     random = np.random.default_rng(3)
     scores = draw(random, 1, 500, 0.5, 0.0)
     result = mean_interval(scores[0])
@@ -134,10 +120,6 @@ def test_percentile_bootstrap_is_too_narrow():
         resampled = partial(percentile_bootstrap, random=np.random.default_rng(5), over=over)
         assert coverage(5, 500, 0.5, seed_spread, resampled, 500) < at_most, over
         assert 0.92 <= coverage(5, 500, 0.5, seed_spread, crossed, 500) <= 0.98, over
-
-
-def test_interval_over_problems_alone_is_too_narrow_when_seeds_differ():
-    """Protects the seed term: treating all answers as independent problems fails."""
     def pooled(scores):
         result = mean_interval(scores.reshape(1, -1))
         return result.low, result.high
@@ -145,8 +127,8 @@ def test_interval_over_problems_alone_is_too_narrow_when_seeds_differ():
     assert coverage(5, 500, 0.5, 0.3, pooled, 400) < 0.75
 
 
-def test_no_interval_of_zero_width_at_the_ends():
-    """Protects against false certainty: 0 of 50 does not prove 0%; Wilson's bound is used."""
+def test_degenerate_tables():
+    """0 of 50 does not prove 0% (Wilson), constants have a width, copies of a seed add nothing."""
     quantile = 2.0096  # Student's, 49 degrees of freedom
     for share in (0.0, 1.0):
         for seeds in (1, 5):
@@ -155,17 +137,9 @@ def test_no_interval_of_zero_width_at_the_ends():
             assert 0.0 <= result.low <= share <= result.high <= 1.0
             assert result.high - result.low == pytest.approx(
                 quantile**2 / (50 + quantile**2), rel=1e-3)
-
-
-def test_degenerate_tables_still_have_a_width():
-    """Protects constant and single scores: rounding noise or one problem is never certain."""
     for scores in ([[0.3] * 40] * 3, [[1.0]], [[0.5], [0.5]]):
         result = mean_interval(scores)
         assert result.high - result.low > 0.05
-
-
-def test_repeated_seeds_add_no_certainty():
-    """Protects the base model's row: five copies of the same answers are one measurement."""
     scores = draw(np.random.default_rng(1), 1, 200, 0.0, 0.0)
     once, copies = mean_interval(scores), mean_interval(np.repeat(scores, 5, axis=0))
     assert (copies.low, copies.high) == pytest.approx((once.low, once.high))
@@ -193,20 +167,8 @@ def test_paired_difference_covers_and_rejects_at_its_level():
     assert not wrong
 
 
-def test_setups_that_hardly_differ_have_a_narrow_difference():
-    """Protects twins, which share their sampling noise: the seeds' contribution nearly cancels, and
-    Student's quantile at a fraction of a degree of freedom gave 0.0 [-100, +100]."""
-    random = np.random.default_rng(5)
-    for _ in range(300):
-        hardness = random.uniform(0.05, 0.95, (1, 128))
-        first = random.binomial(16, np.repeat(hardness, 5, axis=0)) / 16
-        moved = first + random.choice([-1, 0, 1], first.shape, p=[0.02, 0.96, 0.02]) / 16
-        found = paired_difference(first, np.clip(moved, 0.0, 1.0))
-        assert -0.06 < found.low < found.high < 0.06
-
-
 def test_pairing_narrows_and_swapping_flips():
-    """Protects the pairing of problems: shared difficulty cancels; order only flips the sign."""
+    """Shared difficulty cancels, order flips the sign, twins are narrow, equality is no proof."""
     random = np.random.default_rng(8)
     hardness = random.normal(0.0, 3.0, (1, 300))
     first, second = (draw(random, 5, 300, center, 0.05, hardness) for center in (0.6, 0.2))
@@ -215,10 +177,13 @@ def test_pairing_narrows_and_swapping_flips():
     assert result.high - result.low < 0.7 * (shuffled.high - shuffled.low)
     assert (flipped.mean, flipped.low) == pytest.approx((-result.mean, -result.high))
     assert flipped.p_value == pytest.approx(result.p_value)
-
-
-def test_difference_without_any_variance():
-    """Protects the limits: equal answers do not prove equality, opposite ones a difference."""
+    random = np.random.default_rng(5)
+    for _ in range(300):
+        hardness = random.uniform(0.05, 0.95, (1, 128))
+        first = random.binomial(16, np.repeat(hardness, 5, axis=0)) / 16
+        moved = first + random.choice([-1, 0, 1], first.shape, p=[0.02, 0.96, 0.02]) / 16
+        found = paired_difference(first, np.clip(moved, 0.0, 1.0))
+        assert -0.06 < found.low < found.high < 0.06
     ones, zeros = np.ones((5, 60)), np.zeros((5, 60))
     equal, opposite = paired_difference(ones, ones), paired_difference(ones, zeros)
     assert equal.p_value == 1.0 and equal.low < 0.0 < equal.high
@@ -244,15 +209,11 @@ def test_gap_covers():
 
 
 def test_holm_on_a_worked_example():
-    """Protects the step-down rule, its monotonicity, the cap at 1, and the order of the answers."""
+    """Holm's step-down rule, and tables that are refused: percent, NaN, empty, other problems."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([0.02]) == [0.02]
     assert holm([]) == []
-
-
-def test_impossible_tables_are_refused():
-    """Protects against scores in percent, NaN, empty tables, and problems that do not match."""
     for scores in ([[50.0, 60.0]], [[0.5, float("nan")]], [[]]):
         with pytest.raises(ValueError):
             mean_interval(scores)

@@ -126,10 +126,6 @@ def test_where_the_reference_has_no_equation_none_is_required():
     for solution, answer in (("2 + 2 = 4, so Ann.", r"\text{Ann}"), ("2 + 2 = 4, so 9.", "9")):
         assert steps_hold("3 + 1 = 4, so it is", solution, answer)
         assert not steps_hold("It is", solution, answer)
-
-
-def test_a_value_is_the_answer_however_it_is_written():
-    """Decimals and fractions are compared exactly."""
     assert steps_hold("1 - 0.25 = 0.75", "1/4 + 1/2 = 3/4", r"\frac{3}{4}")
     assert equations("1 - 0.25 = 0.75")[0].values == {Fraction(3, 4)}
 
@@ -167,12 +163,6 @@ def test_the_reward_of_a_run(make_trainer, monkeypatch):
     assert "reward/answer" not in plain.folder.lines("metrics.jsonl")[0]
 
 
-def test_an_unknown_reward_names_the_two_that_exist():
-    """A misspelled reward is refused before anything runs."""
-    with pytest.raises(UsageError, match=r"rl\.reward.*answer, answer_and_steps"):
-        load_settings("tiny", ["rl.reward=steps"])
-
-
 @pytest.mark.parametrize("setup", ["luffy", "prefix_rft"])
 def test_what_joins_the_group_is_judged_like_the_group(make_trainer, monkeypatch, setup):
     """A demonstration or hybrid with a false equation earns 0, as an answer would."""
@@ -196,3 +186,5 @@ def test_every_setup_takes_the_reward():
         if make_method(setup, settings).settings.rl.reward != "answer_and_steps":
             wrong.append(setup.name)
     assert not wrong and {setup.method for setup in SETUPS.values()} == set(METHODS)
+    with pytest.raises(UsageError, match=r"rl\.reward.*answer, answer_and_steps"):
+        load_settings("tiny", ["rl.reward=steps"])

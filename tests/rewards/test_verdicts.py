@@ -46,9 +46,6 @@ def ours():
     return verdict_report.our_verdicts(ROWS, seconds=5.0)
 
 
-# The labeled corpus --------------------------------------------------------------------------
-
-
 def test_corpus_is_well_formed():
     """A duplicate row, or one without a label, would distort the agreement."""
     keys = {(r["gold"], verdict_report.completion(r), r.get("finished", True)) for r in ROWS}
@@ -56,17 +53,6 @@ def test_corpus_is_well_formed():
     for row in ROWS:
         assert isinstance(row["right"], bool) and row["category"] and row["source"]
         assert ("answer" in row) != ("completion" in row)
-
-
-def test_disagreements_are_the_known_ones(ours):
-    """Any verdict that changes is noticed; one that improves loses its field `known`."""
-    wrong = [row for row, verdict in zip(ROWS, ours, strict=True) if verdict != row["right"]]
-    assert wrong == [row for row in ROWS if "known" in row]
-    assert all(row["right"] for row in wrong)  # no false accept
-
-
-def test_fast_path_is_certain_or_silent():
-    """The fast path decides only what it is sure of: it never contradicts the full check."""
     wrong = []
     for row in ROWS:
         if "answer" in row:
@@ -75,6 +61,13 @@ def test_fast_path_is_certain_or_silent():
             if found not in (None, *(("right",) if right else ("wrong", "unparsable"))):
                 wrong.append((row["gold"], row["answer"], found))
     assert not wrong
+
+
+def test_disagreements_are_the_known_ones(ours):
+    """Any verdict that changes is noticed; one that improves loses its field `known`."""
+    wrong = [row for row, verdict in zip(ROWS, ours, strict=True) if verdict != row["right"]]
+    assert wrong == [row for row in ROWS if "known" in row]
+    assert all(row["right"] for row in wrong)  # no false accept
 
 
 def our_part(page: str) -> list[list[str]]:
@@ -97,9 +90,6 @@ def test_the_page_is_current(ours):
     """The same for math-verify alone; `python tests/verdict_report.py --write` writes the page."""
     current = verdict_report.page(ROWS, ours, verdict_report.math_verify_verdicts(ROWS))
     assert verdict_report.PAGE.read_text(encoding="utf-8") == current
-
-
-# The real problems ----------------------------------------------------------------------------
 
 
 def perturbed(gold: str) -> str:
@@ -141,8 +131,6 @@ def test_solutions_of_gsm8k_as_they_come(verifier):
     assert all(verdict.lenient and verdict.reason == "no_box" for verdict in verdicts)
 
 
-# Attempts to cheat ----------------------------------------------------------------------------
-
 HACKS = {
     "several boxes": [r"\boxed{72} \boxed{73}", r"\boxed{73} \boxed{72}",
                       r"\boxed{71} or \boxed{72} or \boxed{73}", r"\boxed{72}\fbox{}",
@@ -181,21 +169,9 @@ def test_hacks_earn_nothing(verifier):
                                [True] * len(tried))
     rewarded = [hack for hack, verdict in zip(tried, verdicts, strict=True) if verdict.strict]
     assert not rewarded
-
-
-def test_unfinished_completions_earn_nothing(verifier):
-    """A correct box in a truncated completion is wrong, because the model did not stop."""
     for text in (r"\boxed{72}", r"\boxed{72} \boxed{72}", r"So \boxed{72}. Next question:"):
         assert verifier.verify(["72"], [text], [True])[0].strict
         assert verifier.verify(["72"], [text], [False])[0].reason == "truncated"
-
-
-def test_look_alikes_of_a_symbol_are_rejected_without_a_worker():
-    """A Cyrillic x or a full-width plus reaches no parser; an accent in a word is fine."""
-    for answer in ("\u0445+1", "\uff58+1", "x\uff0b1", "\u03c7+1"):
-        assert decide("x+1", answer) == "unparsable"
-    assert not has_foreign_signs("18\\text{ \u0440\u0443\u0431\u043b\u0435\u0439}")
-    assert decide("\\text{Ren\u00e9}", "Ren\u00e9") == "right"
 
 
 def test_units_are_compared():
@@ -207,9 +183,14 @@ def test_units_are_compared():
     )  # fmt: skip
     wrong = [row for row in rows if numbers_equal(*row[:2]) is not row[2]]
     assert not wrong
+    for answer in ("\u0445+1", "\uff58+1", "x\uff0b1", "\u03c7+1"):
+        assert decide("x+1", answer) == "unparsable"
+    assert not has_foreign_signs("18\\text{ \u0440\u0443\u0431\u043b\u0435\u0439}")
+    assert decide("\\text{Ren\u00e9}", "Ren\u00e9") == "right"
+    for answer in ("9" * MAX_ANSWER_CHARACTERS, r"\,5" * (MAX_ANSWER_CHARACTERS // 3)):
+        assert canonical(f" {answer} ") == canonical(answer)
+        assert is_malformed(f" {answer} ") == is_malformed(answer)
 
-
-# Arbitrary texts ------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(
     (*"0123456789+-*/=x^(){}[],;. %$#\n", r"\boxed{", r"\fbox{", r"\frac{", r"\sqrt", r"\text{",
@@ -234,13 +215,6 @@ def test_any_text_can_be_read(text):
         assert canonical(f"\t{answer} ") == canonical(answer)
         for gold in GOLDS:
             assert decide(gold, answer) in (None, "right", "wrong", "unparsable")
-
-
-def test_spaces_around_an_answer_of_maximum_length_change_nothing():
-    """Found by fuzzing: a space around an answer of the maximum length made it a different one."""
-    for answer in ("9" * MAX_ANSWER_CHARACTERS, r"\,5" * (MAX_ANSWER_CHARACTERS // 3)):
-        assert canonical(f" {answer} ") == canonical(answer)
-        assert is_malformed(f" {answer} ") == is_malformed(answer)
 
 
 @settings(deadline=None, max_examples=25)

@@ -99,8 +99,7 @@ def sha256_of(folder: Path) -> str:
 
 
 def test_a_model_by_name_and_revision(hub, loader, good, model_folders):
-    """The commit that was loaded is known even if the newest was requested; a saved adapter names
-    the model and no folder of this machine; only what is needed is downloaded."""
+    """The commit that was loaded is known even if the newest was requested."""
     for name in ("pytorch_model.bin", "onnx/model.onnx", "original/model.safetensors"):
         hub.models[good] = folder = model_folders["qwen2"].with_name("with_more")
         if not folder.exists():

@@ -1,8 +1,4 @@
-"""No code comes in with a model, data, settings, or a checkpoint: each attack is tried.
-
-The payloads of `hostile.py` create a file if they are run. SECURITY.md names this file for what it
-promises about them.
-"""
+"""No code comes in with a model, data, settings, or a checkpoint: each attack is tried."""
 
 import json
 import pickle
@@ -73,9 +69,6 @@ def sentence_of(path: Path) -> str:
     return sentence
 
 
-# Models -----------------------------------------------------------------------------------------
-
-
 def test_the_payloads_work(tmp_path):
     """Without this, every test below could pass because its attack does nothing."""
     pickle.loads(pickle.dumps(Pickled(tmp_path / "pickle"))).close()
@@ -94,12 +87,20 @@ def test_pickled_weights_are_refused(new_folder, trace):
         assert "safetensors" in sentence_of(folder), name
 
 
-def test_pickles_next_to_safetensors_are_not_opened(folder, trace):
-    """Many real folders have both kinds: the safe one is read, the other is ignored."""
+def test_pickles_next_to_safetensors_are_not_opened(folder, trace, tmp_path):
+    """Pickles next to safetensors are ignored, whatever an adapter or a config says."""
     torch.save(Pickled(trace), folder / "pytorch_model.bin")
     (folder / "vocab.pkl").write_bytes(pickle.dumps(Pickled(trace)))
     (folder / "training_args.bin").write_bytes(pickle.dumps(Pickled(trace)))
     load(folder)
+    (folder / "adapter_config.json").write_text(json.dumps(
+        {"base_model_name_or_path": str(tmp_path / "elsewhere"), "peft_type": "LORA"}))
+    torch.save(Pickled(trace), folder / "adapter_model.bin")
+    assert "adapter" in sentence_of(folder)
+    (folder / "adapter_config.json").unlink()
+    torch.save(Pickled(trace), folder / "evil.bin")
+    change(folder / "config.json", transformers_weights="evil.bin")
+    assert "safetensors" in sentence_of(folder)
 
 
 def test_an_index_names_safetensors_of_its_own_folder_only(folder, trace):
@@ -112,28 +113,12 @@ def test_an_index_names_safetensors_of_its_own_folder_only(folder, trace):
         assert "model.safetensors.index.json" in sentence_of(folder), shard
 
 
-def test_config_cannot_name_a_pickle(folder, trace):
-    """transformers_weights in config.json chooses the file of the weights."""
-    torch.save(Pickled(trace), folder / "evil.bin")
-    change(folder / "config.json", transformers_weights="evil.bin")
-    assert "safetensors" in sentence_of(folder)
-
-
-def test_an_adapter_does_not_redirect_the_model(folder, trace, tmp_path):
-    """adapter_config.json would have another model loaded, and an adapter that may be a pickle."""
-    (folder / "adapter_config.json").write_text(json.dumps(
-        {"base_model_name_or_path": str(tmp_path / "elsewhere"), "peft_type": "LORA"}))
-    torch.save(Pickled(trace), folder / "adapter_model.bin")
-    assert "adapter" in sentence_of(folder)
-
-
 CODE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model",
         "AutoTokenizer": ["mine.Tokenizer", "mine.Tokenizer"]}
 
 
 def test_code_next_to_a_config_is_not_run(folder, trace):
-    """auto_map names classes in the folder: a known architecture loads without them; an unknown
-    one is refused."""
+    """auto_map names classes in the folder."""
     (folder / "mine.py").write_text(python_code(trace))
     change(folder / "config.json", auto_map=CODE)
     load(folder)
@@ -186,9 +171,6 @@ def test_broken_files_of_a_model(folder):
         (folder / name).write_bytes(before)
 
 
-# GGUF -------------------------------------------------------------------------------------------
-
-
 def text(value: bytes) -> bytes:
     return struct.pack("<Q", len(value)) + value
 
@@ -218,17 +200,13 @@ MALFORMED = {
 }
 
 
-def test_malformed_gguf(tmp_path):
-    """Sizes and types in a GGUF file are anyone's: one sentence, no memory for 2^62 entries."""
+def test_malformed_gguf(tmp_path, trace):
+    """A GGUF file's sizes and types are anyone's, and nothing else in its folder is trusted."""
     pytest.importorskip("gguf")
     file = tmp_path / "model.gguf"
     for kind, content in MALFORMED.items():
         file.write_bytes(content)
         assert "model.gguf" in sentence_of(file), kind
-
-
-def test_code_next_to_a_gguf_file_is_not_run(tmp_path, trace):
-    """The folder of a GGUF file may be a folder of downloads: nothing else in it is trusted."""
     pytest.importorskip("gguf")
     (tmp_path / "mine.py").write_text(python_code(trace))
     for name in ("config.json", "tokenizer_config.json"):
@@ -236,9 +214,6 @@ def test_code_next_to_a_gguf_file_is_not_run(tmp_path, trace):
                                                  "tokenizer_class": "Tokenizer"}))
     (tmp_path / "model.gguf").write_bytes(MALFORMED["no entries at all"])
     sentence_of(tmp_path / "model.gguf")
-
-
-# Checkpoints ------------------------------------------------------------------------------------
 
 
 def forge(trainer, name: str, write) -> Path:
@@ -280,9 +255,6 @@ def test_forged_checkpoint(make_trainer):
     assert again.resumed_from, "the files that were put back are read"
 
 
-# YAML -------------------------------------------------------------------------------------------
-
-
 def yaml_attack(trace: Path) -> str:
     return f"!!python/object/apply:os.system ['touch {trace}']"
 
@@ -317,9 +289,6 @@ def test_python_tags_in_a_record_are_not_run(trace):
         settings_from_dict({"rl": {"beta": yaml_attack(trace)}})
 
 
-# Data and answers -------------------------------------------------------------------------------
-
-
 def test_scripts_and_pickles_in_a_data_folder_are_not_read(tmp_path, monkeypatch, trace):
     """Only JSON lines are read, as text: a loading script or a pickle is not a data set."""
     monkeypatch.setenv("HYBRIDRL_DATA_DIR", str(tmp_path))
@@ -335,10 +304,6 @@ def test_scripts_and_pickles_in_a_data_folder_are_not_read(tmp_path, monkeypatch
             (folder / f"{split}.jsonl").write_bytes(pickle.dumps(Pickled(trace)))
         with pytest.raises(UserError, match="JSON"):
             load_rows(source)
-
-
-def test_a_folder_named_like_a_hub_data_set_is_not_run(tmp_path, monkeypatch, trace):
-    """`datasets` looks for a local folder openai/gsm8k before it asks the hub."""
     monkeypatch.delenv("HYBRIDRL_DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / gsm8k.SOURCE.path
@@ -362,12 +327,6 @@ def test_an_answer_is_not_evaluated(trace):
             assert verifier.counts["worker_restarts"] == 0, "each was parsed to its end"
 
 
-def test_the_shipped_model_holds_no_code():
-    """The model that everybody loads first has JSON, text, and safetensors only."""
-    assert {path.suffix for path in tiny_model_folder().rglob("*") if path.is_file()} <= {
-        ".json", ".safetensors", ".md", ".jinja", ".txt"}
-
-
 def test_every_reader_in_the_code_is_a_safe_one():
     """A new torch.load or YAML loader has to be the safe one."""
     for path in (ROOT / "hybridrl_lib").rglob("*.py"):
@@ -378,6 +337,8 @@ def test_every_reader_in_the_code_is_a_safe_one():
             assert f"import {word}" not in code and (word == "pickle" or word not in code), path
         for line in code.splitlines():
             assert "torch.load(" not in line or "weights_only=True" in line, (path, line)
+    assert {path.suffix for path in tiny_model_folder().rglob("*") if path.is_file()} <= {
+        ".json", ".safetensors", ".md", ".jinja", ".txt"}
 
 
 def test_every_test_that_is_promised_exists():

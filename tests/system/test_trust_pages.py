@@ -1,8 +1,4 @@
-"""What a model, a data set, or a record says is shown on a page and never becomes part of it.
-
-The pages are made by the project's own functions from a hostile record, by nbconvert from a
-notebook, and from the report's Markdown; if Chromium is installed, they are opened in it.
-"""
+"""What a model, a data set, or a record says is shown on a page and never becomes part of it."""
 
 import base64
 import html
@@ -224,18 +220,14 @@ def test_no_view_makes_an_element_of_it(page):
     assert kinds >= {"text/html", "text/markdown", "image/png"}
 
 
-def test_markdown_of_the_report_holds_no_html(report):
-    """report.md is read on the web and in editors: no tag, link, or formula gets into it."""
+def test_files_of_the_report_hold_text_only(report, tmp_path):
+    """No tag, link, formula, or script gets into Markdown or SVG, and tables keep their columns."""
     for path in report.glob("*.md"):
         text = path.read_text(encoding="utf-8")
         outside = "".join(text.split("`")[::2])
         assert not Tags(outside).found, path.name
         assert "](javascript" not in outside and "$$" not in outside and "\x1b" not in text
         assert "# heading" not in text.split("\n")
-
-
-def test_tables_of_the_report_keep_their_columns(report):
-    """A `|` or a line break in a name would move the numbers of a row to other columns."""
     for path in report.glob("*.md"):
         rows = 0
         for line in path.read_text(encoding="utf-8").split("\n"):
@@ -245,9 +237,12 @@ def test_tables_of_the_report_keep_their_columns(report):
                 assert cells == rows, (path.name, line[:200])
             else:
                 rows = 0
+    for path in (report / "figures").glob("*.svg"):
+        text = path.read_text(encoding="utf-8")
+        assert "<script" not in text and "onerror" not in text and "javascript" not in text
 
 
-def test_runs_with_hostile_names_are_left_out_and_named(hostile):
+def test_runs_with_hostile_names_are_left_out_and_named(hostile, tmp_path):
     """One bad folder does not hide the other runs, and is named."""
     experiment = load_experiment(hostile)
     assert experiment.setups == ("base", "sft", "rl")
@@ -255,6 +250,8 @@ def test_runs_with_hostile_names_are_left_out_and_named(hostile):
         ("rl", 0), ("rl", 1)}
     assert len(experiment.notes) >= 6, "one for each folder that was left out"
     assert not Tags("".join(experiment.notes) + experiment.name).found
+    with pytest.raises(UserError):
+        tables.show_table(tmp_path / f"{NAME}.md")
 
 
 def test_terminal_gets_no_control_characters(hostile, tmp_path, capsys):
@@ -269,21 +266,15 @@ def test_terminal_gets_no_control_characters(hostile, tmp_path, capsys):
 
 
 def test_titles_of_setups_are_plain():
-    """They appear unchanged in Markdown, HTML, LaTeX, and figures."""
+    """Titles of setups and what runs record of themselves are shown unchanged."""
     wrong = [setup.name for setup in SETUPS.values()
              if literal(setup.title) != setup.title
              or code_span(setup.name) != f"`{setup.name}`"]
     assert not wrong
-
-
-def test_what_runs_record_of_themselves_is_shown_unchanged():
-    """The escapes are for attacks: an ordinary record is not changed."""
     for text in ("Qwen/Qwen2.5-0.5B, 494,032,768 parameters, sha256 0123", "(10, 20)", "+6.7 − 1",
                  "q_proj, k_proj", "CPU: AMD EPYC 7B13, 2 cores", "hub openai/gsm8k@e53f048", "λ"):
         assert literal(text) == text == printable(text)
 
-
-# In a browser -----------------------------------------------------------------------------------
 
 SPY = """<script>
 window.addEventListener('load', () => setTimeout(() => {
@@ -335,16 +326,3 @@ def test_the_report_in_a_browser(report, tmp_path):
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(report.glob("*.md")))
     (tmp_path / "report.html").write_text(f"<title>x</title>{read(text)}", encoding="utf-8")
     assert verdict(opened(tmp_path / "report.html", tmp_path)) == "no"
-
-
-def test_pictures_hold_no_script(report, tmp_path):
-    """An SVG is a page: if it is opened on its own, its scripts run."""
-    for path in (report / "figures").glob("*.svg"):
-        text = path.read_text(encoding="utf-8")
-        assert "<script" not in text and "onerror" not in text and "javascript" not in text
-
-
-def test_a_missing_table_is_an_error(tmp_path):
-    """File names are shown in errors, too."""
-    with pytest.raises(UserError):
-        tables.show_table(tmp_path / f"{NAME}.md")

@@ -58,31 +58,19 @@ def test_experiment_names():
             refused(UserError, experiment_path, "tiny", name)
             refused(UserError, reproduce, "tiny", experiment=name, say=ignore)
             refused(UserError, begin, "tiny", 0, name, "")
-
-
-def test_ordinary_names_are_accepted():
-    """The rule allows names in any language."""
     for name in ("tiny", "tiny-smoke", "2025", "lr_3e-4", "v1.2+x", "опыт", "ß"):
         assert is_plain_name(name) and experiment_folder(name).name == name
 
 
-def test_seeds():
-    """A notebook's seed is a parameter, and papermill turns what is not a number into text."""
+def test_setups_and_seeds():
+    """A setup is a name in the table, whose names and titles are plain; a seed is a number."""
+    for setup in ("../x", "", "sft/../../x", "/tmp/x", None, 3):
+        assert "setup" in refused(UserError, run, setup, "tiny", 0)
+        assert "setup" in refused(UserError, run_folder, Path("x"), setup, 0)
     for seed in HOSTILE_SEEDS:
         assert "seed" in refused(UserError, run, "sft", "tiny", seed)
         assert "seed" in refused(UserError, reproduce, "tiny", seeds=[seed], setups=["sft"],
                                  say=ignore)
-
-
-def test_setups():
-    """A setup is a name in the table and nothing else."""
-    for setup in ("../x", "", "sft/../../x", "/tmp/x", None, 3):
-        assert "setup" in refused(UserError, run, setup, "tiny", 0)
-        assert "setup" in refused(UserError, run_folder, Path("x"), setup, 0)
-
-
-def test_an_added_setup_has_a_plain_name():
-    """The table's names become folders, its titles cells of tables: neither may break out."""
     for name, title in (("../x", "X"), ("a b", "X"), ("x", "<b>"), ("x", "a|b"), ("x", "$x$"),
                         ("x", "[a](b)"), ("x", "`a`"), ("x", "a\nb"), ("x", "a\\b")):
         refused(ValueError, setups.Setup, name, title, ("sft",))

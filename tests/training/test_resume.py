@@ -448,8 +448,12 @@ def test_one_seed_repeats_whatever_happened_before(start, whole):
 
 
 def test_two_seeds_differ(start):
-    """The seed changes the samples of training and evaluation, and not which problems there are."""
+    """The seed changes the samples of training, probes, and evaluation, and not which problems
+    there are."""
     one, two = (record(start("rl", "seeds", seed=seed)) for seed in (0, 1))
+    probes = [{k: v for k, v in run["probe.jsonl"][0].items() if k != "kl/base"}
+              for run in (one, two)]
+    assert probes[0] != probes[1], "both are of the base model"
     assert [row["reward"] for row in one["metrics.jsonl"]] != [
         row["reward"] for row in two["metrics.jsonl"]]
     assert one["weights"] != two["weights"]
