@@ -46,8 +46,8 @@ def show_scores(record: RunFolder) -> None:
         f"{metrics[c.metric]}, {p_said(c.difference.p_value)}\n"
         for c in sorted(comparisons, key=lambda c: list(metrics).index(c.metric)))
     if comparisons:
-        text += ("\nStrict: the answer is correct and in its box; lenient: correct anywhere. A gain "
-                 "by the strict rule only is a gain in form.\n")
+        text += ("\nStrict: the answer is correct and in its box; lenient: correct anywhere. A "
+                 "gain by the strict rule only is a gain in form.\n")
     if record.path.parent.name != "base" and "base" not in experiment.setups:
         text += "- The base model was not scored in this experiment; `00_start_here` does it.\n"
     display(Markdown(text))
