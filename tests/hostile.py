@@ -25,16 +25,14 @@ def python_code(trace: Path) -> str:
 def template_escapes(trace: Path) -> dict[str, str]:
     """Chat templates that try to leave Jinja's sandbox and open the file."""
     call = f"('{trace}', 'w')"
-    return {
-        "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "globals": "{{ raise_exception.__globals__['__builtins__']['open']" + call + " }}",
-        "attribute by filter": "{{ raise_exception|attr('__globals__') }}",
-        "cycler": "{{ cycler.__init__.__globals__.__builtins__.open" + call + " }}",
-        "format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
-        "import": "{% import 'os' as os %}{{ os.system('true') }}",
-        "include": "{% include '/etc/hostname' %}",
-        "changing a list": "{{ messages.append(1) }}",
-    }
+    return {"classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "globals": "{{ raise_exception.__globals__['__builtins__']['open']" + call + " }}",
+            "attribute by filter": "{{ raise_exception|attr('__globals__') }}",
+            "cycler": "{{ cycler.__init__.__globals__.__builtins__.open" + call + " }}",
+            "format": "{{ '{0.__class__.__mro__}'.format(messages) }}",
+            "import": "{% import 'os' as os %}{{ os.system('true') }}",
+            "include": "{% include '/etc/hostname' %}",
+            "changing a list": "{{ messages.append(1) }}"}
 
 
 # Text that becomes a script, a broken picture, a link, or a formula if it is not escaped. Whatever

@@ -34,13 +34,7 @@ def running(hub: Hub):
         def log_message(self, *arguments):
             pass
 
-        def do_HEAD(self):
-            self.answer_request()
-
         def do_GET(self):
-            self.answer_request()
-
-        def answer_request(self):
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(path)
             if path == "/":
@@ -68,6 +62,8 @@ def running(hub: Hub):
             if not file.is_file():
                 return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             return self.send(file)
+
+        do_HEAD = do_GET
 
         def send(self, file: Path):
             content, start = file.read_bytes(), 0

@@ -20,10 +20,9 @@ DIFFICULTY = {"tiny_word": 0.0, "tiny_symbolic": 0.7, "gsm8k": 2.0, "math500": 2
 
 
 def build_experiment(folder: Path, setups: Iterable[str] = paper_setups(),
-                     seeds: Iterable[int] = range(5),
-                     test: Mapping[str, int] | None = None,
-                     train: Mapping[str, int] | None = None,
-                     samples: int = 16, epochs: int = 10, random_seed: int = 0) -> Path:
+                     seeds: Iterable[int] = range(5), test: Mapping[str, int] | None = None,
+                     train: Mapping[str, int] | None = None, samples: int = 16, epochs: int = 10,
+                     random_seed: int = 0) -> Path:
     """Writes the runs of `setups` x `seeds` (the base model once) and returns `folder`."""
     test = {"tiny_word": 192, "tiny_symbolic": 128} if test is None else test
     train = {"tiny_word": 252, "tiny_symbolic": 180} if train is None else train
@@ -76,9 +75,8 @@ def answers(checkpoint: str, part: str, benchmark: str, logits: np.ndarray, samp
                            "tokens": int(random.integers(12, 40)), "finished": True}}
         if samples:
             right = random.random(samples) < chance
-            line["samples"] = {"strict": right.astype(int).tolist(),
-                               "lenient": (right | (random.random(samples) < 0.05)).astype(int)
-                               .tolist(),
+            line["samples"] = {"strict": right.astype(int).tolist(), "lenient": (
+                right | (random.random(samples) < 0.05)).astype(int) .tolist(),
                                "tokens": random.integers(12, 40, samples).tolist()}
         lines.append(line)
     return lines
@@ -122,8 +120,7 @@ def curves(setup: str, epochs: int, random: np.random.Generator
 
 
 def probe_line(step: int, stage: str, epoch: float, level: float, chaos: float, drift: float,
-               length: float, problems: np.ndarray, random: np.random.Generator
-               ) -> dict[str, Any]:
+               length: float, problems: np.ndarray, random: np.random.Generator) -> dict[str, Any]:
     """One line of probe.jsonl: 32 groups of GROUP samples."""
     right = random.binomial(GROUP, 1.0 / (1.0 + np.exp(-(level + problems))))
     return {"step": step, "stage": stage, "epoch": epoch, "reward": float(right.mean()) / GROUP,
@@ -137,15 +134,14 @@ def probe_line(step: int, stage: str, epoch: float, level: float, chaos: float, 
 def manifest(setup: str, random: np.random.Generator) -> dict[str, Any]:
     """A finished run's manifest."""
     seconds = 30.0 + 20.0 * len(SETUPS[setup].stages) + float(random.random())
-    return {"git_commit": "0123456789abcdef0123456789abcdef01234567", "git_dirty": False,
-            "numerics_version": 1, "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-            "device": "cpu", "precision": "fp32",
-            "model": {"name": "tiny", "parameters": 800_000, "sha256": "ab" * 32},
-            "data": {"tiny_word": {"revision": "tiny-v1",
-                                   "problems": {"train": 252, "validation": 28, "test": 192}}},
-            "seconds/wall": seconds, "seconds/device": seconds * 0.9,
-            "tokens": {"demonstrations": 100_000, "rollouts": 200_000}, "resumed_from": [],
-            "complete": True}
+    return {
+        "git_commit": "0123456789abcdef0123456789abcdef01234567", "git_dirty": False,
+        "numerics_version": 1, "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+        "device": "cpu", "precision": "fp32", "model": {
+            "name": "tiny", "parameters": 800_000, "sha256": "ab" * 32}, "data": {"tiny_word": {
+                "revision": "tiny-v1", "problems": {"train": 252, "validation": 28, "test": 192}}},
+        "seconds/wall": seconds, "seconds/device": seconds * 0.9, "tokens": {
+            "demonstrations": 100_000, "rollouts": 200_000}, "resumed_from": [], "complete": True}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

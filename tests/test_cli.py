@@ -13,14 +13,7 @@ from synthetic_records import build_experiment
 
 from hybridrl_lib import cli
 from hybridrl_lib.cli import COMMANDS, main
-from hybridrl_lib.config.presets import (
-    describe,
-    difference,
-    load_settings,
-    preset_names,
-    settings_from_dict,
-    settings_to_dict,
-)
+from hybridrl_lib.config import presets
 from hybridrl_lib.experiments import commands
 from hybridrl_lib.machine import catalogue
 from hybridrl_lib.records.run_folder import RunFolder
@@ -42,7 +35,7 @@ def written(results: Path, experiment: str = "tiny-smoke", setup: str = "sft") -
 
 
 def test_light_parts_do_not_import_torch(results):
-    """The verifier's worker."""
+    """The verifier's worker, settings, help, lists, and reports start without torch."""
     build_experiment(results / "small", setups=("base", "sft"), seeds=(0, 1),
                      test={"tiny_word": 6}, train={"tiny_word": 4}, epochs=2)
     program = (
@@ -65,6 +58,10 @@ def test_light_parts_do_not_import_torch(results):
                           cwd=Path(__file__).parent.parent, check=False)
     assert done.returncode == 0, done.stderr
     assert (results / "small" / "table2.csv").is_file()
+    done = subprocess.run(
+        f"'{sys.executable}' -m hybridrl_lib.cli list --json | head -c 10", shell=True,
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert len(done.stdout) == 10 and done.stderr == ""
 
 
 def test_every_command_has_help_with_an_example(capsys):
@@ -124,14 +121,6 @@ def test_errors_become_one_sentence(monkeypatch, capsys):
     assert not wrong
 
 
-def test_a_closed_pipe_prints_no_error():
-    """`hybridrl list | head -1` ends quietly."""
-    done = subprocess.run(
-        f"'{sys.executable}' -m hybridrl_lib.cli list --json | head -c 10", shell=True,
-        capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
-    assert len(done.stdout) == 10 and done.stderr == ""
-
-
 def test_run_records_and_is_not_run_again(model_folders, results, smoke, capsys):
     """A finished run is read from its record; `list` gives the correct number of steps."""
     words = ["run", "sft_then_rl", "--set", f"model.path={model_folders['qwen2']}"]
@@ -139,7 +128,7 @@ def test_run_records_and_is_not_run_again(model_folders, results, smoke, capsys)
     run = written(results, setup="sft_then_rl")
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert run.is_complete and not (run.path / ".lock").exists()
-    settings = settings_from_dict(run.read("config.json")["settings"])
+    settings = presets.settings_from_dict(run.read("config.json")["settings"])
     promised = catalogue.cost(catalogue.SETUPS["sft_then_rl"], settings)
     assert promised.steps == run.read("manifest.json")["steps"] == len(run.lines("metrics.jsonl"))
     capsys.readouterr()
@@ -175,10 +164,6 @@ def test_rerun_of_a_model_that_was_moved(model_folders, results, smoke, tmp_path
     assert main(["rerun", str(first.path)]) == 1
     assert "model.path" in capsys.readouterr().err
     assert main(["rerun", str(first.path), "--set", f"model.path={tmp_path / 'now'}"]) == 0
-
-
-def test_rerun_refuses_a_missing_record_and_its_own_folder(results, smoke, capsys):
-    """The second run never overwrites the first."""
     assert main(["rerun", str(results / "nowhere" / "manifest.json")]) == 1
     assert "nowhere" in capsys.readouterr().err
     build_experiment(results / "small", setups=("base",), test={"tiny_word": 4}, train={})
@@ -188,29 +173,14 @@ def test_rerun_refuses_a_missing_record_and_its_own_folder(results, smoke, capsy
 
 def test_rerun_passes_every_setting():
     """All settings can be passed to `--set` again, whatever preset they came from."""
-    for preset in preset_names():
-        wanted = load_settings(preset, ["data.train_limits=()", "model.revision=none"], smoke=True)
-        record = settings_from_dict(settings_to_dict(wanted))
-        overrides = [f"{key}={value}" for key, value, _ in describe(record)]
+    for preset in presets.preset_names():
+        wanted = presets.load_settings(
+            preset, ["data.train_limits=()", "model.revision=none"], smoke=True)
+        record = presets.settings_from_dict(presets.settings_to_dict(wanted))
+        overrides = [f"{key}={value}" for key, value, _ in presets.describe(record)]
         for smoke_now in (False, True):
-            assert difference(wanted, load_settings("tiny", overrides, smoke=smoke_now)) == []
-
-
-def test_report_finds_runs_before_published_ones(tmp_path):
-    """New runs have precedence over published ones of that name, which are never written to."""
-    runs, published = tmp_path / "runs", tmp_path / "published"
-    build_experiment(published / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
-    assert commands.find_experiment("tiny", runs, published) == (
-        published / "tiny", runs / "tiny", None)
-    (published / "tiny" / "table2.csv").touch()
-    build_experiment(runs / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
-    assert commands.find_experiment("tiny", runs, published) == (
-        runs / "tiny", None, published / "tiny")
-    with pytest.raises(UserError, match="'tiny'"):
-        commands.find_experiment("tyni", runs, published)
-    with pytest.raises(UserError, match="hybridrl run"):
-        commands.find_experiment("tiny", tmp_path / "a", tmp_path / "b")
-    assert commands.find_experiment("some/folder", runs, published)[0] == Path("some/folder")
+            again = presets.load_settings("tiny", overrides, smoke=smoke_now)
+            assert presets.difference(wanted, again) == []
 
 
 def test_list_shows_what_there_is(capsys):
@@ -218,18 +188,19 @@ def test_list_shows_what_there_is(capsys):
     assert main(["list", "--json"]) == 0
     listing = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in listing["setups"]} == set(catalogue.SETUPS)
-    assert {row["name"] for row in listing["presets"]} == set(preset_names())
+    assert {row["name"] for row in listing["presets"]} == set(presets.preset_names())
     assert main(["list"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in (*catalogue.SETUPS, *catalogue.METHODS, *preset_names()))
+    assert all(name in text for name in (
+        *catalogue.SETUPS, *catalogue.METHODS, *presets.preset_names()))
     from hybridrl_lib.problems.splits import load_parts
 
-    settings = load_settings("tiny", smoke=False)
+    settings = presets.load_settings("tiny", smoke=False)
     assert catalogue.training_problems(settings) == len(load_parts(settings.data).train)
 
 
 def test_minutes_come_from_published_runs_only(tmp_path):
-    """A time is the mean of uninterrupted runs with the preset's settings, or not measured."""
+    """Times come from uninterrupted published runs; new runs have precedence in a report."""
     for name, setups in (("tiny", ("sft",)), ("tiny-compare", ("sft", "rl"))):
         build_experiment(tmp_path / name, setups, seeds=(0, 1, 2), test={"tiny_word": 4}, train={})
     other = tmp_path / "tiny-compare" / "rl" / "seed-0" / "manifest.json"
@@ -245,9 +216,22 @@ def test_minutes_come_from_published_runs_only(tmp_path):
     assert (entry.minutes, entry.runs) == (1.5, 2)
     assert not found, "a comparison may have fewer epochs than the preset"
     assert catalogue.minutes(()) == catalogue.NOT_MEASURED
+    runs, published = tmp_path / "runs", tmp_path / "published"
+    build_experiment(published / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
+    assert commands.find_experiment("tiny", runs, published) == (
+        published / "tiny", runs / "tiny", None)
+    (published / "tiny" / "table2.csv").touch()
+    build_experiment(runs / "tiny", setups=("base",), test={"tiny_word": 4}, train={})
+    assert commands.find_experiment("tiny", runs, published) == (
+        runs / "tiny", None, published / "tiny")
+    with pytest.raises(UserError, match="'tiny'"):
+        commands.find_experiment("tyni", runs, published)
+    with pytest.raises(UserError, match="hybridrl run"):
+        commands.find_experiment("tiny", tmp_path / "a", tmp_path / "b")
+    assert commands.find_experiment("some/folder", runs, published)[0] == Path("some/folder")
 
 
-def test_doctor_exits_by_its_verdict(monkeypatch, capsys):
+def test_doctor_exits_by_its_verdict(monkeypatch, capsys, tmp_path):
     """With --preset, the exit code says whether it will run here; without it, it is 0."""
     rows = [("python", "3", ""), ("preset paper", "no", "it needs a GPU")]
     monkeypatch.setattr("hybridrl_lib.machine.doctor.report", lambda preset=None: rows)
@@ -255,10 +239,6 @@ def test_doctor_exits_by_its_verdict(monkeypatch, capsys):
     assert "it needs a GPU" in capsys.readouterr().out
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1]["advice"] == "it needs a GPU"
-
-
-def test_pretrain_tiny_never_overwrites_a_model(tmp_path, monkeypatch, capsys):
-    """The model that results were made with cannot be lost by a command."""
     made = []
     monkeypatch.setattr("hybridrl_lib.experiments.pretraining.pretrain",
                         lambda folder, seed, report: made.append((folder, seed)))

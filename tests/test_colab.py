@@ -110,7 +110,7 @@ def older_machine(tmp_path_factory):
 
 @pytest.mark.slow
 def test_setup_cell_says_what_is_wrong(machine):
-    """The cell with real pip."""
+    """The cell with real pip: old packages, no package, a clone of the same name beside it."""
     machine.new_session()
     before = machine.versions()
     for name, version in (("transformers", "4.40.2"), ("torch", "2.3.0+cu121")):
@@ -128,11 +128,6 @@ def test_setup_cell_says_what_is_wrong(machine):
     assert not done.returncode and done.stdout.count("\n") == 1 and not done.stderr
     assert "drive.mount" in done.stdout
     only_lacking_was_installed(before, machine.versions())
-
-
-@pytest.mark.slow
-def test_setup_cell_next_to_a_clone(machine):
-    """A folder named hybridrl_lib."""
     machine.new_session()
     clone = copy_project(machine.content / "hybridrl_lib")
     failed = machine.run_setup_cell(HYBRIDRL_SOURCE=str(machine.content / "elsewhere"))

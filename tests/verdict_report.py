@@ -1,4 +1,8 @@
-r"""Agreement of our verifier."""
+"""Agreement of our verifier, and of math-verify alone, with the labels of `data/verdicts.jsonl`.
+
+`python tests/verdict_report.py` prints the page and every disagreement; with --write it also
+writes data/verdicts.md.
+"""
 
 import json
 import os

@@ -37,16 +37,13 @@ MODEL_DEPENDENT = {
     "training.epochs", "training.warmup_steps", "training.micro_batch_tokens", "sft.batch_size",
     "sft.learning_rate", "sft.gamma", "rl.prompts_per_step", "rl.group_size", "rl.learning_rate",
     "rl.gamma", "rl.beta", "rl.max_new_tokens", "evaluation.samples", "evaluation.train_samples",
-    "evaluation.max_new_tokens", "evaluation.batch_size", "probe.every", "probe.prompts",
-}
+    "evaluation.max_new_tokens", "evaluation.batch_size", "probe.every", "probe.prompts"}
 
 
 # Their defaults were chosen for the tiny world: a real model needs its own value of each.
-OF_A_REAL_MODEL = {
-    "training.betas", "training.weight_decay", "training.gradient_clip",
-    "training.final_learning_rate_fraction", "rl.updates_per_rollout", "rl.epsilon_low",
-    "rl.epsilon_high", "rl.temperature", "rl.advantage_scale",
-}
+OF_A_REAL_MODEL = {"training.betas", "training.weight_decay", "training.gradient_clip",
+                   "training.final_learning_rate_fraction", "rl.updates_per_rollout",
+                   "rl.epsilon_low", "rl.epsilon_high", "rl.temperature", "rl.advantage_scale"}
 
 
 @pytest.fixture(autouse=True)
@@ -96,10 +93,6 @@ def test_every_preset_states_what_depends_on_the_model():
             {"model.lora_targets"} if preset == "colab" else set())
         missing[preset] = sorted(wanted - set(read_preset(preset)))
     assert not any(missing.values()), missing
-
-
-def test_the_share_of_the_warm_up_is_as_the_paper_preset_says():
-    """Counted from the sizes of the two data sets, as they are split."""
     settings = load_settings("paper")
     problems = sum(round(0.6 * total) - round(0.1 * round(0.6 * total)) for total in (7473 + 1319,
                                                                                      500))
@@ -114,9 +107,8 @@ def test_the_share_of_the_warm_up_is_as_the_paper_preset_says():
 def test_every_preset_value_has_its_reason():
     """Presets hold data only, no key twice, and a reason for every value."""
     paths = sorted(PRESET_FOLDER.glob("*.yaml"))
-    bare = [(path.name, line) for path in paths
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.startswith("  ") and "#" not in line]
+    bare = [(path.name, line) for path in paths for line in path.read_text(
+        encoding="utf-8").splitlines() if line.startswith("  ") and "#" not in line]
     assert not bare
     assert {path.stem for path in paths} == {*preset_names(), "smoke"}
     class Strict(yaml.SafeLoader):
@@ -160,15 +152,6 @@ def test_smoke_shrinks_every_budget_but_keeps_the_method(monkeypatch):
     assert load_settings("tiny", "rl.group_size=6", smoke=True).rl.group_size == 6
 
 
-def test_a_model_of_the_hub_is_pinned_and_another_model_is_not():
-    """The newest revision may change unnoticed; another model does not have this commit."""
-    for preset in ("colab", "paper", "smollm2"):
-        assert len(load_settings(preset).model.revision) == 40
-        assert load_settings(preset, "model.path=someone/else").model.revision is None
-        assert load_settings(
-            preset, "model.path=someone/else model.revision=v1").model.revision == "v1"
-
-
 def test_overrides_are_cast_to_the_field():
     """Each common notation of a value gives the type that the code computes with."""
     settings = load_settings("tiny", (
@@ -183,6 +166,11 @@ def test_overrides_are_cast_to_the_field():
     assert settings.model.path == "my folder/a:b#c.gguf"
     unchanged = load_settings("tiny", ["data.train_limits=()", "data.max_level=none"])
     assert unchanged == load_settings("tiny")
+    for preset in ("colab", "paper", "smollm2"):
+        assert len(load_settings(preset).model.revision) == 40
+        assert load_settings(preset, "model.path=someone/else").model.revision is None
+        assert load_settings(
+            preset, "model.path=someone/else model.revision=v1").model.revision == "v1"
 
 
 # What a refused override's message has to name.
@@ -227,10 +215,6 @@ def test_a_wrong_override_is_refused_in_one_sentence():
                 word in message for word in words):
             wrong.append((override, words, message))
     assert not wrong
-
-
-def test_unknown_names_are_refused():
-    """Presets, sections, and keys are refused wherever they come from."""
     with pytest.raises(UsageError, match="tiny"):
         load_settings("tinny")
     with pytest.raises(UsageError, match="smoke"):

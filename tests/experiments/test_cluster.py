@@ -74,10 +74,9 @@ def test_the_runs_of_a_dead_node_resume_elsewhere_and_the_table_is_the_same(
     """They are not lost, resume from their checkpoints, and leave the same record."""
     environment = os.environ | {"HYBRIDRL_SMOKE": "1", "OMP_NUM_THREADS": "1",
                                 "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*COMMAND, "--experiment", "cluster", "--jobs", "2", "--executor",
-         f"ray:{nodes.cluster.address}"],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*COMMAND, "--experiment", "cluster", "--jobs", "2", "--executor",
+                                f"ray:{nodes.cluster.address}"], cwd=ROOT, env=environment,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         wait_for(process, lambda: any((results / "cluster" / "notebooks").glob("*.log")))
         nodes.join()
@@ -150,9 +149,8 @@ def keep(tmp_path, program: str, record: Path | None = None) -> subprocess.Popen
     """The program that runs a job on a node; here the job is a short Python program."""
     given = {"command": [sys.executable, "-c", program], "folder": str(tmp_path),
              "log": str(tmp_path / "job.log"), "record": record and str(record)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "hybridrl_lib.experiments.cluster", json.dumps(given)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return subprocess.Popen([sys.executable, "-m", "hybridrl_lib.experiments.cluster",
+                             json.dumps(given)], env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_a_job_on_a_node_can_be_asked_to_stop(tmp_path):
@@ -207,9 +205,8 @@ def test_a_job_that_the_cluster_lost_has_failed(tmp_path, monkeypatch):
     def lost(task):
         raise RuntimeError("the node died")
 
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
-        wait=lambda tasks, timeout: (tasks, []), get=lost,
-        exceptions=SimpleNamespace(TaskCancelledError=KeyError)))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(wait=lambda tasks, timeout: (
+        tasks, []), get=lost, exceptions=SimpleNamespace(TaskCancelledError=KeyError)))
     log = tmp_path / "job.log"
     process = cluster.RemoteProcess(log, "task")
     assert process.poll() == 1 and "the node died" in log.read_text()

@@ -71,9 +71,8 @@ def test_every_arm_is_tuned_on_the_same_grid(started, results):
     assert asked == {(arm, f"cmp-tuning-{factor}", str(seed)) for arm in ("rl", BASELINE)
                      for factor in ("0.5", "1", "2") for seed in (1000, 1001)}
     final = [c for c in started.commands if c not in tuning]
-    assert sorted((c[1], c[4], c[5]) for c in final) == sorted(
-        [("base", "--seed", "0"), *((arm, "--seed", str(seed)) for arm in ("rl", BASELINE)
-                                    for seed in (0, 1))])
+    assert sorted((c[1], c[4], c[5]) for c in final) == sorted([("base", "--seed", "0"), *(
+        (arm, "--seed", str(seed)) for arm in ("rl", BASELINE) for seed in (0, 1))])
     assert all(("rl.learning_rate=0.0003" in c) == (c[1] == "rl") for c in final)
     rows = table((results / "cmp" / "tuning.csv").read_text())
     assert len(rows) == 12
@@ -125,9 +124,8 @@ def test_transfer_trains_on_one_and_tests_on_all(started, results):
     limits = {c[c.index("--experiment") + 1]: tuple(text for text in c if "_limits=" in text)
               for c in alone}
     assert limits == {f"cmp-only-{name}": (f"data.train_limits={left}",
-                                           f"data.validation_limits={left}")
-                      for name, left in (("tiny_word", "1000000000,0"),
-                                         ("tiny_symbolic", "0,1000000000"))}
+                                           f"data.validation_limits={left}") for name,
+                      left in (("tiny_word", "1000000000,0"), ("tiny_symbolic", "0,1000000000"))}
     rows = table((results / "cmp" / "transfer.csv").read_text())
     assert {(r["setup"], r["trained_on"], r["tested_on"]) for r in rows} == {
         (setup, one, other) for setup in ("rl", BASELINE)
@@ -190,8 +188,7 @@ def test_a_factor_multiplies_the_presets_own_rates(monkeypatch, results):
     """Rates of a factor, how a factor is chosen (ties: nearest to 1), and the command of a run."""
     for setup in ("rl", "bridge"):
         arm = get_setup(setup)
-        assert rates(plan_of(), arm, 2.0) == ("sft.learning_rate=0.0004",
-                                              "rl.learning_rate=0.0003")
+        assert rates(plan_of(), arm, 2.0) == ("sft.learning_rate=0.0004", "rl.learning_rate=0.0003")
         assert rates(plan_of(), arm, 1.0) == ()
     own = replace(SETUPS["rl"], name="rl_fast", settings=("rl.learning_rate=0.001",))
     monkeypatch.setitem(SETUPS, "rl_fast", own)
@@ -214,12 +211,11 @@ def test_a_factor_multiplies_the_presets_own_rates(monkeypatch, results):
 
 def test_what_cannot_be_compared_is_refused_before_any_run():
     """The error names the seed, option, or setting."""
-    for more, fact in (({"seeds": (0, 1000), "grid": (1.0, 2.0)}, "1000"),
-                       ({"grid": ()}, "--grid"), ({"grid": (0.0, 1.0)}, "--grid"),
-                       ({"settings": ("rl.bta=1",)}, "rl.beta"),
-                       ({"methods": ["pear"], "settings": ("relift.every=3",)}, "relift"),
-                       ({"methods": ["pear"], "settings": ("pear.behavior=none",)},
-                        "pear.behavior")):
+    for more, fact in (
+            ({"seeds": (0, 1000), "grid": (1.0, 2.0)}, "1000"), ({"grid": ()}, "--grid"),
+            ({"grid": (0.0, 1.0)}, "--grid"), ({"settings": ("rl.bta=1",)}, "rl.beta"),
+            ({"methods": ["pear"], "settings": ("relift.every=3",)}, "relift"),
+            ({"methods": ["pear"], "settings": ("pear.behavior=none",)}, "pear.behavior")):
         with pytest.raises(UsageError, match=fact):
             plan_of(**more)
             pytest.fail(f"{more} was accepted")
@@ -241,9 +237,8 @@ def test_an_arm_keeps_what_defines_it(started, results):
         (sentence,) = kept_settings(plan_of(methods=["rl", method], settings=(setting,)))
         assert sentence in lines and lines_with(sentence, keeps)
         assert setting.partition("=")[0] in sentence
-        assert all((setting in command) == (command[1] != keeps and (
-            setting.partition(".")[0] not in METHODS or command[1] == takes))
-            for command in started.commands)
+        assert all((setting in command) == (command[1] != keeps and (setting.partition(".")[
+            0] not in METHODS or command[1] == takes)) for command in started.commands)
         assert {keeps, takes} <= {command[1] for command in started.commands}
 
 
@@ -341,9 +336,8 @@ def test_a_setting_that_some_arm_defines_is_listed_for_the_others():
         runs = []
         for name in ("base", "rl", BASELINE, "luffy", "deepseekmath", "relift"):
             own = plans.own_settings(SETUPS[name], settings)
-            config = {"preset": "tiny", "settings": settings_to_dict(load_settings(
-                "tiny", [*own, *([] if name != "rl" else ["rl.learning_rate=1"])], smoke=False,
-                setup=SETUPS[name]))}
+            config = {"preset": "tiny", "settings": settings_to_dict(load_settings("tiny", [*own, *(
+                [] if name != "rl" else ["rl.learning_rate=1"])], smoke=False, setup=SETUPS[name]))}
             runs.append(Run(name, 0, config, {}, [], [], {}))
         said = changes_of(runs, tuned=True)
         assert len(said) == bool(facts) and (not facts or lines_with(said[0], *facts))
@@ -364,9 +358,8 @@ def test_lenient_scores_are_next_to_strict_ones(experiment):
         answers = [run.answers["last", "test", r["benchmark"]].lenient
                    for run in experiment.of(r["setup"])]
         assert float(r["mean"]) == pytest.approx(100 * np.mean(answers), abs=0.01)
-    greedy = replace(experiment, runs=tuple(
-        replace(run, answers={key: replace(a, samples=0) for key, a in run.answers.items()})
-        for run in experiment.runs))
+    greedy = replace(experiment, runs=tuple(replace(run, answers={
+        key: replace(a, samples=0) for key, a in run.answers.items()}) for run in experiment.runs))
     for factors in ({}, {"rl": 0.25}):
         texts = texts_of(greedy, factors=factors)
         metrics = {r["metric"] for r in table(texts["comparison.csv"])}
@@ -382,9 +375,8 @@ def test_lenient_scores_are_next_to_strict_ones(experiment):
 def test_an_arm_that_equals_another_is_named(experiment):
     """Switching that never switches is SFT; a verdict on it would be one on SFT, given twice."""
     assert not unlike_their_names(experiment)
-    twin = tuple(replace(run, setup="switching",
-                         metrics=[line | {"stage": "sft"} for line in run.metrics])
-                 for run in experiment.of("rl"))
+    twin = tuple(replace(run, setup="switching", metrics=[
+        line | {"stage": "sft"} for line in run.metrics]) for run in experiment.of("rl"))
     both = replace(experiment, runs=experiment.runs + twin)
     title = SETUPS["switching"].title
     stage, alike = unlike_their_names(both)
@@ -526,9 +518,8 @@ def test_who_used_more_than_the_budget_is_marked(experiment, tmp_path):
     assert "RL †" in text and lines_with(text, TITLE, "†") and "ReLIFT †" not in text
     assert r"RL \textdagger{} &" in (tmp_path / "out" / "comparison.tex").read_text()
     assert "RL †" in (tmp_path / "out" / "figures" / "forest.svg").read_text(encoding="utf-8")
-    less = [replace(arm, used=replace(base, updates=base.updates / 2,
-                                      updates_beside=base.updates)) if arm.setup == "relift"
-            else arm for arm in arms]
+    less = [replace(arm, used=replace(base, updates=base.updates / 2, updates_beside=base.updates))
+            if arm.setup == "relift" else arm for arm in arms]
     assert "relift" in beyond_budget(less, BASELINE), "what is trained besides the policy counts"
     assert below_budget(less, BASELINE) == {"relift"}
     other = arms_texts(experiment, less, BASELINE, [], {})["comparison.md"]
@@ -572,14 +563,12 @@ def test_figures_of_arms(experiment):
     run = replace(experiment.of("rl")[0], setup="switching")
     figure = draw_pass_at_k(replace(experiment, runs=(run, *experiment.of(BASELINE))), BASELINE)
     titles = [panel.get_title(loc="left") for panel in figure.axes]
-    (title,) = (title for title in titles
-                if title.replace("\n", " ") == SETUPS["switching"].title)
+    (title,) = (title for title in titles if title.replace("\n", " ") == SETUPS["switching"].title)
     assert "\n" in title
     for weights, drawn in (((0.5, 0.5), True), ((1.0, 0.25), True), ((1.0, 1.0), False),
                            ((1.0, 0.0), False)):
-        runs = tuple(replace(run, setup="combined", metrics=[
-            line | {"lambda/sft": weights[place % 2]} for place, line in enumerate(run.metrics)])
-            for run in experiment.of("rl"))
+        runs = tuple(replace(run, setup="combined", metrics=[line | {"lambda/sft": weights[
+            place % 2]} for place, line in enumerate(run.metrics)]) for run in experiment.of("rl"))
         figure = draw_diagnostics(replace(experiment, runs=runs), "combined")
         assert (figure is not None) == drawn, weights
         if drawn:

@@ -13,8 +13,7 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 @pytest.mark.parametrize(("notebook", "setup"), [
-    ("10_sft", "sft"),
-    pytest.param("12_sft_then_rl", "sft_then_rl", marks=pytest.mark.slow)])
+    ("10_sft", "sft"), pytest.param("12_sft_then_rl", "sft_then_rl", marks=pytest.mark.slow)])
 def test_papermill_trains(notebook, setup, tmp_path):
     """Protects batch reproduction: the records have new optimizer steps of this interpreter."""
     results = tmp_path / "results"

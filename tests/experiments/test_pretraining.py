@@ -21,13 +21,7 @@ from hybridrl_lib.experiments.pretraining import (
 )
 from hybridrl_lib.policy.loading import load_policy
 from hybridrl_lib.policy.prompts import prompt_text
-from hybridrl_lib.problems.tiny import (
-    draw_symbolic,
-    draw_word,
-    is_held_out,
-    load_tiny_symbolic,
-    load_tiny_word,
-)
+from hybridrl_lib.problems import tiny
 from hybridrl_lib.rewards.answers import extract_boxes
 from hybridrl_lib.rewards.verifier import Verifier
 from hybridrl_lib.system.paths import tiny_model_folder
@@ -44,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def problems():
-    return [*load_tiny_word(), *load_tiny_symbolic()]
+    return [*tiny.load_tiny_word(), *tiny.load_tiny_symbolic()]
 
 
 def documents(count, seed=0):
@@ -54,13 +48,13 @@ def documents(count, seed=0):
 def test_the_corpus_never_touches_the_held_out_seventh(problems):
     """No benchmark question is read in pretraining: all of them are held out, no document is."""
     questions = {question for question, _ in documents(8000)}
-    assert not any(is_held_out(question) for question in questions)
-    assert all(is_held_out(problem.question) for problem in problems)
+    assert not any(tiny.is_held_out(question) for question in questions)
+    assert all(tiny.is_held_out(problem.question) for problem in problems)
     assert not questions & {problem.question for problem in problems}
-    for draw in (draw_word, draw_symbolic):
+    for draw in (tiny.draw_word, tiny.draw_symbolic):
         drawn = [draw(random.Random(seed)) for seed in range(3000)]
         for phrasing in "AB":
-            mine = [is_held_out(e.question) for e in drawn if e.phrasing == phrasing]
+            mine = [tiny.is_held_out(e.question) for e in drawn if e.phrasing == phrasing]
             assert 1 / 7 - 0.04 < sum(mine) / len(mine) < 1 / 7 + 0.04
     assert documents(50) == documents(50) != documents(50, seed=1)
 
@@ -69,7 +63,7 @@ def verdicts(world, count=2000):
     """(fraction of correct answers, fraction with a box) of a world's documents."""
     source, golds, texts = random.Random(0), [], []
     for _ in range(count):
-        draw = draw_word if source.random() < world.word_share else draw_symbolic
+        draw = tiny.draw_word if source.random() < world.word_share else tiny.draw_symbolic
         exercise = draw(source)
         golds.append(exercise.answer)
         texts.append(write_document(exercise, world, source))
@@ -115,8 +109,8 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_three_steps_of_pretraining_repeat_bit_for_bit(tmp_path):
-    """The same seed gives the same bytes, whatever ran before and with any number of threads."""
+def test_three_steps_of_pretraining_repeat_bit_for_bit(tmp_path, problems):
+    """The same bytes by seed, an ordinary model folder with its world, and a loss that falls."""
     one = files_of(pretrain(tmp_path / "one", 0, SMALL, report=lambda line: None))
     threads = torch.get_num_threads()
     torch.rand(3)
@@ -127,11 +121,7 @@ def test_three_steps_of_pretraining_repeat_bit_for_bit(tmp_path):
     assert one == two
     other = files_of(pretrain(tmp_path / "other", 1, SMALL, report=lambda line: None))
     assert other["model.safetensors"] != one["model.safetensors"]
-
-
-def test_the_result_is_an_ordinary_model_folder(tmp_path, problems):
-    """It loads like any other model, knows its words, and records its world."""
-    folder = pretrain(tmp_path / "tiny", 0, SMALL, report=lambda line: None)
+    folder = tmp_path / "one"
     policy = load_policy(ModelSettings(path=str(folder), device="cpu"))
     assert policy.model.config.model_type == "qwen2"
     assert len(policy.tokenizer) == policy.model.config.vocab_size
@@ -139,10 +129,6 @@ def test_the_result_is_an_ordinary_model_folder(tmp_path, problems):
     assert ids[-1] == policy.eos_id and policy.decode(ids) == problems[0].solution
     assert json.loads((folder / "world.json").read_text()) == {"seed": 0, **asdict(SMALL)}
     assert (folder / "README.md").read_text().startswith("---\n")
-
-
-def test_training_reads_the_corpus(tmp_path):
-    """The loss falls: labels are the next tokens, without padding."""
     lines = []
     world = replace(SMALL, steps=60, width=32, learning_rate=1e-2)
     pretrain(tmp_path / "tiny", 0, world, report=lines.append)

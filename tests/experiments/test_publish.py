@@ -141,10 +141,6 @@ def test_what_cannot_be_repeated_is_not_published(experiment, tmp_path):
         assert ("eval.jsonl" in str(caught.value)) == ("checksums" in change)
         assert not (tmp_path / "kept").exists()
     assert len(reasons) == 3, "not finished, not committed, changed"
-
-
-def test_a_report_skips_a_damaged_packed_log(experiment, tmp_path):
-    """One file that was damaged in a download does not hide the other runs."""
     copy = publish("made", tmp_path / "kept")
     path = copy / "sft" / "seed-1" / "eval.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])

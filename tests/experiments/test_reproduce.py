@@ -69,9 +69,8 @@ def write_notebook(path: Path, cell: str) -> None:
         metadata={"tags": ["parameters"]})
     setup = next((s.name for s in SETUPS.values() if s.notebook == path.stem), "")
     notebook = nbformat.v4.new_notebook(
-        cells=[parameters, nbformat.v4.new_code_cell(f"SETUP = {setup!r}\n{cell}")],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3",
-                                 "language": "python"}})
+        cells=[parameters, nbformat.v4.new_code_cell(f"SETUP = {setup!r}\n{cell}")], metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
     nbformat.write(notebook, path)
 
 
@@ -172,6 +171,9 @@ def test_report_notebooks_get_a_seed_that_every_setup_has(checkout, fast, result
     assert all(page.seed == 5 and "seed 5" in " ".join(page.command) for page in pages)
     assert not lines and not reproduce.report_jobs(plan, [3], lines.append)
     assert lines_with(lines[0], *reproduce.REPORT_NOTEBOOKS)
+    with only_writer(results / "tiny", "The experiment tiny"):
+        with pytest.raises(UserError, match=rf"\b{os.getpid()}\b"):
+            reproduce.reproduce("tiny", say=lambda line: None)
 
 
 def hear_interrupts():
@@ -201,13 +203,6 @@ def test_ctrl_c_lets_every_kernel_write_its_checkpoint(checkout, results):
     assert process.returncode == 130
     assert errors.count("\n") == 1 and lines_with(errors, 0, 2), "0 of 2 are finished"
     assert all((place / "kept.json").exists() for place in places)
-
-
-def test_a_second_process_is_refused(checkout, fast, results):
-    """Two of them would write the same records; the error names the one that is running."""
-    with only_writer(results / "tiny", "The experiment tiny"):
-        with pytest.raises(UserError, match=rf"\b{os.getpid()}\b"):
-            reproduce.reproduce("tiny", say=lambda line: None)
 
 
 def test_a_lock_file_of_a_killed_process_blocks_nobody(tmp_path):

@@ -58,9 +58,8 @@ def test_a_sweep_runs_each_value_and_shows_it(started, results):
     lines = []
     files = sweep("beta", ("0", "0.1"), seeds=(0, 1), jobs=2, experiment="sw", say=lines.append)
     assert {(c[c.index("--experiment") + 1], c[c.index("--seed") + 1], c[-1])
-            for c in started.commands} == {
-        (f"sw-{value}", str(seed), f"rl.beta={value}") for value in ("0", "0.1")
-        for seed in (0, 1)}
+            for c in started.commands} == {(f"sw-{value}", str(seed), f"rl.beta={value}")
+                                           for value in ("0", "0.1") for seed in (0, 1)}
     assert {c[1] for c in started.commands} == {"sft_then_rl"}
     assert {path.name for path in files} == {"sweep.csv", "sweep.md", "sweep.svg", "sweep.png"}
     rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
@@ -93,9 +92,8 @@ def test_values_are_paired_with_the_presets_own(started, results):
     rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
     for metric in ("exact_match", "pass@1"):
         mine = [r for r in rows if r["metric"] == metric and r["value"] != "0.02"]
-        wanted = [paired_difference(*(score(experiments[value], "sft_then_rl", r["benchmark"],
-                                            metric).values for value in (r["value"], "0.02")))
-                  for r in mine]
+        wanted = [paired_difference(*(score(experiments[value], "sft_then_rl", r[
+            "benchmark"], metric).values for value in (r["value"], "0.02"))) for r in mine]
         assert [float(r["difference"]) for r in mine] == pytest.approx(
             [100 * d.mean for d in wanted], abs=0.01)
         assert [float(r["p_holm"]) for r in mine] == pytest.approx(

@@ -293,8 +293,7 @@ KINDS: dict[str, Callable[[Trial], None]] = {
     "SIGKILL": killed, "SIGTERM": terminated, "Ctrl-C": interrupted, "power cut": power_cut,
     "disk full": full_disk, "read-only": read_only, "damaged files": damaged_files,
     "two processes": two_processes, "clock jumps": clock_jumps, "verifier": verifier_faults,
-    "kernel restart": kernel_restarts, "papermill": papermill_killed,
-}
+    "kernel restart": kernel_restarts, "papermill": papermill_killed}
 
 
 NOTEBOOKS = ("kernel restart", "papermill")

@@ -39,12 +39,10 @@ class Command:
         return RunFolder(results / EXPERIMENT / self.setup / "seed-0")
 
 
-COMMANDS = (
-    Command("SFT", "sft", "10_sft"), Command("RL", "rl", "11_rl"),
-    Command("hybrid", "sft_then_rl_entropy", "15_sft_then_rl_entropy"),
-    Command("adapter", "sft_then_rl_entropy", "15_sft_then_rl_entropy",
-            (*SETTINGS, "model.adapter=lora")),
-)
+COMMANDS = (Command("SFT", "sft", "10_sft"), Command("RL", "rl", "11_rl"),
+            Command("hybrid", "sft_then_rl_entropy", "15_sft_then_rl_entropy"),
+            Command("adapter", "sft_then_rl_entropy", "15_sft_then_rl_entropy",
+                    (*SETTINGS, "model.adapter=lora")))
 
 
 @dataclass
@@ -149,14 +147,13 @@ def record(folder: RunFolder) -> dict:
     final = folder.path / "checkpoint" / "final"
     verdicts = {name: number for name, number in manifest.get("verdicts", {}).items()
                 if name != "worker_restarts"}
-    return {
-        **{name: [without_times(row) for row in folder.lines(name)] for name in LOGS},
-        "eval.jsonl": (folder.path / "eval.jsonl").read_bytes(),
-        "weights": {path.name: path.read_bytes() for path in final.glob("*.safetensors")},
-        "manifest.json": {**{name: manifest.get(name) for name in (
-            "setup", "seed", "steps", "tokens", "best_on_validation", "model", "data",
-            "complete")}, "verdicts": verdicts},
-        "files": sorted(path.name for path in folder.path.iterdir() if is_read(path.name))}
+    return {**{name: [without_times(row) for row in folder.lines(name)] for name in LOGS},
+            "eval.jsonl": (folder.path / "eval.jsonl").read_bytes(),
+            "weights": {path.name: path.read_bytes() for path in final.glob("*.safetensors")},
+            "manifest.json": {**{name: manifest.get(name) for name
+                                 in ("setup", "seed", "steps", "tokens", "best_on_validation",
+                                     "model", "data", "complete")}, "verdicts": verdicts},
+            "files": sorted(path.name for path in folder.path.iterdir() if is_read(path.name))}
 
 
 def is_read(name: str) -> bool:
@@ -212,9 +209,8 @@ def make_reference(command: Command, folder: Path) -> Reference:
     assert child.wait() == 0, child.output.read_text()
     seconds = time.monotonic() - began
     moments, changes = map(int, (folder / "counts").read_text().split())
-    return Reference(record(command.folder(results)),
-                     {int(path.name): path.read_bytes() for path in kept.iterdir()},
-                     moments, changes, seconds)
+    return Reference(record(command.folder(results)), {
+        int(path.name): path.read_bytes() for path in kept.iterdir()}, moments, changes, seconds)
 
 
 class Trial:
@@ -313,5 +309,4 @@ class Trial:
         self.check_finished()
 
     def report(self) -> str:
-        return json.dumps({"command": self.command.name, "hit": self.was_hit,
-                           "lost": self.losses})
+        return json.dumps({"command": self.command.name, "hit": self.was_hit, "lost": self.losses})

@@ -277,7 +277,7 @@ def test_every_preset_has_settings_for_every_setup():
 
 def test_methods_are_known_without_torch():
     """Settings and `hybridrl list` start fast."""
-    code = ("import sys; from hybridrl_lib.config import METHODS; import hybridrl_lib.methods; "
+    code = ("import sys; from hybridrl_lib.config.methods import METHODS; import hybridrl_lib; "
             "print('torch' in sys.modules, *METHODS)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", *METHODS]

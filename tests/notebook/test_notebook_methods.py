@@ -14,10 +14,9 @@ from hybridrl_lib.records.run_folder import RunFolder
 def drawn(monkeypatch):
     """The panels of every figure that is shown, as (title, number of points, dashed lines)."""
     panels = []
-    monkeypatch.setattr(methods, "show", lambda figure, alt: panels.extend(
-        (axes.get_title(loc="left"), len(axes.lines[0].get_xdata()),
-         *(line.get_ydata()[0] for line in axes.lines[1:] if line.get_linestyle() == "--"))
-        for axes in figure.axes if axes.lines))
+    monkeypatch.setattr(methods, "show", lambda figure, alt: panels.extend((axes.get_title(
+        loc="left"), len(axes.lines[0].get_xdata()), *(line.get_ydata()[0] for line in axes.lines[
+            1:] if line.get_linestyle() == "--")) for axes in figure.axes if axes.lines))
     return panels
 
 
@@ -36,14 +35,17 @@ def test_the_methods_own_columns_are_drawn(tmp_path, drawn, capsys):
              **({"relift/once": 1} if i == 2 else {})} for i in range(5)]
     notebook.plot_diagnostics(record(tmp_path, "relift_code", rows), "lambda/rl", "not/there")
     assert drawn == [("lambda/rl", 5), ("relift/buffer", 5), ("relift/taught", 5)]
+    drawn.clear()
     rows = [{"switching/entropy": 0.5, "switching/loss_fall": 0.1, "switching/switches": 0}] * 2
     notebook.plot_diagnostics(record(tmp_path, "switching", rows, switching={
         "entropy": 0.05, "loss_fall": None}))
     assert drawn == [("switching/entropy", 2, 0.05), ("switching/loss_fall", 2),
                      ("switching/switches", 2)]
+    drawn.clear()
     rows = [{"uft/hinted": 0.9, "kl/anchor": 0.1, "entropy_control/coefficient": 0.2}] * 2
     notebook.plot_diagnostics(record(tmp_path, "uft", rows, uft={"hinted": 0.6}))
     assert drawn == [("entropy_control/coefficient", 2), ("kl/anchor", 2), ("uft/hinted", 2)]
+    drawn.clear()
     for setup in ("sft", "a setup that is gone"):
         notebook.plot_diagnostics(record(tmp_path, setup, [{"reward": 0.5}] * 3))
         assert drawn == [] and capsys.readouterr().out.strip()

@@ -23,14 +23,6 @@ from hybridrl_lib.notebook.live_view import LiveRun, live
 from hybridrl_lib.notebook.place import begin, experiment_path, is_headless, list_files
 from hybridrl_lib.notebook.questions import check
 from hybridrl_lib.notebook.scores import show_reasons, show_scores, show_signal
-from hybridrl_lib.notebook.tables import (
-    say,
-    show_picture,
-    show_published,
-    show_rows,
-    show_table,
-    write_report,
-)
 from hybridrl_lib.records.run_folder import RunFolder
 from hybridrl_lib.report.style import line_style
 from hybridrl_lib.system.errors import UsageError, UserError
@@ -44,10 +36,9 @@ LARGEST_PICTURE = 60_000
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """Made-up records of three setups, two seeds each."""
-    return build_experiment(tmp_path_factory.mktemp("records") / "tiny",
-                            setups=("base", "sft", "rl", "sft_then_rl"), seeds=range(2),
-                            test={"tiny_word": 40, "tiny_symbolic": 30},
-                            train={"tiny_word": 10, "tiny_symbolic": 10})
+    return build_experiment(tmp_path_factory.mktemp("records") / "tiny", setups=(
+        "base", "sft", "rl", "sft_then_rl"), seeds=range(2), test={
+            "tiny_word": 40, "tiny_symbolic": 30}, train={"tiny_word": 10, "tiny_symbolic": 10})
 
 
 @pytest.fixture()
@@ -86,13 +77,13 @@ def test_model_output_is_escaped_everywhere(shown, tmp_path):
     show_completions(record)
     show_answers(record)
     show_tokens([[ATTACK]], [[0.5]], [ATTACK])
-    show_rows([ATTACK], [[ATTACK]])
+    tables.show_rows([ATTACK], [[ATTACK]])
     view = LiveRun("rl", show=None)
     view.on_sample(sample_row(ATTACK))
     for html in (*shown, view.html()):
         assert_harmless(html)
     assert len(shown) == 4
-    show_rows(["price"], [["from $3 to $5"]])
+    tables.show_rows(["price"], [["from $3 to $5"]])
     assert "from $3 to $5" in shown[-1] and "mathjax_ignore" in shown[-1]
     assert len(tables.escaped("x" * 100_000)) < 1_000
 
@@ -142,7 +133,7 @@ def test_live_view(capsys, monkeypatch):
     assert len(curves.png(curves.draw_run(rows, [], []))) < LARGEST_PICTURE
 
 
-def test_headless(monkeypatch):
+def test_headless(monkeypatch, capsys):
     """Protects logs from pictures that nobody sees, and viewers from plain lines."""
     for variables, headless in (
             ({"HYBRIDRL_HEADLESS": "1"}, True), ({"HYBRIDRL_HEADLESS": "0"}, False),
@@ -153,6 +144,9 @@ def test_headless(monkeypatch):
             monkeypatch.setenv(name, value)
         assert is_headless() is headless, variables
         assert isinstance(live("rl"), Lines if headless else LiveRun), variables
+    for text in ("2 runs of 1 arm", "\narm  score\nRL   81.0\n", "\n9 files in results"):
+        tables.say(text)
+    assert capsys.readouterr().out == "2 runs of 1 arm\n9 files in results\n"
 
 
 def test_views_of_a_finished_run(experiment, shown, capsys):
@@ -180,13 +174,6 @@ def test_views_of_a_finished_run(experiment, shown, capsys):
     assert said.count("\n") == 3 and lines_with(said, "rl_entropy") and not shown
 
 
-def test_tables_that_a_command_prints_are_shown_by_the_page(capsys):
-    """Printed, they would wrap in the middle of numbers."""
-    for text in ("2 runs of 1 arm", "\narm  score\nRL   81.0\n", "\n9 files in results"):
-        say(text)
-    assert capsys.readouterr().out == "2 runs of 1 arm\n9 files in results\n"
-
-
 def test_signal_is_the_chance_of_a_mixed_group(shown, tmp_path, capsys):
     """Protects the advice on whether RL can learn: checked by hand for 1 of 2 correct samples."""
     record = RunFolder(tmp_path / "base" / "seed-0")
@@ -202,26 +189,23 @@ def reported(experiment):
     """(files, printed text) of a report next to the records."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        return write_report(experiment, "tiny"), printed.getvalue()
+        return tables.write_report(experiment, "tiny"), printed.getvalue()
 
 
-def test_report_views(experiment, reported, shown):
+def test_report_views(experiment, reported, shown, monkeypatch):
     """Protects the notebooks of the report, and their output from a folder of this machine."""
     files, printed = reported
     assert str(experiment) not in printed and len(files) > 10
-    show_table(experiment / "table2.md")
+    tables.show_table(experiment / "table2.md")
     show_claims(experiment)
-    show_picture(experiment, "kl")
+    tables.show_picture(experiment, "kl")
     assert "#### Table 2" not in shown[0] and "### Table 2" in shown[0]
     assert "| --- |" in shown[1]
     assert isinstance(shown[2], bytes) and len(shown[2]) < LARGEST_PICTURE
     with pytest.raises(UserError, match="nothing.md"):
-        show_table(experiment / "nothing.md")
-
-
-def test_findings_quote_the_published_table(experiment, reported, shown, monkeypatch):
-    """Protects 'what was found' from numbers that nobody measured."""
+        tables.show_table(experiment / "nothing.md")
     monkeypatch.setattr(findings, "published_folder", lambda: experiment.parent)
+    shown.clear()
     show_findings("rl")
     with (experiment / "table2.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream)
@@ -293,10 +277,6 @@ def test_a_users_error_is_one_sentence(monkeypatch, capsys):
     capsys.readouterr()
     shell.run_cell("from hybridrl_lib import UserError\nraise UserError('Do this.')")
     assert capsys.readouterr().out.strip() == "UserError: Do this."
-
-
-def test_check(capsys):
-    """Protects the reader."""
     def said(answer, expected):
         check("the thing", answer, expected, hint="think")
         out = capsys.readouterr().out
@@ -305,42 +285,14 @@ def test_check(capsys):
     right, wrong, untried = (said(answer, 1.5) for answer in (1.5, 1.6, None))
     assert len({right, wrong, untried}) == 3
     assert (right[1], wrong[1], untried[1]) == (False, True, False), "a hint for wrong answers"
-    rows = [(1.4999, np.float64(1.5), right), ([1, 2.0], np.array([1.0, 2.0]), right),
-            ([1], [1, 2], wrong), (True, True, right), (1, True, wrong), (False, True, wrong),
-            (" Yes", "yes", right), ("1.5", 1.5, right), ({}, 1.5, wrong),
-            (-0.0375, -0.0375, right)]
+    rows = [(1.4999, np.float64(1.5), right), ([1, 2.0], np.array([1.0, 2.0]), right), (
+        [1], [1, 2], wrong), (True, True, right), (1, True, wrong), (False, True, wrong), (
+            " Yes", "yes", right), ("1.5", 1.5, right), ({}, 1.5, wrong), (-0.0375, -0.0375, right)]
     assert not [row for row in rows if said(*row[:2]) != row[2]]
 
 
-def test_clean_leaves_what_belongs_to_the_notebook():
-    """Protects the diff of every commit from timings, widgets, and injected parameters."""
-    new = nbformat.v4
-    stream = {"output_type": "stream", "name": "stdout"}
-    cells = [
-        new.new_code_cell("x = 1", metadata={"tags": ["parameters"], "papermill": {"duration": 1}},
-                          execution_count=1),
-        new.new_code_cell("x = 2", metadata={"tags": ["injected-parameters"]}, execution_count=2),
-        new.new_code_cell("x", metadata={"execution": {"iopub": "now"}}, execution_count=3,
-                          outputs=[nbformat.from_dict({**stream, "text": "a\n"}),
-                                   nbformat.from_dict({**stream, "text": "b\n"}),
-                                   new.new_output("execute_result", data={"text/plain": "1"},
-                                                  metadata={"z": 1}, execution_count=3)])]
-    notebook = new.new_notebook(cells=cells, metadata={
-        "papermill": {}, "widgets": {"state": {}},
-        "language_info": {"name": "python", "version": "3.11.7"}})
-    done = execute.clean(notebook)
-    assert [cell.source for cell in done.cells] == ["x = 1", "x"]
-    assert [cell.metadata for cell in done.cells] == [{"tags": ["parameters"]}, {}]
-    assert [cell.execution_count for cell in done.cells] == [1, 2]
-    text, result = done.cells[1].outputs
-    assert text.text == "a\nb\n" and result.execution_count == 2 and result.metadata == {}
-    assert set(done.metadata) == {"kernelspec", "language_info"}
-    before = nbformat.writes(done)
-    assert nbformat.writes(execute.clean(done)) == before, "cleaning twice changes nothing more"
-
-
 def test_execute_runs_in_place_or_not_at_all(tmp_path, monkeypatch, capsys):
-    """Protects a committed notebook from being replaced by half of a failed run."""
+    """A notebook is replaced by a whole run only, without timings, widgets, and parameters."""
     (tmp_path / "hybridrl_lib").mkdir()
     (tmp_path / "pyproject.toml").touch()
     folder = tmp_path / "notebooks"
@@ -361,6 +313,26 @@ def test_execute_runs_in_place_or_not_at_all(tmp_path, monkeypatch, capsys):
     with pytest.raises(Exception, match="ZeroDivisionError"):
         execute.main(["02_bad"])
     assert (folder / "02_bad.ipynb").read_text() == before
+    new = nbformat.v4
+    stream = {"output_type": "stream", "name": "stdout"}
+    cells = [new.new_code_cell("x = 1", metadata={"tags": ["parameters"], "papermill": {
+        "duration": 1}}, execution_count=1), new.new_code_cell("x = 2", metadata={
+            "tags": ["injected-parameters"]}, execution_count=2), new.new_code_cell(
+                "x", metadata={"execution": {"iopub": "now"}}, execution_count=3,
+                outputs=[nbformat.from_dict({**stream, "text": "a\n"}), nbformat.from_dict(
+                    {**stream, "text": "b\n"}), new.new_output("execute_result", data={
+                        "text/plain": "1"}, metadata={"z": 1}, execution_count=3)])]
+    notebook = new.new_notebook(cells=cells, metadata={"papermill": {}, "widgets": {
+        "state": {}}, "language_info": {"name": "python", "version": "3.11.7"}})
+    done = execute.clean(notebook)
+    assert [cell.source for cell in done.cells] == ["x = 1", "x"]
+    assert [cell.metadata for cell in done.cells] == [{"tags": ["parameters"]}, {}]
+    assert [cell.execution_count for cell in done.cells] == [1, 2]
+    text, result = done.cells[1].outputs
+    assert text.text == "a\nb\n" and result.execution_count == 2 and result.metadata == {}
+    assert set(done.metadata) == {"kernelspec", "language_info"}
+    before = nbformat.writes(done)
+    assert nbformat.writes(execute.clean(done)) == before, "cleaning twice changes nothing more"
 
 
 def test_published_files_are_shown_or_named(tmp_path, monkeypatch, capsys):
@@ -368,16 +340,16 @@ def test_published_files_are_shown_or_named(tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(tables, "display", shown.append)
     monkeypatch.setattr(tables, "published_folder", lambda: tmp_path)
-    show_published("one", "table.md", "figures/picture.png")
+    tables.show_published("one", "table.md", "figures/picture.png")
     assert not shown and "results/published/one" in capsys.readouterr().out
     (tmp_path / "one" / "figures").mkdir(parents=True)
     (tmp_path / "one" / "table.md").write_text("# Table <b>\n")
     picture = tmp_path / "one" / "figures" / "picture.png"
     Image.new("RGB", (2, 2)).save(picture)
-    show_published("one", "table.md", "figures/picture.png")
+    tables.show_published("one", "table.md", "figures/picture.png")
     assert shown[0].data.startswith("### Table <\u200bb>") and shown[1].data == picture.read_bytes()
     with pytest.raises(UserError, match="other.png"):
-        show_published("one", "figures/other.png")
+        tables.show_published("one", "figures/other.png")
     shown = []
     monkeypatch.setattr(tables, "display", shown.append)
     noise = Image.effect_noise((3000, 600), 80).convert("RGB")

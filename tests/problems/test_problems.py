@@ -134,9 +134,8 @@ def refused(name: str, file: Path, *facts) -> None:
 def test_a_row_without_a_usable_answer_is_named(data_folder):
     """A broken row, line, or file stops the run with its place and is never skipped."""
     for name, row, cases in (
-            ("gsm8k", 2, [({"answer": None}, "answer"), ({"answer": "  "}, "answer"),
-                          ({"answer": "2+2 = <<2+2=4>>4"}, "####"),
-                          ({"answer": "<<2+2=4>>"}, "####"),
+            ("gsm8k", 2, [({"answer": None}, "answer"), ({"answer": "  "}, "answer"), (
+                {"answer": "2+2 = <<2+2=4>>4"}, "####"), ({"answer": "<<2+2=4>>"}, "####"),
                           ({"answer": "2+2 = 4\n####"}, "####"), ({"question": 7}, "question")]),
             ("math500", 0, [({"answer": None}, "answer"), ({"solution": "It is 24."}, "boxed"),
                             ({"level": "hard"}, "level"), ({"unique_id": None}, "unique_id")])):

@@ -86,25 +86,35 @@ def test_against_trl_runs(measure):
 
 
 @pytest.mark.slow
-def test_ceiling_runs(measure):
-    """Each part has a fraction of its ceiling, which is measured in both precisions."""
+def test_ceiling_scaling_and_overhead_run(measure):
+    """Parts of a ceiling, points of their own processes, and stages against the plain loop."""
     record = measure("ceiling", process=True)
     assert set(record["product_gflops"]) == {"fp32", "bf16"} and record["copy_gb_per_second"] > 0
     for part in ("sampling", "update", "update_products"):
         assert len(record[part]["share"]) == 2 and min(record[part]["share"]) > 0
     shares = record["update_kernels"]
     assert 0 < shares["products"] < sum(shares.values()) < 1 and 0 < shares["attention"]
+    record = measure("scaling", "--smallest", "--repeats", "1", "--threads", "1", model=False,
+                     process=True)
+    samples = record["points"]["samples"]
+    assert [(p["part"], p["samples"]) for p in samples] == [
+        ("sampling", 2), ("update", 2), ("sampling", 3), ("update", 3)]
+    assert all(p["seconds"] > 0 and p["peak_mib"] >= p["resting_mib"] > 0 for p in samples)
+    assert record["vocabulary_peak_ratio"] >= 1
+    record = measure("overhead", "--setups", "combined", "switching", "--problems", "20",
+                     "--epochs", "4", model=False, process=True)
+    assert set(record["overhead"]["combined"]) == {"rl"}
+    assert record["plain_milliseconds"]["rl"] > 0
+    assert all(-1 < share < 1 for found in record["overhead"].values() for share in found.values())
 
 
 def test_the_bound_is_what_the_numbers_say(script):
     """Protects the reason given for a bar that was missed."""
-    ceiling = {"model": "m", "precision": "fp32", "product_gflops": {"fp32": 400.0},
-               "update": {"share_median": 0.2},
-               "update_products": {"gflops": [100.0, 100.0, 300.0]},
+    ceiling = {"model": "m", "precision": "fp32", "product_gflops": {"fp32": 400.0}, "update": {
+        "share_median": 0.2}, "update_products": {"gflops": [100.0, 100.0, 300.0]},
                "update_kernels": {"products": 0.4, "attention": 0.1, "activation": 0.0}}
-    step = {"model": "m", "precision": "fp32", "groups": "all",
-            "seconds": {"ours": [1.5], "trl": [4.0]},
-            "seconds_sampling": {"ours": [0.5]}, "seconds_update": {"ours": [1.0]}}
+    step = {"model": "m", "precision": "fp32", "groups": "all", "seconds": {"ours": [1.5], "trl": [
+        4.0]}, "seconds_sampling": {"ours": [0.5]}, "seconds_update": {"ours": [1.0]}}
     half = step | {"groups": "signal", "seconds_update": {"ours": [0.6]}}
     text = script("page").bounds_text([ceiling], [step, half, step | {"model": "other"}])
     assert lines_with(" ".join(text.split()), "0.25", "0.40", "4.0", "5.0")
@@ -114,28 +124,6 @@ def test_the_bound_is_what_the_numbers_say(script):
                                           lambda n: calls.append(f"b{n}") or f"b{n}", 3)
     assert calls == ["a0", "b0", "a1", "b1", "b2", "a2", "a3", "b3"]
     assert [(a, b) for (_, a), (_, b) in pairs] == [(f"a{n}", f"b{n}") for n in (1, 2, 3)]
-
-
-@pytest.mark.slow
-def test_scaling_runs(measure):
-    """Each point is measured in its own process, at the requested sizes."""
-    record = measure("scaling", "--smallest", "--repeats", "1", "--threads", "1", model=False,
-                     process=True)
-    samples = record["points"]["samples"]
-    assert [(p["part"], p["samples"]) for p in samples] == [
-        ("sampling", 2), ("update", 2), ("sampling", 3), ("update", 3)]
-    assert all(p["seconds"] > 0 and p["peak_mib"] >= p["resting_mib"] > 0 for p in samples)
-    assert record["vocabulary_peak_ratio"] >= 1
-
-
-@pytest.mark.slow
-def test_overhead_runs(measure):
-    """Every stage of a method that the plain loop also has is compared with it."""
-    record = measure("overhead", "--setups", "combined", "switching", "--problems", "20",
-                     "--epochs", "4", model=False, process=True)
-    assert set(record["overhead"]["combined"]) == {"rl"}
-    assert record["plain_milliseconds"]["rl"] > 0
-    assert all(-1 < share < 1 for found in record["overhead"].values() for share in found.values())
 
 
 def test_verdicts_runs(script, measure, capsys, model_folders):
@@ -256,7 +244,7 @@ def test_published_page_is_rebuilt_to_the_letter(script, tmp_path):
     assert len(rows) >= 4 and all(row in pages for row in rows)
 
 
-def test_scaling_is_drawn(script, tmp_path):
+def test_scaling_is_drawn(script, tmp_path, monkeypatch):
     """Protects the page of a machine where scaling was measured: its figures are written."""
     points = {axis: [{"part": part, "samples": n, "length": n, "prompts": n, "parameters": n,
                       "vocabulary": 100, "micro_batch_tokens": 64, "seconds": n / 10,
@@ -272,10 +260,6 @@ def test_scaling_is_drawn(script, tmp_path):
     for name in ("seconds", "peak_mib", "vocabulary"):
         assert (tmp_path / f"here-{name}.png").stat().st_size > 5000
         assert f"here-{name}.png" in page.read_text(encoding="utf-8")
-
-
-def test_the_suite_keeps_what_it_measured(script, monkeypatch, tmp_path):
-    """A case that fails or does not fit this machine does not affect the other records."""
     suite = script("suite")
     records = json.loads(PUBLISHED[0].read_text(encoding="utf-8"))["cases"]
 

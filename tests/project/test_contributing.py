@@ -35,8 +35,7 @@ def test_the_method_can_be_added_as_it_says(tmp_path):
     assert kinds == ("python", "python", "python", "sh")
     assert sum(bool(line) for line in texts[0].splitlines()) <= 10, "a method takes ten lines"
     package = tmp_path / "hybridrl_lib"
-    shutil.copytree(ROOT / "hybridrl_lib", package,
-                    ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "hybridrl_lib", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / "11_rl.ipynb", tmp_path / "notebooks")

@@ -53,6 +53,15 @@ def test_every_requirement_has_a_floor_and_a_pin_above_it():
                if not item.specifier.contains(pinned[canonicalize_name(item.name)])]
     assert not outside
     assert not [name for name, version in pins().items() if "+" in version]
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    oldest = {canonicalize_name(r.name): r for r in map(
+        Requirement, (line for line in lines if not line.startswith("#")))}
+    extra = PROJECT["optional-dependencies"]["test"]
+    for item in map(Requirement, [*PROJECT["dependencies"], *extra]):
+        version = next(iter(oldest[canonicalize_name(item.name)].specifier)).version
+        assert item.specifier.contains(version), item
+        if item.name in ("transformers", "datasets", "accelerate", "peft", "numpy"):
+            assert Version(version) == Version(next(iter(item.specifier)).version), item
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the pins are Linux's")
@@ -115,14 +124,13 @@ def audit_script():
 def test_audit_without_its_data_is_a_sentence_and_no_failure():
     """CI must not fail because an advisory server cannot be reached."""
     for address in ("http://127.0.0.1:9/x", "file:///nowhere", "no address"):
-        done = subprocess.run(
-            [sys.executable, ROOT / ".ci" / "audit"], capture_output=True, text=True, check=False,
-            env={"AUDIT_URL": address, "PATH": ""})
+        done = subprocess.run([sys.executable, ROOT / ".ci" / "audit"], capture_output=True,
+                              text=True, check=False, env={"AUDIT_URL": address, "PATH": ""})
         assert done.returncode == 0 and done.stderr == "", address
         assert done.stdout.startswith("audit: skipped") and done.stdout.count("\n") == 1
 
 
-def test_audit_fails_for_a_vulnerability_alone(monkeypatch, capsys):
+def test_audit_fails_for_a_vulnerability_alone(monkeypatch, capsys, tmp_path):
     """A finding is named with the version that fixes it; an unknown package is not a finding."""
     audit = audit_script()
     report = {"dependencies": [
@@ -138,10 +146,6 @@ def test_audit_fails_for_a_vulnerability_alone(monkeypatch, capsys):
     assert audit.main() == 0 and "skipped" in capsys.readouterr().out
     monkeypatch.setattr(audit, "audit", lambda: {}["dependencies"])
     assert audit.main() == 0 and "skipped" in capsys.readouterr().out
-
-
-def test_an_audit_that_fails_repeats_what_pip_audit_said(monkeypatch, capsys, tmp_path):
-    """Advisories may become unreachable midway, and a lock that pip-audit refuses must show."""
     audit = audit_script()
     program = tmp_path / ".venv" / "audit" / "bin" / "pip-audit"
     program.parent.mkdir(parents=True)
@@ -179,10 +183,6 @@ def test_every_import_is_declared():
                 if name not in sys.stdlib_module_names and package not in known:
                     undeclared.add((path.name, package))
     assert sorted(undeclared) == []
-
-
-def test_every_folder_of_code_is_a_package():
-    """A folder without __init__.py would work in a checkout and be missing elsewhere."""
     folders = {path.parent for path in (ROOT / "hybridrl_lib").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -207,30 +207,12 @@ def test_make_has_its_targets():
     for target in TARGETS:
         make("-n", target)
     assert not [target for target in TARGETS if f"make {target}" not in offered]
-    for arguments, command in (
-            ([], "reproduce --preset tiny --seeds 1"),
-            (["PRESET=paper", "SEEDS=5", "JOBS=2", "EXPERIMENT=night"],
-             "reproduce --preset paper --seeds 5 --jobs 2 --experiment night")):
+    for arguments, command in (([], "reproduce --preset tiny --seeds 1"),
+                               (["PRESET=paper", "SEEDS=5", "JOBS=2", "EXPERIMENT=night"],
+                                "reproduce --preset paper --seeds 5 --jobs 2 --experiment night")):
         words = make("-n", "--no-print-directory", "reproduce", *arguments).replace(
             "\\\n", " ").split()
         assert words[words.index("reproduce"):] == command.split()
-
-
-def test_the_oldest_versions_are_those_that_the_project_allows():
-    """`make test-oldest` installs the stated floor of the most important packages."""
-    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
-    pins = {canonicalize_name(r.name): r for r in map(
-        Requirement, (line for line in lines if not line.startswith("#")))}
-    extra = PROJECT["optional-dependencies"]["test"]
-    for item in map(Requirement, [*PROJECT["dependencies"], *extra]):
-        version = next(iter(pins[canonicalize_name(item.name)].specifier)).version
-        assert item.specifier.contains(version), item
-        if item.name in ("transformers", "datasets", "accelerate", "peft", "numpy"):
-            assert Version(version) == Version(next(iter(item.specifier)).version), item
-
-
-def test_ci_script_is_safe_and_runs_lint_and_tests():
-    """CI stops at the first failure and runs what a developer runs."""
     script = ROOT / ".ci" / "run"
     text = script.read_text(encoding="utf-8")
     assert "set -euo pipefail" in text and all(

@@ -49,9 +49,8 @@ def test_published_runs_are_complete_and_from_committed_code():
         assert {path.parent.parent.name for path in manifests} == setups, folder.name
         for path in manifests:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            if not (manifest["complete"] and manifest["git_commit"]
-                    and manifest["git_dirty"] is False
-                    and manifest["numerics_version"] == NUMERICS_VERSION):
+            if not (manifest["complete"] and manifest["git_commit"] and manifest["git_dirty"]
+                    is False and manifest["numerics_version"] == NUMERICS_VERSION):
                 wrong.append(path.relative_to(PUBLISHED).as_posix())
     assert not wrong
 

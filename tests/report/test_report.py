@@ -20,13 +20,8 @@ from synthetic_records import build_experiment, write_jsonl
 from hybridrl_lib.config.presets import KEYS
 from hybridrl_lib.records.files import write_whole
 from hybridrl_lib.report import figures
+from hybridrl_lib.report import hyperparameters as constants
 from hybridrl_lib.report.comparisons import pairs
-from hybridrl_lib.report.hyperparameters import (
-    ADAM_EPSILON,
-    ADVANTAGE_EPSILON,
-    FIXED,
-    LARGEST_LOG_RATIO,
-)
 from hybridrl_lib.report.loading import benchmark_title, load_experiment, probe_problems
 from hybridrl_lib.report.page import beside_published, caption
 from hybridrl_lib.report.race import make_race, race_markdown
@@ -113,21 +108,17 @@ def test_writes_every_file_and_returns_them(made, report):
 
 def test_same_records_give_the_same_bytes_without_torch(records, report, tmp_path):
     """Protects CI's rebuild of the published tables."""
-    code = ("import sys\n"
-            "class Absent:\n"
-            "    def find_spec(self, name, *rest):\n"
+    code = ("import sys\nclass Absent:\n    def find_spec(self, name, *rest):\n"
             f"        if name.partition('.')[0] in {BLOCKED!r}: raise ImportError(name)\n"
-            "sys.meta_path.insert(0, Absent())\n"
-            "from pathlib import Path\n"
+            "sys.meta_path.insert(0, Absent())\nfrom pathlib import Path\n"
             "from matplotlib import rcParams\n"
             "before = {k: v for k, v in rcParams.items() if k != 'backend'}\n"
             "from hybridrl_lib import make_report\n"
             "make_report(Path(sys.argv[1]), Path(sys.argv[2]))\n"
             f"assert not [n for n in {BLOCKED!r} if n in sys.modules]\n"
             "assert {k: v for k, v in rcParams.items() if k != 'backend'} == before\n")
-    subprocess.run([sys.executable, "-c", code, records, tmp_path], check=True,
-                   capture_output=True, cwd=Path(__file__).parents[2],
-                   env=os.environ | {"PYTHONHASHSEED": "7"})
+    subprocess.run([sys.executable, "-c", code, records, tmp_path], check=True, capture_output=True,
+                   cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONHASHSEED": "7"})
     differ = [name for name in sorted(TEXTS | {f"figures/{picture}" for picture in PICTURES})
               if (tmp_path / name).read_bytes() != (report / name).read_bytes()]
     assert not differ
@@ -203,6 +194,13 @@ def test_one_seed_is_noted(records, tmp_path):
     assert of_seeds not in interval_notes(load_experiment(records))
     assert notes_with(text, "SFT + RL", "SFT + entropy reg."), "missing setups are named"
     assert notes_with(texts["differences.md"], "seed", "SFT", "RL")
+    (tmp_path / "empty").mkdir()
+    for name, arguments in (("nowhere", {}), ("empty", {}), (
+            "empty", {"experiment_folder": records, "published": tmp_path / "empty"})):
+        with pytest.raises(UserError, match=name):
+            make_report(**({"experiment_folder": tmp_path / name,
+                            "out_folder": tmp_path / "out"} | arguments))
+    assert not (tmp_path / "out").exists()
 
 
 def test_differences_pairs_and_holm(report):
@@ -299,17 +297,6 @@ def test_damaged_logs(own_records):
     assert [run.seed for run in experiment.of("rl")] == [0, 2]
 
 
-def test_nothing_to_report_is_an_error(tmp_path, records):
-    """Protects the user: no folder, no finished run, or no published table is named."""
-    (tmp_path / "empty").mkdir()
-    for name, arguments in (("nowhere", {}), ("empty", {}), (
-            "empty", {"experiment_folder": records, "published": tmp_path / "empty"})):
-        with pytest.raises(UserError, match=name):
-            make_report(**({"experiment_folder": tmp_path / name,
-                            "out_folder": tmp_path / "out"} | arguments))
-    assert not (tmp_path / "out").exists()
-
-
 def test_updates_are_those_of_all_seeds(own_records):
     """Protects steps from being read as optimizer updates: the log counts the updates made."""
     path = own_records / "rl" / "seed-0" / "metrics.jsonl"
@@ -335,18 +322,18 @@ def test_constants_in_the_table_are_those_of_the_code(make_trainer):
 
     from hybridrl_lib import objectives
 
-    assert signature(objectives.group_advantages).parameters["epsilon"].default == ADVANTAGE_EPSILON
-    assert signature(AdamW).parameters["eps"].default == ADAM_EPSILON
-    assert objectives.LARGEST_LOG_RATIO == LARGEST_LOG_RATIO
+    epsilon = signature(objectives.group_advantages).parameters["epsilon"].default
+    assert epsilon == constants.ADVANTAGE_EPSILON
+    assert signature(AdamW).parameters["eps"].default == constants.ADAM_EPSILON
+    assert objectives.LARGEST_LOG_RATIO == constants.LARGEST_LOG_RATIO
     trainer = make_trainer("sft", "training.epochs=20", "training.warmup_steps=4",
-                           "sft.learning_rate=1e-3",
-                           "training.final_learning_rate_fraction=0.1")
+                           "sft.learning_rate=1e-3", "training.final_learning_rate_fraction=0.1")
     trainer.train()
     rates = [line["learning_rate"] for line in trainer.folder.lines("metrics.jsonl")]
     assert rates == pytest.approx([1e-3 * min(1, (s + 1) / 4) * (0.1 + 0.9 * (1 - s / 20))
                                    for s in range(20)], rel=1e-5)
     assert 0.8e-3 < max(rates) < 1e-3 and min(rates[5:]) > 1e-4, "the peak is never reached"
-    assert any("min(1, (s + 1) / w) · (f + (1 − f)(1 − s / S))" in text for _, text in FIXED)
+    assert any("min(1, (s + 1) / w) · (f + (1 − f)(1 − s / S))" in t for _, t in constants.FIXED)
 
 
 def test_joint_curves_come_from_the_probe_alone(own_records):
@@ -439,6 +426,14 @@ def test_a_setup_in_the_table_of_setups_that_never_ran_changes_nothing(records, 
     monkeypatch.setitem(SETUPS, "blended", Setup("blended", "Blended", ("rl",)))
     assert tables(records) == before
     assert "blended" not in setups_with_notebook() and set(setups_with_notebook()) < set(SETUPS)
+    before = {name: line_style(name) for name in SETUPS}
+    names = [f"method_{index}" for index in range(12)]
+    for name in names:
+        monkeypatch.setitem(SETUPS, name, Setup(name, name, ("rl",)))
+    assert {name: line_style(name) for name in before} == before
+    looks = [line_style(name)["color"] for name in (*names, "unknown", "method_3_entropy")]
+    assert len({before[name]["color"] for name in ("sft", "rl", "sft_then_rl")} | set(looks)) == 7
+    assert looks[3] == looks[-1] and len(palette()) == len(set(palette())) == len(MARKERS)
 
 
 def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, monkeypatch):
@@ -469,18 +464,6 @@ def test_a_setup_in_the_table_of_setups_gets_its_row_once_it_ran(own_records, mo
     assert "| another_method |" in tables(own_records)["table2.md"]
 
 
-def test_any_number_of_setups_has_line_styles(monkeypatch):
-    """Protects a study with many setups: colors repeat, and the paper's setups keep theirs."""
-    before = {name: line_style(name) for name in SETUPS}
-    names = [f"method_{index}" for index in range(12)]
-    for name in names:
-        monkeypatch.setitem(SETUPS, name, Setup(name, name, ("rl",)))
-    assert {name: line_style(name) for name in before} == before
-    looks = [line_style(name)["color"] for name in (*names, "unknown", "method_3_entropy")]
-    assert len({before[name]["color"] for name in ("sft", "rl", "sft_then_rl")} | set(looks)) == 7
-    assert looks[3] == looks[-1] and len(palette()) == len(set(palette())) == len(MARKERS)
-
-
 def test_best_checkpoint_that_is_the_last_one_counts(own_records):
     """Protects the best checkpoint's mean: a seed whose last is its best has no rows `best`."""
     def best():
@@ -496,10 +479,9 @@ def test_best_checkpoint_that_is_the_last_one_counts(own_records):
         write_whole(run / "manifest.json", json.dumps(
             record | {"steps": 216, "best_on_validation": {"strict": strict, "step": step}}))
         assert best().interval.seeds == seeds, (step, strict)
-    strict = [line["greedy"]["strict"] for seed in range(3) for line in
-              (lines(own_records / "rl" / f"seed-{seed}" / "eval.jsonl"))
-              if (line["checkpoint"], line["part"], line["benchmark"])
-              == ("last" if seed == 1 else "best", "test", "tiny_word")]
+    strict = [line["greedy"]["strict"] for seed in range(3) for line in (
+        lines(own_records / "rl" / f"seed-{seed}" / "eval.jsonl")) if (line["checkpoint"], line[
+            "part"], line["benchmark"]) == ("last" if seed == 1 else "best", "test", "tiny_word")]
     assert best().interval.mean == pytest.approx(np.mean(strict))
 
 
@@ -518,17 +500,13 @@ def test_the_probes_problems_are_counted(own_records):
     assert not lines_with(caption(experiment, "table2"), *facts)
 
 
-def test_numbers_as_text():
+def test_numbers_as_text(tmp_path):
     """Protects the byte-for-byte rebuild: noise in the last bit changes no digit; no -0."""
     assert number(43.125, 2) == number(43.125 - 7e-15, 2) == number(43.125 + 7e-15, 2)
     assert number(-0.001, 2) == "0.00" and number(-0.04, 1) == "0.0" and number(None) == ""
     assert percent(0.5) == "50.00"
     assert (plus(1.25), plus(-3.0), plus(0.0), plus(None)) == ("+1.2", "-3.0", "0.0", "–")
     assert tex("50 % of a_b & {c}") == r"50 \% of a\_b \& \{c\}"
-
-
-def test_files_are_written_whole_or_not_at_all(tmp_path):
-    """Protects earlier results from a failing write: no partial file is left."""
     target = tmp_path / "table2.csv"
     target.mkdir()
     with pytest.raises(UserError, match="table2.csv"):

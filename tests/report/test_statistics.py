@@ -6,14 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from hybridrl_lib.report.statistics import (
-    gap_interval,
-    group_signal,
-    holm,
-    mean_interval,
-    paired_difference,
-    pass_at_k,
-)
+from hybridrl_lib.report import statistics as stats
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(60)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
@@ -41,8 +34,7 @@ def draw(random, seeds, problems, center, seed_spread, hardness=None):
 
 def coverage(seeds, problems, center, seed_spread, interval, repeats=1000):
     """Fraction of simulated intervals (low, high) that contain the true mean."""
-    random = np.random.default_rng([seeds, problems, int(10 * abs(center)),
-                                    int(100 * seed_spread)])
+    random = np.random.default_rng([seeds, problems, int(10 * abs(center)), int(100 * seed_spread)])
     truth = true_mean(center, seed_spread)
     hits = 0
     for _ in range(repeats):
@@ -53,7 +45,7 @@ def coverage(seeds, problems, center, seed_spread, interval, repeats=1000):
 
 def crossed(scores):
     """The library's interval as a pair."""
-    result = mean_interval(scores)
+    result = stats.mean_interval(scores)
     return result.low, result.high
 
 
@@ -67,19 +59,19 @@ def test_pass_at_k_and_signal_equal_brute_force_over_subsets():
                 subsets = list(combinations(verdicts, k))
                 solved = sum(any(subset) for subset in subsets) / len(subsets)
                 mixed = sum(0 < sum(subset) < k for subset in subsets) / len(subsets)
-                if pass_at_k(samples, right, k) != pytest.approx(solved, abs=1e-12) or (
-                        group_signal(samples, right, k) != pytest.approx(mixed, abs=1e-12)):
+                if stats.pass_at_k(samples, right, k) != pytest.approx(solved, abs=1e-12) or (
+                        stats.group_signal(samples, right, k) != pytest.approx(mixed, abs=1e-12)):
                     wrong.append((samples, right, k))
     assert not wrong
     right = np.arange(17)
-    assert pass_at_k(16, right, 1) == pytest.approx(right / 16)
-    assert pass_at_k(16, 0, 8) == 0.0
-    assert np.all(pass_at_k(16, right[9:], 8) == 1.0)
-    assert 0.0 < pass_at_k(100_000, 1, 50_000) < 1.0
-    assert pass_at_k(16, np.zeros((2, 3), dtype=int), 4).shape == (2, 3)
+    assert stats.pass_at_k(16, right, 1) == pytest.approx(right / 16)
+    assert stats.pass_at_k(16, 0, 8) == 0.0
+    assert np.all(stats.pass_at_k(16, right[9:], 8) == 1.0)
+    assert 0.0 < stats.pass_at_k(100_000, 1, 50_000) < 1.0
+    assert stats.pass_at_k(16, np.zeros((2, 3), dtype=int), 4).shape == (2, 3)
     for samples, right, k in [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1)]:
         with pytest.raises(ValueError):
-            pass_at_k(samples, right, k)
+            stats.pass_at_k(samples, right, k)
 
 
 def test_the_interval_covers():
@@ -93,7 +85,7 @@ def test_the_interval_covers():
     assert not wrong
     random = np.random.default_rng(3)
     scores = draw(random, 1, 500, 0.5, 0.0)
-    result = mean_interval(scores[0])
+    result = stats.mean_interval(scores[0])
     error = scores.std(ddof=1) / np.sqrt(500)
     assert (result.seeds, result.problems) == (1, 500)
     assert result.high - result.low == pytest.approx(2 * 1.965 * error, rel=0.01)
@@ -121,7 +113,7 @@ def test_percentile_bootstrap_is_too_narrow():
         assert coverage(5, 500, 0.5, seed_spread, resampled, 500) < at_most, over
         assert 0.92 <= coverage(5, 500, 0.5, seed_spread, crossed, 500) <= 0.98, over
     def pooled(scores):
-        result = mean_interval(scores.reshape(1, -1))
+        result = stats.mean_interval(scores.reshape(1, -1))
         return result.low, result.high
 
     assert coverage(5, 500, 0.5, 0.3, pooled, 400) < 0.75
@@ -132,21 +124,21 @@ def test_degenerate_tables():
     quantile = 2.0096  # Student's, 49 degrees of freedom
     for share in (0.0, 1.0):
         for seeds in (1, 5):
-            result = mean_interval(np.full((seeds, 50), share))
+            result = stats.mean_interval(np.full((seeds, 50), share))
             assert result.mean == share
             assert 0.0 <= result.low <= share <= result.high <= 1.0
             assert result.high - result.low == pytest.approx(
                 quantile**2 / (50 + quantile**2), rel=1e-3)
     for scores in ([[0.3] * 40] * 3, [[1.0]], [[0.5], [0.5]]):
-        result = mean_interval(scores)
+        result = stats.mean_interval(scores)
         assert result.high - result.low > 0.05
     scores = draw(np.random.default_rng(1), 1, 200, 0.0, 0.0)
-    once, copies = mean_interval(scores), mean_interval(np.repeat(scores, 5, axis=0))
+    once, copies = stats.mean_interval(scores), stats.mean_interval(np.repeat(scores, 5, axis=0))
     assert (copies.low, copies.high) == pytest.approx((once.low, once.high))
 
 
 def test_paired_difference_covers_and_rejects_at_its_level():
-    """Protects intervals and p-values between setups: independent seeds, the same problems."""
+    """Intervals and p-values between setups (same problems), and of the gap (other problems)."""
     spread, repeats, wrong = 0.2, 600, []
     for one, other in ((5, 5), (5, 1), (3, 5)):
         random = np.random.default_rng([one, other])
@@ -157,41 +149,14 @@ def test_paired_difference_covers_and_rejects_at_its_level():
             hardness = random.normal(0.0, PROBLEM_SPREAD, (1, 192))
             first = draw(random, one, 192, 1.0, spread, hardness)
             second = draw(random, other, 192, 0.5, other_spread, hardness)
-            result = paired_difference(first, second)
+            result = stats.paired_difference(first, second)
             hits += result.low <= truth <= result.high
             assert (result.p_value < 0.05) == (not result.low <= 0.0 <= result.high)
             same = draw(random, other, 192, 1.0, other_spread, hardness)
-            rejected += paired_difference(first, same).p_value < 0.05 if other > 1 else 0
+            rejected += stats.paired_difference(first, same).p_value < 0.05 if other > 1 else 0
         if not 0.92 <= hits / repeats <= 0.98 or rejected / repeats > 0.08:
             wrong.append((one, other, hits / repeats, rejected / repeats))
     assert not wrong
-
-
-def test_pairing_narrows_and_swapping_flips():
-    """Shared difficulty cancels, order flips the sign, twins are narrow, equality is no proof."""
-    random = np.random.default_rng(8)
-    hardness = random.normal(0.0, 3.0, (1, 300))
-    first, second = (draw(random, 5, 300, center, 0.05, hardness) for center in (0.6, 0.2))
-    result, flipped = paired_difference(first, second), paired_difference(second, first)
-    shuffled = paired_difference(first, random.permuted(second, axis=1))
-    assert result.high - result.low < 0.7 * (shuffled.high - shuffled.low)
-    assert (flipped.mean, flipped.low) == pytest.approx((-result.mean, -result.high))
-    assert flipped.p_value == pytest.approx(result.p_value)
-    random = np.random.default_rng(5)
-    for _ in range(300):
-        hardness = random.uniform(0.05, 0.95, (1, 128))
-        first = random.binomial(16, np.repeat(hardness, 5, axis=0)) / 16
-        moved = first + random.choice([-1, 0, 1], first.shape, p=[0.02, 0.96, 0.02]) / 16
-        found = paired_difference(first, np.clip(moved, 0.0, 1.0))
-        assert -0.06 < found.low < found.high < 0.06
-    ones, zeros = np.ones((5, 60)), np.zeros((5, 60))
-    equal, opposite = paired_difference(ones, ones), paired_difference(ones, zeros)
-    assert equal.p_value == 1.0 and equal.low < 0.0 < equal.high
-    assert opposite.p_value < 1e-6 and opposite.low > 0.9 and opposite.high == 1.0
-
-
-def test_gap_covers():
-    """Protects the gap between training and test: other problems, the same seeds."""
     for seeds in (1, 5):
         random = np.random.default_rng(seeds)
         common, own = (0.3, 0.2) if seeds > 1 else (0.0, 0.0)
@@ -203,21 +168,44 @@ def test_gap_covers():
             train, test = (draw(random, seeds, problems, center, own,
                                 shift + random.normal(0.0, PROBLEM_SPREAD, (1, problems)))
                            for center, problems in ((1.5, 250), (0.5, 150)))
-            result = gap_interval(train, test)
+            result = stats.gap_interval(train, test)
             hits += result.low <= truth <= result.high
         assert 0.92 <= hits / 600 <= 0.98, seeds
 
 
+def test_pairing_narrows_and_swapping_flips():
+    """Shared difficulty cancels, order flips the sign, twins are narrow, equality is no proof."""
+    random = np.random.default_rng(8)
+    hardness = random.normal(0.0, 3.0, (1, 300))
+    first, second = (draw(random, 5, 300, center, 0.05, hardness) for center in (0.6, 0.2))
+    result, flipped = stats.paired_difference(first, second), stats.paired_difference(second, first)
+    shuffled = stats.paired_difference(first, random.permuted(second, axis=1))
+    assert result.high - result.low < 0.7 * (shuffled.high - shuffled.low)
+    assert (flipped.mean, flipped.low) == pytest.approx((-result.mean, -result.high))
+    assert flipped.p_value == pytest.approx(result.p_value)
+    random = np.random.default_rng(5)
+    for _ in range(300):
+        hardness = random.uniform(0.05, 0.95, (1, 128))
+        first = random.binomial(16, np.repeat(hardness, 5, axis=0)) / 16
+        moved = first + random.choice([-1, 0, 1], first.shape, p=[0.02, 0.96, 0.02]) / 16
+        found = stats.paired_difference(first, np.clip(moved, 0.0, 1.0))
+        assert -0.06 < found.low < found.high < 0.06
+    ones, zeros = np.ones((5, 60)), np.zeros((5, 60))
+    equal, opposite = stats.paired_difference(ones, ones), stats.paired_difference(ones, zeros)
+    assert equal.p_value == 1.0 and equal.low < 0.0 < equal.high
+    assert opposite.p_value < 1e-6 and opposite.low > 0.9 and opposite.high == 1.0
+
+
 def test_holm_on_a_worked_example():
     """Holm's step-down rule, and tables that are refused: percent, NaN, empty, other problems."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.6]) == [1.0, 1.0]
-    assert holm([0.02]) == [0.02]
-    assert holm([]) == []
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.6]) == [1.0, 1.0]
+    assert stats.holm([0.02]) == [0.02]
+    assert stats.holm([]) == []
     for scores in ([[50.0, 60.0]], [[0.5, float("nan")]], [[]]):
         with pytest.raises(ValueError):
-            mean_interval(scores)
+            stats.mean_interval(scores)
     with pytest.raises(ValueError):
-        paired_difference([[0.0, 1.0]], [[0.0, 1.0, 1.0]])
+        stats.paired_difference([[0.0, 1.0]], [[0.0, 1.0, 1.0]])
     with pytest.raises(ValueError):
-        gap_interval(np.ones((2, 3)), np.ones((3, 3)))
+        stats.gap_interval(np.ones((2, 3)), np.ones((3, 3)))

@@ -66,13 +66,12 @@ def test_equations_are_read_and_judged():
     assert not wrong
 
 
-UNJUDGED = [
-    "", "no equation at all", "x + 3 = 7", "3x = 12", "2 x = 12", "7 = 5 + x", "f(2) = 9 - 3",
-    "5 + 3 <= 9", "5 + 3 != 9", "5 + 3 >= 9", "a = 5", "5 = 5", "4 = 5", "total = 9",
-    "17 mod 5 = 2", "twice 24 + 2 = 100", "shared by 5 friends = 250 / 5", "the sum of 3 and 4 = 7",
-    r"\sqrt{2} + 1 = 5", "5! + 1 = 3", "sin(0) + 1 = 9", "6:00 + 2 = 8:00", "3 + = 4", "1/0 = 5",
-    "2 + 2 = x", "2 + 2 = 4 - y", "= 8", "8 =", "2^99999999 = 5",
-]
+UNJUDGED = ["", "no equation at all", "x + 3 = 7", "3x = 12", "2 x = 12", "7 = 5 + x",
+            "f(2) = 9 - 3", "5 + 3 <= 9", "5 + 3 != 9", "5 + 3 >= 9", "a = 5", "5 = 5", "4 = 5",
+            "total = 9", "17 mod 5 = 2", "twice 24 + 2 = 100", "shared by 5 friends = 250 / 5",
+            "the sum of 3 and 4 = 7", r"\sqrt{2} + 1 = 5", "5! + 1 = 3", "sin(0) + 1 = 9",
+            "6:00 + 2 = 8:00", "3 + = 4", "1/0 = 5", "2 + 2 = x", "2 + 2 = 4 - y", "= 8", "8 =",
+            "2^99999999 = 5"]
 
 
 def test_what_cannot_be_judged_is_neither_true_nor_false():
@@ -148,9 +147,8 @@ def test_a_hostile_text_costs_little():
 def test_the_reward_of_a_run(make_trainer, monkeypatch):
     """The verdicts still judge the answer only; the reward that gives advantages is stricter."""
     texts = []
-    monkeypatch.setattr("hybridrl_lib.learning.judging.steps_hold",
-                        lambda text, solution, answer: (
-                            texts.append((text, solution, answer)) or len(texts) % 4 == 1))
+    monkeypatch.setattr("hybridrl_lib.learning.judging.steps_hold", lambda text, solution,
+                        answer: (texts.append((text, solution, answer)) or len(texts) % 4 == 1))
     trainer = make_trainer("rl", "rl.reward=answer_and_steps", verifier=Fixed([1, 1, 1, 0]))
     trainer.train()
     row = trainer.folder.lines("metrics.jsonl")[0]

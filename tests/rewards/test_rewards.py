@@ -76,9 +76,8 @@ def test_labeled_pairs(verifier):
         None, *(("right",) if row[2] else ("wrong", "unparsable")))], "certain or silent"
     for gold in ODD_GOLDS:
         check_gold(gold, "p")
-    wrong = [gold for gold in ODD_GOLDS if not (
-        verdict(verifier, gold, rf"\boxed{{{gold}}}").strict
-        and verifier.can_parse(canonical(gold)))]
+    wrong = [gold for gold in ODD_GOLDS if not (verdict(verifier, gold, rf"\boxed{{{gold}}}").strict
+                                                and verifier.can_parse(canonical(gold)))]
     assert not wrong
 
 
@@ -110,34 +109,16 @@ def test_bad_gold_names_the_problem(verifier):
 
 def test_extract_boxes():
     """The boxes a reader sees; the lenient rule: the last box, else ####, else the last number."""
-    rows = {
-        r"a \boxed{5} b \boxed{\frac{1}{2}}": ["5", r"\frac{1}{2}"],
-        r"\boxed { 5 }": ["5"],
-        r"\fbox{5}": ["5"],
-        r"\boxed{\{1,2\}}": [r"\{1,2\}"],
-        r"\boxed{\boxed{5}}": [r"\boxed{5}"],
-        r"stray } and { \boxed{5}": ["5"],
-        r"\boxed{": [],
-        r"\boxed{ then \boxed{5}": ["5"],
-        "no box": [],
-        r"\boxed{}": [""],
-    }
+    rows = {r"a \boxed{5} b \boxed{\frac{1}{2}}": ["5", r"\frac{1}{2}"], r"\boxed { 5 }": ["5"],
+            r"\fbox{5}": ["5"], r"\boxed{\{1,2\}}": [r"\{1,2\}"],
+            r"\boxed{\boxed{5}}": [r"\boxed{5}"], r"stray } and { \boxed{5}": ["5"], r"\boxed{": [],
+            r"\boxed{ then \boxed{5}": ["5"], "no box": [], r"\boxed{}": [""]}
     assert {text: extract_boxes(text) for text in rows} == rows
-    rows = {
-        r"\boxed{3} #### 4": "3",
-        r"\boxed{3} \boxed{4} 5": "4",
-        "3 + 4 = 7\n#### 7": "7",
-        "#### 7\nThat is 8.": "7",
-        "#### 1,080 dollars": "1,080 dollars",
-        "it costs $1,080.50.": "1,080.50",
-        "it falls to -3": "-3",
-        "10-3": "3",
-        "about 3/4": "3/4",
-        r"so $\frac{3}{4}$": r"\frac{3}{4}",
-        "1 1/2": "1 1/2",
-        "x2 is 50%": "50%",
-        "nothing": None,
-    }
+    rows = {r"\boxed{3} #### 4": "3", r"\boxed{3} \boxed{4} 5": "4", "3 + 4 = 7\n#### 7": "7",
+            "#### 7\nThat is 8.": "7", "#### 1,080 dollars": "1,080 dollars",
+            "it costs $1,080.50.": "1,080.50", "it falls to -3": "-3", "10-3": "3",
+            "about 3/4": "3/4", r"so $\frac{3}{4}$": r"\frac{3}{4}", "1 1/2": "1 1/2",
+            "x2 is 50%": "50%", "nothing": None}
     assert {text: extract_lenient(text) for text in rows} == rows
 
 

@@ -34,8 +34,7 @@ class Loader:
     """A process that loads models by name from the stand-in, with its own cache."""
 
     def __init__(self, hub: Hub, home: Path, **variables: str):
-        environment = {key: value for key, value in os.environ.items()
-                       if not key.startswith("HF_")}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         self.home = home
         self.process = subprocess.Popen(
             [sys.executable, "-c", LOADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -125,19 +124,14 @@ def test_a_lost_connection_is_retried(hub, loader, good, model_folders):
 
 
 @pytest.mark.slow
-def test_a_silent_connection_times_out(hub, good, tmp_path):
-    """Protects against waiting forever: after a time-out it is tried again, then an error."""
+def test_a_silent_connection_times_out(hub, good, tmp_path, model_folders):
+    """A silent hub is an error; what a killed process left is never used as a whole model."""
     hub.fault = "stall"
     loader = Loader(hub, tmp_path / "silent", HF_HUB_DOWNLOAD_TIMEOUT="1")
     try:
         assert good in loader.refused(good)
     finally:
         loader.kill()
-
-
-@pytest.mark.slow
-def test_a_download_of_a_killed_process_is_started_again(hub, good, tmp_path, model_folders):
-    """What a killed process left is never used as a whole model."""
     hub.fault = "stall"
     first = Loader(hub, tmp_path / "home")
     first.ask(good)
@@ -169,8 +163,8 @@ def test_without_a_hub_its_cache_is_used(hub, loader, good, tmp_path, model_fold
     assert len(hub.requests) == before
 
 
-def test_what_the_hub_refuses_is_one_sentence(hub, loader, good):
-    """Gated, missing, and misspelled models have different advice."""
+def test_what_the_hub_refuses_is_one_sentence(hub, loader, good, model_folders, tmp_path):
+    """Gated, missing, misspelled, and other architectures are refused before weights come."""
     hub.gated.add(good)
     gated = loader.refused(good)
     assert good in gated and "hf auth login" in gated and "HF_TOKEN" in gated
@@ -178,11 +172,6 @@ def test_what_the_hub_refuses_is_one_sentence(hub, loader, good):
     missing = loader.refused("nobody/nothing")
     assert "nobody/nothing" in missing and "model.path" in missing
     assert "owner/name" in loader.refused("no such/folder/of mine")
-
-
-def test_a_wrong_architecture_is_refused_before_its_weights_are_downloaded(
-        hub, loader, good, model_folders, tmp_path):
-    """Before gigabytes were downloaded, and before transformers invents an output layer."""
     for number, (words, config) in enumerate({
             "'Qwen2ForTokenClassification'": {"architectures": ["Qwen2ForTokenClassification"]},
             "'BertForMaskedLM'": {"model_type": "bert", "architectures": ["BertForMaskedLM"]},

@@ -79,12 +79,16 @@ def test_the_payloads_work(tmp_path):
 
 
 def test_pickled_weights_are_refused(new_folder, trace):
-    """A pickle can run any code: a folder with nothing else is refused, whatever its name."""
+    """Folders that have only pickles, and configs that name the hub's code, are refused."""
     for name in ("pytorch_model.bin", "model.pkl", "model.pt", "model.ckpt"):
         folder = new_folder()
         (folder / "model.safetensors").unlink()
         torch.save(Pickled(trace), folder / name)
         assert "safetensors" in sentence_of(folder), name
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        folder = new_folder()
+        change(folder / "config.json", text_config={key: "kernels-community/mine"})
+        assert "kernels-community/mine" in sentence_of(folder), key
 
 
 def test_pickles_next_to_safetensors_are_not_opened(folder, trace, tmp_path):
@@ -147,14 +151,6 @@ def test_chat_templates_stay_in_their_sandbox(folder, trace):
             assert "chat template" in sentence_of(folder), kind
         else:  # Jinja replaced what it refused by nothing
             assert "class" not in policy.tokenizer.decode(policy.encode_prompt("1 + 1")), kind
-
-
-def test_kernels_of_a_config_are_not_fetched(new_folder):
-    """A config may name code on the hub, which trust_remote_code=False does not block."""
-    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-        folder = new_folder()
-        change(folder / "config.json", text_config={key: "kernels-community/mine"})
-        assert "kernels-community/mine" in sentence_of(folder), key
 
 
 def test_broken_files_of_a_model(folder):
@@ -226,29 +222,21 @@ def forge(trainer, name: str, write) -> Path:
     return checkpoint
 
 
-def test_a_pickle_in_a_checkpoint_is_not_run(make_trainer, trace):
-    """optimizer.pt has torch's format, which is a pickle: it is read as tensors only."""
-    trainer = make_trainer("sft", "training.checkpoint_every=2")
-    trainer.train()
-    forge(trainer, "optimizer.pt", lambda path: torch.save(Pickled(trace), path))
-    with pytest.raises(UserError, match="optimizer.pt") as caught:
-        make_trainer("sft", "training.checkpoint_every=2").train()
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_forged_checkpoint(make_trainer):
-    """A checkpoint with correct checksums that cannot be read is named."""
+def test_forged_checkpoint(make_trainer, trace, tmp_path):
+    """A pickle in a checkpoint is not run; what cannot be read is named, checksums or not."""
     trainer = make_trainer("sft", "training.checkpoint_every=2")
     trainer.train()
     _, checkpoint = trainer.checkpoints.found()[0]
+    torch.save(Pickled(trace), tmp_path / "pickle")
     for name in ("optimizer.pt", "state.json", "weights.safetensors"):
         before = (checkpoint / name).read_bytes()
-        for content in (b"", b"{}", b"\x80\x04]"):
+        for content in ((tmp_path / "pickle").read_bytes(), b"", b"{}", b"\x80\x04]"):
             forge(trainer, name, lambda path, content=content: path.write_bytes(content))
-            with pytest.raises(UserError, match=checkpoint.name):
+            with pytest.raises(UserError, match=checkpoint.name) as caught:
                 make_trainer("sft", "training.checkpoint_every=2").train()
                 pytest.fail(f"{name} with {content} was read")
+            assert "\n" not in str(caught.value) and name in str(caught.value)
         forge(trainer, name, lambda path, before=before: path.write_bytes(before))
     again = make_trainer("sft", "training.checkpoint_every=2")
     again.train()

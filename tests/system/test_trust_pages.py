@@ -78,11 +78,10 @@ def make_hostile(folder: Path) -> Path:
             {"step": TEXT, "id": TEXT, "prompt": TEXT, "completion": TEXT, "gold": TEXT,
              "reward": 0.0, "finished": False}) + "\n")
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest |= {"git_commit": TEXT, "device": TEXT, "precision": TEXT,
-                     "numerics_version": TEXT, "versions": {TEXT: TEXT},
-                     "model": {"name": TEXT, "parameters": TEXT, "sha256": TEXT},
-                     "data": {TEXT: {"revision": TEXT, "problems": {TEXT: TEXT}}},
-                     "tokens": {TEXT: 3}}
+        manifest |= {
+            "git_commit": TEXT, "device": TEXT, "precision": TEXT, "numerics_version": TEXT,
+            "versions": {TEXT: TEXT}, "model": {"name": TEXT, "parameters": TEXT, "sha256": TEXT},
+            "data": {TEXT: {"revision": TEXT, "problems": {TEXT: TEXT}}}, "tokens": {TEXT: 3}}
         (path / "manifest.json").write_text(json.dumps(manifest))
         config = json.loads((path / "config.json").read_text())
         config["preset"] = config["experiment"] = TEXT
@@ -180,9 +179,8 @@ def collect_outputs(hostile: Path, report: Path) -> list:
         for name in ("table2.csv", "differences.csv"):
             lines = (report / name).read_text().splitlines()
             text = html.unescape(TEXT).replace('"', "'").replace("\ud800", "")
-            (report.parent / NAME / name).write_text("\n".join(
-                [lines[0], *(f'{line},"{text}"'.replace("tiny_word", f'"tiny{text}"')
-                             for line in lines[1:])]))
+            (report.parent / NAME / name).write_text("\n".join([lines[0], *(
+                f'{line},"{text}"'.replace("tiny_word", f'"tiny{text}"') for line in lines[1:])]))
         findings.show_findings("rl", NAME)
         findings.show_claims(report.parent / NAME)
         (report / f"{NAME}.txt").write_text("")
@@ -192,9 +190,8 @@ def collect_outputs(hostile: Path, report: Path) -> list:
         view.on_sample({"step": TEXT, "prompt": TEXT, "completion": TEXT, "gold": TEXT,
                         "reward": 0.5})
         view.on_warning(TEXT, TEXT)
-        view.on_step({"step": 1, "stage": TEXT, "warnings": [TEXT], "epoch": 0.5,
-                      "reward": 0.2, "entropy": 0.1, "frac_reward_zero_std": 0.5,
-                      "grad_norm": 1.0}, total=1)
+        view.on_step({"step": 1, "stage": TEXT, "warnings": [TEXT], "epoch": 0.5, "reward": 0.2,
+                      "entropy": 0.1, "frac_reward_zero_std": 0.5, "grad_norm": 1.0}, total=1)
     # Plain text is the page's to escape; a lone surrogate would not reach it as a message.
     text = "".join(printed).replace("\ud800", "")
     outputs.append(nbformat.v4.new_output("stream", name="stdout", text=text))
@@ -242,8 +239,8 @@ def test_files_of_the_report_hold_text_only(report, tmp_path):
         assert "<script" not in text and "onerror" not in text and "javascript" not in text
 
 
-def test_runs_with_hostile_names_are_left_out_and_named(hostile, tmp_path):
-    """One bad folder does not hide the other runs, and is named."""
+def test_runs_with_hostile_names_are_left_out_and_named(hostile, tmp_path, capsys):
+    """One bad folder hides no other run and is named; a terminal gets no control characters."""
     experiment = load_experiment(hostile)
     assert experiment.setups == ("base", "sft", "rl")
     assert {(run.setup, run.seed) for run in experiment.runs if run.setup == "rl"} == {
@@ -252,10 +249,6 @@ def test_runs_with_hostile_names_are_left_out_and_named(hostile, tmp_path):
     assert not Tags("".join(experiment.notes) + experiment.name).found
     with pytest.raises(UserError):
         tables.show_table(tmp_path / f"{NAME}.md")
-
-
-def test_terminal_gets_no_control_characters(hostile, tmp_path, capsys):
-    """A name could move the cursor, set the window's title, or hide what is written."""
     assert main(["report", str(hostile), "--out", str(tmp_path)]) == 0
     assert main(["report", str(hostile / "absent\x1b]0;title\x07")]) == 1
     assert main(["run", "sft", "--experiment", "a\x1b[2Jb"]) == 1
@@ -267,8 +260,7 @@ def test_terminal_gets_no_control_characters(hostile, tmp_path, capsys):
 
 def test_titles_of_setups_are_plain():
     """Titles of setups and what runs record of themselves are shown unchanged."""
-    wrong = [setup.name for setup in SETUPS.values()
-             if literal(setup.title) != setup.title
+    wrong = [setup.name for setup in SETUPS.values() if literal(setup.title) != setup.title
              or code_span(setup.name) != f"`{setup.name}`"]
     assert not wrong
     for text in ("Qwen/Qwen2.5-0.5B, 494,032,768 parameters, sha256 0123", "(10, 20)", "+6.7 − 1",
@@ -303,24 +295,16 @@ def verdict(dom: str) -> str:
     return dom.split("<title>pwned=")[1].split("<")[0]
 
 
-def test_the_spy_sees_an_attack(tmp_path):
-    """Without this, the tests below could pass because nothing is ever noticed."""
+def test_pages_in_a_browser(tmp_path, page, report):
+    """Nothing runs in nbconvert's HTML or in the report's Markdown, though the spy sees attacks."""
     for number, attack in enumerate((TEXT.replace("\ud800", ""), OPEN_LINK)):
         (tmp_path / "bad.html").write_text(f"<title>page</title><body>{attack}</body>")
         folder = tmp_path / str(number)
         folder.mkdir()
         assert verdict(opened(tmp_path / "bad.html", folder)) != "no"
-
-
-def test_a_notebook_of_every_view_in_a_browser(page, tmp_path):
-    """nbconvert's HTML of an executed notebook, as people publish it."""
     dom = opened(page, tmp_path)
     assert verdict(dom) == "no"
     assert "window.pwned = 'script'" in html.unescape(dom), "and the text itself is shown"
-
-
-def test_the_report_in_a_browser(report, tmp_path):
-    """report.md and its tables in a Markdown reader that allows HTML."""
     mistune = pytest.importorskip("mistune")
     read = mistune.create_markdown(escape=False, plugins=["table"])
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(report.glob("*.md")))

@@ -62,11 +62,10 @@ def written(tmp_path_factory, model_folders):
     shutil.copytree(model_folders["qwen2"], home / "models" / "small")
     done = subprocess.run(
         [sys.executable, "-m", "hybridrl_lib.cli", "reproduce", "--setups", "sft", "--set",
-         f"model.path={home / 'models' / 'small'}"],
-        cwd=checkout, capture_output=True, text=True, check=False, env={
-            **os.environ, **dict.fromkeys(KEYS, SECRET), "HOME": str(home), "USER": PERSON,
-            "LOGNAME": PERSON, "HOSTNAME": PERSON, "PYTHONPATH": str(checkout),
-            "HYBRIDRL_SMOKE": "1", "HYBRIDRL_RESULTS_DIR": str(home / "results")})
+         f"model.path={home / 'models' / 'small'}"], cwd=checkout, capture_output=True, text=True,
+        check=False, env={**os.environ, **dict.fromkeys(KEYS, SECRET), "HOME": str(
+            home), "USER": PERSON, "LOGNAME": PERSON, "HOSTNAME": PERSON, "PYTHONPATH": str(
+                checkout), "HYBRIDRL_SMOKE": "1", "HYBRIDRL_RESULTS_DIR": str(home / "results")})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return home / "results"
 
@@ -114,12 +113,11 @@ def test_a_saved_model_does_not_say_where_its_base_was(tmp_path, monkeypatch, mo
 
 
 def test_logs_and_notebooks_of_a_failure_do_not_name_the_home_folder(tmp_path, monkeypatch):
-    """A traceback names files: in the log, in the notebook, and in the reason that is printed."""
+    """A traceback names files: in logs, notebooks, and reasons, after a failure or Ctrl-C."""
     home = tmp_path / PERSON
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
-    code = (f"print('loading', {str(home / 'a')!r})\n"
-            "import json, sys\n"
+    code = (f"print('loading', {str(home / 'a')!r})\nimport json, sys\n"
             "error = {'output_type': 'error', 'ename': 'OSError', 'evalue': 'no ' + sys.argv[1]}\n"
             "json.dump({'cells': [{'outputs': [error]}]}, open('out.ipynb', 'w'))\n"
             "raise OSError(sys.argv[1])")
@@ -131,16 +129,9 @@ def test_logs_and_notebooks_of_a_failure_do_not_name_the_home_folder(tmp_path, m
     texts = [job.log.read_text(), job.output.read_text(), *lines]
     assert "Traceback" in texts[0] and "loading ~/a" in texts[0]
     assert not [text for text in texts if PERSON in text]
-
-
-def test_a_stopped_notebook_does_not_name_the_home_folder(tmp_path, monkeypatch):
-    """Ctrl-C leaves the logs of the jobs that were running."""
-    home = tmp_path / PERSON
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
     job = Job(name="long", command=(sys.executable, "-uc", (
         f"import time; print({str(home / 'a')!r}); time.sleep(600)")), folder=tmp_path,
-        output=tmp_path / "out.ipynb", log=tmp_path / "out.log", weight=1.0)
+        output=tmp_path / "long.ipynb", log=tmp_path / "long.log", weight=1.0)
     start = start_here(0)
 
     def stop_once_it_has_printed(*arguments):

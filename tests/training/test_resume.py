@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from small_training import SMALL, Coin
 
+from hybridrl_lib.experiments import run as run_module
 from hybridrl_lib.experiments.run import run
 from hybridrl_lib.records.run_folder import RunFolder
 from hybridrl_lib.system.errors import UserError, show_in_one_sentence
@@ -25,7 +25,6 @@ from hybridrl_lib.training import measuring
 from hybridrl_lib.training.checkpoints import Checkpoints
 from hybridrl_lib.training.observer import Observer
 
-run_module = sys.modules["hybridrl_lib.experiments.run"]  # the package has a function of that name
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl", "eval.jsonl")
 BOTH = "sft_then_rl_entropy"  # both stages, with every term of the loss
 # Ten steps, one per epoch; probes, samples, and checkpoints are at different steps.

@@ -30,7 +30,7 @@ from textbook import (
     problems_of,
 )
 
-from hybridrl_lib.learning.progress import Weights
+from hybridrl_lib.learning.progress import Progress, Weights
 from hybridrl_lib.methods.method import Method
 from hybridrl_lib.problems.problem import Problem
 from hybridrl_lib.system.errors import UserError
@@ -454,6 +454,20 @@ def test_the_best_weights_are_those_of_the_best_validation(make_trainer, monkeyp
     assert torch.equal(flat(trainer), flat(seen.weights[2]))
     trainer.load_weights(last)
     assert torch.equal(flat(trainer), flat(last))
+
+
+def test_random_numbers_of_a_step_come_from_seed_purpose_and_step(make_trainer):
+    """Draws, dynamic sampling, and prefixes: equal in a repeated run and in every process, and
+    different for another seed, another purpose, and another step."""
+    stage = make_trainer("rl").method.stages[0]
+
+    def draw(seed, purpose, taken):
+        return Progress(stage, 0, 10, taken=taken, seed=seed).random(purpose).random()
+
+    cases = [(seed, purpose, taken) for seed in (0, 1) for purpose in ("one", "other")
+             for taken in (0, 1)]
+    assert [draw(*case) for case in cases] == [draw(*case) for case in cases]
+    assert len({draw(*case) for case in cases}) == len(cases)
 
 
 # Both weights at once -----------------------------------------------------------------------------
