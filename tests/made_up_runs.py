@@ -1,6 +1,7 @@
 """Made-up records in place of training, for the commands that start `hybridrl run`."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from synthetic_records import build_experiment
 
@@ -10,23 +11,10 @@ from hybridrl_lib.records.folders import experiment_folder
 from hybridrl_lib.records.run_folder import NUMERICS_VERSION, RunFolder, run_folder
 
 
-@dataclass
-class Ended:
+def ended(code: int) -> SimpleNamespace:
     """A process that has already ended."""
-
-    returncode: int
-
-    def poll(self) -> int:
-        return self.returncode
-
-    def wait(self) -> int:
-        return self.returncode
-
-    def interrupt(self) -> None:
-        """Nothing is left to stop."""
-
-    def end(self) -> None:
-        """Nothing is left to kill."""
+    return SimpleNamespace(returncode=code, poll=lambda: code, wait=lambda: code,
+                           interrupt=lambda: None, end=lambda: None)
 
 
 @dataclass
@@ -36,15 +24,15 @@ class MadeUp:
     commands: list[tuple[str, ...]] = field(default_factory=list)
     fails: dict[str, str] = field(default_factory=dict)
 
-    def start(self, job: Job, environment: dict[str, str], slot: int) -> Ended:
+    def start(self, job: Job, environment: dict[str, str], slot: int) -> SimpleNamespace:
         """Stands in for the process of a job."""
         words = job.command[job.command.index("hybridrl_lib.cli") + 1:]
         self.commands.append(words)
         job.log.write_text(self.fails.get(job.name, ""), encoding="utf-8")
         if job.name in self.fails:
-            return Ended(1)
+            return ended(1)
         make_up(words)
-        return Ended(0)
+        return ended(0)
 
 
 def make_up_runs(monkeypatch) -> MadeUp:

@@ -75,8 +75,9 @@ def answers(checkpoint: str, part: str, benchmark: str, logits: np.ndarray, samp
                            "tokens": int(random.integers(12, 40)), "finished": True}}
         if samples:
             right = random.random(samples) < chance
-            line["samples"] = {"strict": right.astype(int).tolist(), "lenient": (
-                right | (random.random(samples) < 0.05)).astype(int) .tolist(),
+            line["samples"] = {"strict": right.astype(int).tolist(),
+                               "lenient": (right | (random.random(samples) < 0.05)).astype(int)
+                               .tolist(),
                                "tokens": random.integers(12, 40, samples).tolist()}
         lines.append(line)
     return lines
@@ -134,14 +135,15 @@ def probe_line(step: int, stage: str, epoch: float, level: float, chaos: float, 
 def manifest(setup: str, random: np.random.Generator) -> dict[str, Any]:
     """A finished run's manifest."""
     seconds = 30.0 + 20.0 * len(SETUPS[setup].stages) + float(random.random())
-    return {
-        "git_commit": "0123456789abcdef0123456789abcdef01234567", "git_dirty": False,
-        "numerics_version": 1, "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "device": "cpu", "precision": "fp32", "model": {
-            "name": "tiny", "parameters": 800_000, "sha256": "ab" * 32}, "data": {"tiny_word": {
-                "revision": "tiny-v1", "problems": {"train": 252, "validation": 28, "test": 192}}},
-        "seconds/wall": seconds, "seconds/device": seconds * 0.9, "tokens": {
-            "demonstrations": 100_000, "rollouts": 200_000}, "resumed_from": [], "complete": True}
+    return {"git_commit": "0123456789abcdef0123456789abcdef01234567", "git_dirty": False,
+            "numerics_version": 1, "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+            "device": "cpu", "precision": "fp32",
+            "model": {"name": "tiny", "parameters": 800_000, "sha256": "ab" * 32},
+            "data": {"tiny_word": {"revision": "tiny-v1",
+                                   "problems": {"train": 252, "validation": 28, "test": 192}}},
+            "seconds/wall": seconds, "seconds/device": seconds * 0.9,
+            "tokens": {"demonstrations": 100_000, "rollouts": 200_000}, "resumed_from": [],
+            "complete": True}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def test_models_that_cannot_be_read(refused, tmp_path, model_folders):
     shutil.copytree(model_folders["qwen2"], tmp_path / "model",
                     ignore=shutil.ignore_patterns("tokenizer*"))
     assert "tokenizer" in refused(["run", "sft", "--set", f"model.path={tmp_path / 'model'}"])
-    shutil.copytree(model_folders["qwen2"], tmp_path / "model")
+    shutil.copytree(model_folders["qwen2"], tmp_path / "model", dirs_exist_ok=True)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     assert lines_with(refused(["run", "sft", "--set", f"model.path={tmp_path / 'model'}"]), "model")

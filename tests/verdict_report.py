@@ -21,8 +21,6 @@ DATA = Path(__file__).parent / "data"
 CORPUS, PAGE = DATA / "verdicts.jsonl", DATA / "verdicts.md"
 SECONDS_AN_ANSWER = 10.0
 MEMORY_BYTES = 2 << 30
-
-
 INTRODUCTION = r"""# Agreement of the verifier with labels given by hand
 
 Made by `python tests/verdict_report.py --write` from `verdicts.jsonl`; a test computes it again.

@@ -116,7 +116,7 @@ def draw_live(metrics: Rows, probe: Rows) -> Figure:
     finish(panels[2], "KL to the base model", floor=True)
     _steps(panels[3], metrics, "completions/mean_length", "each step")
     _probe(panels[3], probe, "completions/mean_length", "probe")
-    finish(panels[3], "tokens an answer")
+    finish(panels[3], "tokens per answer")
     mark_stages(panels, metrics)
     _legend(figure, panels)
     return figure

@@ -38,8 +38,6 @@ MODEL_DEPENDENT = {
     "sft.learning_rate", "sft.gamma", "rl.prompts_per_step", "rl.group_size", "rl.learning_rate",
     "rl.gamma", "rl.beta", "rl.max_new_tokens", "evaluation.samples", "evaluation.train_samples",
     "evaluation.max_new_tokens", "evaluation.batch_size", "probe.every", "probe.prompts"}
-
-
 # Their defaults were chosen for the tiny world: a real model needs its own value of each.
 OF_A_REAL_MODEL = {"training.betas", "training.weight_decay", "training.gradient_clip",
                    "training.final_learning_rate_fraction", "rl.updates_per_rollout",
@@ -107,8 +105,9 @@ def test_every_preset_states_what_depends_on_the_model():
 def test_every_preset_value_has_its_reason():
     """Presets hold data only, no key twice, and a reason for every value."""
     paths = sorted(PRESET_FOLDER.glob("*.yaml"))
-    bare = [(path.name, line) for path in paths for line in path.read_text(
-        encoding="utf-8").splitlines() if line.startswith("  ") and "#" not in line]
+    bare = [(path.name, line) for path in paths
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.startswith("  ") and "#" not in line]
     assert not bare
     assert {path.stem for path in paths} == {*preset_names(), "smoke"}
     class Strict(yaml.SafeLoader):

@@ -205,8 +205,9 @@ def test_a_job_that_the_cluster_lost_has_failed(tmp_path, monkeypatch):
     def lost(task):
         raise RuntimeError("the node died")
 
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(wait=lambda tasks, timeout: (
-        tasks, []), get=lost, exceptions=SimpleNamespace(TaskCancelledError=KeyError)))
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(
+        wait=lambda tasks, timeout: (tasks, []), get=lost,
+        exceptions=SimpleNamespace(TaskCancelledError=KeyError)))
     log = tmp_path / "job.log"
     process = cluster.RemoteProcess(log, "task")
     assert process.poll() == 1 and "the node died" in log.read_text()

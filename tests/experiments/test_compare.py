@@ -71,8 +71,9 @@ def test_every_arm_is_tuned_on_the_same_grid(started, results):
     assert asked == {(arm, f"cmp-tuning-{factor}", str(seed)) for arm in ("rl", BASELINE)
                      for factor in ("0.5", "1", "2") for seed in (1000, 1001)}
     final = [c for c in started.commands if c not in tuning]
-    assert sorted((c[1], c[4], c[5]) for c in final) == sorted([("base", "--seed", "0"), *(
-        (arm, "--seed", str(seed)) for arm in ("rl", BASELINE) for seed in (0, 1))])
+    assert sorted((c[1], c[4], c[5]) for c in final) == sorted(
+        [("base", "--seed", "0"), *((arm, "--seed", str(seed)) for arm in ("rl", BASELINE)
+                                    for seed in (0, 1))])
     assert all(("rl.learning_rate=0.0003" in c) == (c[1] == "rl") for c in final)
     rows = table((results / "cmp" / "tuning.csv").read_text())
     assert len(rows) == 12
@@ -237,8 +238,9 @@ def test_an_arm_keeps_what_defines_it(started, results):
         (sentence,) = kept_settings(plan_of(methods=["rl", method], settings=(setting,)))
         assert sentence in lines and lines_with(sentence, keeps)
         assert setting.partition("=")[0] in sentence
-        assert all((setting in command) == (command[1] != keeps and (setting.partition(".")[
-            0] not in METHODS or command[1] == takes)) for command in started.commands)
+        assert all((setting in command) == (command[1] != keeps and (
+            setting.partition(".")[0] not in METHODS or command[1] == takes))
+            for command in started.commands)
         assert {keeps, takes} <= {command[1] for command in started.commands}
 
 
@@ -310,8 +312,24 @@ def test_differences_and_holm_are_those_of_the_formulas(experiment):
     assert row[-1] == TIE
 
 
-def test_settings_of_all_runs_that_differ_from_the_preset_are_listed(experiment):
-    """Protects the reader from taking a shorter comparison for the preset's own budget."""
+def test_a_setting_that_some_arm_defines_is_listed_for_the_others(experiment):
+    """LUFFY has beta = 0 and DeepSeekMath one update whatever is asked for."""
+    for settings, facts in ((["rl.beta=0"], ["rl.beta=0", "0.02"]),
+                            (["rl.updates_per_rollout=1"], ["rl.updates_per_rollout=1", 2]),
+                            (["relift.batch_size=4"], ["relift.batch_size=4", 16]), ([], [])):
+        runs = []
+        for name in ("base", "rl", BASELINE, "luffy", "deepseekmath", "relift"):
+            own = plans.own_settings(SETUPS[name], settings)
+            config = {"preset": "tiny", "settings": settings_to_dict(load_settings(
+                "tiny", [*own, *([] if name != "rl" else ["rl.learning_rate=1"])], smoke=False,
+                setup=SETUPS[name]))}
+            runs.append(Run(name, 0, config, {}, [], [], {}))
+        said = changes_of(runs, tuned=True)
+        assert len(said) == bool(facts) and (not facts or lines_with(said[0], *facts))
+        for run in runs:
+            run.config["settings"]["rl"]["learning_rate"] = 0.5
+        assert changes_of(runs, tuned=True) == said, "the rates of a comparison have a table"
+        assert len(changes_of(runs)) == len(said) + 1
     for run in experiment.runs:
         rate = [f"rl.learning_rate={1e-5 if run.setup == 'rl' else 2e-5}"]
         settings = load_settings("tiny", ["training.epochs=4", *rate], setup=SETUPS[run.setup])
@@ -326,25 +344,6 @@ def test_settings_of_all_runs_that_differ_from_the_preset_are_listed(experiment)
     (row,) = lines_with(page_of(experiment), "rl.clip=false")
     assert row.startswith("| ReLIFT |") and lines_with(row, "rl.beta=0")
     assert "relift." not in row and "learning_rate" not in row, "its own, and the rates"
-
-
-def test_a_setting_that_some_arm_defines_is_listed_for_the_others():
-    """LUFFY has beta = 0 and DeepSeekMath one update whatever is asked for."""
-    for settings, facts in ((["rl.beta=0"], ["rl.beta=0", "0.02"]),
-                            (["rl.updates_per_rollout=1"], ["rl.updates_per_rollout=1", 2]),
-                            (["relift.batch_size=4"], ["relift.batch_size=4", 16]), ([], [])):
-        runs = []
-        for name in ("base", "rl", BASELINE, "luffy", "deepseekmath", "relift"):
-            own = plans.own_settings(SETUPS[name], settings)
-            config = {"preset": "tiny", "settings": settings_to_dict(load_settings("tiny", [*own, *(
-                [] if name != "rl" else ["rl.learning_rate=1"])], smoke=False, setup=SETUPS[name]))}
-            runs.append(Run(name, 0, config, {}, [], [], {}))
-        said = changes_of(runs, tuned=True)
-        assert len(said) == bool(facts) and (not facts or lines_with(said[0], *facts))
-        for run in runs:
-            run.config["settings"]["rl"]["learning_rate"] = 0.5
-        assert changes_of(runs, tuned=True) == said, "the rates of a comparison have a table"
-        assert len(changes_of(runs)) == len(said) + 1
 
 
 def test_lenient_scores_are_next_to_strict_ones(experiment):
@@ -375,8 +374,9 @@ def test_lenient_scores_are_next_to_strict_ones(experiment):
 def test_an_arm_that_equals_another_is_named(experiment):
     """Switching that never switches is SFT; a verdict on it would be one on SFT, given twice."""
     assert not unlike_their_names(experiment)
-    twin = tuple(replace(run, setup="switching", metrics=[
-        line | {"stage": "sft"} for line in run.metrics]) for run in experiment.of("rl"))
+    twin = tuple(replace(run, setup="switching",
+                         metrics=[line | {"stage": "sft"} for line in run.metrics])
+                 for run in experiment.of("rl"))
     both = replace(experiment, runs=experiment.runs + twin)
     title = SETUPS["switching"].title
     stage, alike = unlike_their_names(both)
@@ -453,26 +453,6 @@ def test_notes_on_older_records_differ(experiment):
     assert {r["seeds"] for r in rows} == {"1"}
 
 
-def test_what_an_arm_used_is_counted_from_its_records(experiment):
-    """Rollouts are groups times their size; tokens and minutes are the manifest's."""
-    runs = experiment.of("relift")
-    found = used(runs)
-    assert found.rollouts == np.mean([sum(4 * 2 for _ in run.metrics) for run in runs])
-    beside = [replace(run, metrics=[line | {"groups/beside": 3} for line in run.metrics])
-              for run in runs]
-    assert used(beside).rollouts == found.rollouts + np.mean([3 * len(run.metrics) for run in runs])
-    assert found.updates == np.mean([sum(line["updates"] for line in run.metrics) for run in runs])
-    aside = [replace(run, metrics=[run.metrics[0] | {"updates/beside": 70}, *run.metrics[1:]],
-                     manifest=run.manifest | {"tokens": run.manifest["tokens"] | {
-                         "behavior": 20, "behavior_demonstrations": 300}}) for run in runs]
-    more = used(aside)
-    assert (more.updates, more.updates_beside) == (found.updates, 70) and not found.updates_beside
-    assert (more.demonstration_tokens, more.generated_tokens) == (
-        found.demonstration_tokens + 300, found.generated_tokens + 20)
-    assert found.minutes == pytest.approx(np.mean([run.manifest["seconds/wall"] / 60
-                                                   for run in runs]))
-
-
 def difference(mean, p):
     """A difference with Holm's p."""
     return Difference(mean, mean - 0.1, mean + 0.1, p, 3, 60), p
@@ -524,6 +504,22 @@ def test_who_used_more_than_the_budget_is_marked(experiment, tmp_path):
     assert below_budget(less, BASELINE) == {"relift"}
     other = arms_texts(experiment, less, BASELINE, [], {})["comparison.md"]
     assert len(notes_with(other, "ReLIFT", TITLE)) > len(notes_with(text, "ReLIFT", TITLE))
+    runs = experiment.of("relift")
+    found = used(runs)
+    assert found.rollouts == np.mean([sum(4 * 2 for _ in run.metrics) for run in runs])
+    beside = [replace(run, metrics=[line | {"groups/beside": 3} for line in run.metrics])
+              for run in runs]
+    assert used(beside).rollouts == found.rollouts + np.mean([3 * len(run.metrics) for run in runs])
+    assert found.updates == np.mean([sum(line["updates"] for line in run.metrics) for run in runs])
+    aside = [replace(run, metrics=[run.metrics[0] | {"updates/beside": 70}, *run.metrics[1:]],
+                     manifest=run.manifest | {"tokens": run.manifest["tokens"] | {
+                         "behavior": 20, "behavior_demonstrations": 300}}) for run in runs]
+    more = used(aside)
+    assert (more.updates, more.updates_beside) == (found.updates, 70) and not found.updates_beside
+    assert (more.demonstration_tokens, more.generated_tokens) == (
+        found.demonstration_tokens + 300, found.generated_tokens + 20)
+    assert found.minutes == pytest.approx(np.mean([run.manifest["seconds/wall"] / 60
+                                                   for run in runs]))
 
 
 def test_the_files_have_every_arm(experiment, tmp_path):
@@ -567,8 +563,9 @@ def test_figures_of_arms(experiment):
     assert "\n" in title
     for weights, drawn in (((0.5, 0.5), True), ((1.0, 0.25), True), ((1.0, 1.0), False),
                            ((1.0, 0.0), False)):
-        runs = tuple(replace(run, setup="combined", metrics=[line | {"lambda/sft": weights[
-            place % 2]} for place, line in enumerate(run.metrics)]) for run in experiment.of("rl"))
+        runs = tuple(replace(run, setup="combined", metrics=[
+            line | {"lambda/sft": weights[place % 2]} for place, line in enumerate(run.metrics)])
+            for run in experiment.of("rl"))
         figure = draw_diagnostics(replace(experiment, runs=runs), "combined")
         assert (figure is not None) == drawn, weights
         if drawn:

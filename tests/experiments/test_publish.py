@@ -141,6 +141,7 @@ def test_what_cannot_be_repeated_is_not_published(experiment, tmp_path):
         assert ("eval.jsonl" in str(caught.value)) == ("checksums" in change)
         assert not (tmp_path / "kept").exists()
     assert len(reasons) == 3, "not finished, not committed, changed"
+    run.write("manifest.json", manifest)
     copy = publish("made", tmp_path / "kept")
     path = copy / "sft" / "seed-1" / "eval.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-20])

@@ -24,7 +24,6 @@ from hybridrl_lib.setups import SETUPS, Setup, paper_setups, setups_with_noteboo
 from hybridrl_lib.system.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-
 # A setup's notebook that leaves a made-up record and what it was given. No torch.
 SETUP_CELL = f"""
 import json, os, sys
@@ -44,7 +43,6 @@ RunFolder(run).write("given.json", {{
     "parameters": [preset, seed, experiment, settings], "python": sys.executable,
     "folder": os.getcwd(), "environment": dict(os.environ)}})
 """
-
 # A notebook that trains until it is asked to stop, and then writes a checkpoint.
 ENDLESS_CELL = """
 import time
@@ -69,8 +67,9 @@ def write_notebook(path: Path, cell: str) -> None:
         metadata={"tags": ["parameters"]})
     setup = next((s.name for s in SETUPS.values() if s.notebook == path.stem), "")
     notebook = nbformat.v4.new_notebook(
-        cells=[parameters, nbformat.v4.new_code_cell(f"SETUP = {setup!r}\n{cell}")], metadata={
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+        cells=[parameters, nbformat.v4.new_code_cell(f"SETUP = {setup!r}\n{cell}")],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3",
+                                 "language": "python"}})
     nbformat.write(notebook, path)
 
 

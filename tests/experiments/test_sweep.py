@@ -70,11 +70,11 @@ def test_a_sweep_runs_each_value_and_shows_it(started, results):
     started.commands.clear()
     sweep("beta", ("0", "0.1"), seeds=(0, 1), jobs=2, experiment="sw", say=lines.append)
     assert not started.commands, "what is finished is not run again"
-    sweep("beta", ("0",), jobs=1, seeds=(3,), experiment="sw", say=lambda line: None)
+    sweep("beta", ("0",), jobs=1, seeds=(3,), experiment="new", say=lambda line: None)
     started.fails["0 sft_then_rl seed 0"] = "no\n"
     with pytest.raises(UserError, match="0 sft_then_rl seed 0"):
-        sweep("beta", ("0", "0.1"), jobs=1, experiment="sw", say=lambda line: None)
-    rows = csv.DictReader((results / "sw" / "sweep.csv").open())
+        sweep("beta", ("0", "0.1"), jobs=1, experiment="new", say=lambda line: None)
+    rows = csv.DictReader((results / "new" / "sweep.csv").open())
     assert {row["value"] for row in rows} == {"0.1"}
 
 
@@ -92,24 +92,21 @@ def test_values_are_paired_with_the_presets_own(started, results):
     rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
     for metric in ("exact_match", "pass@1"):
         mine = [r for r in rows if r["metric"] == metric and r["value"] != "0.02"]
-        wanted = [paired_difference(*(score(experiments[value], "sft_then_rl", r[
-            "benchmark"], metric).values for value in (r["value"], "0.02"))) for r in mine]
+        wanted = [paired_difference(*(score(experiments[value], "sft_then_rl", r["benchmark"],
+                                            metric).values for value in (r["value"], "0.02")))
+                  for r in mine]
         assert [float(r["difference"]) for r in mine] == pytest.approx(
             [100 * d.mean for d in wanted], abs=0.01)
         assert [float(r["p_holm"]) for r in mine] == pytest.approx(
             holm(d.p_value for d in wanted), abs=1e-6)
     assert all(r["difference"] == "" for r in rows if r["value"] == "0.02")
-
-
-def test_other_problems_are_not_paired(started, results):
-    """Another split tests other problems."""
-    sweep("split", ("0", "1"), jobs=2, experiment="sw", say=lambda line: None)
-    rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
+    sweep("split", ("0", "1"), jobs=2, experiment="other", say=lambda line: None)
+    rows = list(csv.DictReader((results / "other" / "sweep.csv").open()))
     assert any(row["difference"] for row in rows)
-    eval_file = results / "sw-1" / "sft_then_rl" / "seed-0" / "eval.jsonl"
+    eval_file = results / "other-1" / "sft_then_rl" / "seed-0" / "eval.jsonl"
     eval_file.write_text(eval_file.read_text().replace('"id": "', '"id": "other-'))
-    sweep("split", ("0", "1"), jobs=2, experiment="sw", say=lambda line: None)
-    rows = list(csv.DictReader((results / "sw" / "sweep.csv").open()))
+    sweep("split", ("0", "1"), jobs=2, experiment="other", say=lambda line: None)
+    rows = list(csv.DictReader((results / "other" / "sweep.csv").open()))
     assert rows and not any(row["difference"] for row in rows)
     for setup in (None, "rl"):
         sweep("beta", ("0",), jobs=1, setup=setup, say=lambda line: None)

@@ -59,8 +59,9 @@ def run_in_kernel(trial: Trial) -> int:
         cells = [cell for cell in nbformat.read(f"{trial.command.notebook}.ipynb", 4).cells
                  if cell.cell_type == "code"]
         sources = ["preset, seed, experiment = 'tiny', 0, ''\n"
-                   f"settings = {shlex.join(trial.command.settings)!r}" if "parameters"
-                   in cell.metadata.get("tags", ()) else cell.source for cell in cells]
+                   f"settings = {shlex.join(trial.command.settings)!r}"
+                   if "parameters" in cell.metadata.get("tags", ()) else cell.source
+                   for cell in cells]
         manager, client = start_new_kernel(startup_timeout=PATIENCE, kernel_name="python3")
         try:
             for source in sources:

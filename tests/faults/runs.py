@@ -147,13 +147,14 @@ def record(folder: RunFolder) -> dict:
     final = folder.path / "checkpoint" / "final"
     verdicts = {name: number for name, number in manifest.get("verdicts", {}).items()
                 if name != "worker_restarts"}
-    return {**{name: [without_times(row) for row in folder.lines(name)] for name in LOGS},
-            "eval.jsonl": (folder.path / "eval.jsonl").read_bytes(),
-            "weights": {path.name: path.read_bytes() for path in final.glob("*.safetensors")},
-            "manifest.json": {**{name: manifest.get(name) for name
-                                 in ("setup", "seed", "steps", "tokens", "best_on_validation",
-                                     "model", "data", "complete")}, "verdicts": verdicts},
-            "files": sorted(path.name for path in folder.path.iterdir() if is_read(path.name))}
+    return {
+        **{name: [without_times(row) for row in folder.lines(name)] for name in LOGS},
+        "eval.jsonl": (folder.path / "eval.jsonl").read_bytes(),
+        "weights": {path.name: path.read_bytes() for path in final.glob("*.safetensors")},
+        "manifest.json": {**{name: manifest.get(name) for name in (
+            "setup", "seed", "steps", "tokens", "best_on_validation", "model", "data",
+            "complete")}, "verdicts": verdicts},
+        "files": sorted(path.name for path in folder.path.iterdir() if is_read(path.name))}
 
 
 def is_read(name: str) -> bool:

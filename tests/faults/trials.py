@@ -46,8 +46,9 @@ def run_trials(folder: Path, trials: int, seed: int, only: list[str], each_once:
 def make_plan(kinds: list[str], trials: int, each_once: bool) -> list[tuple[str, Command]]:
     """(kind, command) of every trial; notebooks, which take longest, come in every third round."""
     count = len(kinds) if each_once else trials
-    turns = itertools.chain.from_iterable([kind for kind in kinds if number % 3 == 0 or kind
-                                           not in NOTEBOOKS] for number in itertools.count())
+    turns = itertools.chain.from_iterable(
+        [kind for kind in kinds if number % 3 == 0 or kind not in NOTEBOOKS]
+        for number in itertools.count())
     used = dict.fromkeys(kinds, 0)
     plan = []
     for kind in itertools.islice(turns, count):

@@ -16,6 +16,8 @@ from small_training import (
 )
 from textbook import gradient, plain_scores
 
+from hybridrl_lib.methods import prefix_rft
+
 MIXED = [0, 0, 0, 0] * 3 + [1, 0, 0, 1] * 4 + [1, 1, 1, 1]
 HYBRIDS = [1, 1, 0, 0, 1, 1, 0, 1]
 LONG = ("rl.max_new_tokens=40",)
@@ -141,6 +143,22 @@ def test_a_hybrid_begins_as_the_demonstration_and_keeps_to_the_cap(make_trainer)
     assert [row["prefix_rft/shortest"] for row in rows] == pytest.approx(
         [0.475 * (1 + math.cos(math.pi * t / 6)) for t in range(6)])
     assert trainer.tokens["demonstrations"] == sum(h.prefix for step in taken for h in step)
+
+
+def test_every_step_and_every_seed_has_its_own_hybrids(make_trainer, monkeypatch):
+    """Prefixes and their samples: equal in a repeated run, different elsewhere."""
+    seeds, plain = [], prefix_rft.sample
+    monkeypatch.setattr(prefix_rft, "sample", lambda *arguments, seed, **more: (
+        seeds.append(seed) or plain(*arguments, seed=seed, **more)))
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        trainer = make_trainer("prefix_rft", "training.epochs=4", verifier=Fixed([0]), seed=seed,
+                               folder=str(number))
+        taken = watch_hybrids(trainer)
+        trainer.train()
+        found.append([[h.sequence.completion for h in step] for step in taken])
+    assert len(set(seeds)) == 4 and seeds[:2] == seeds[2:4]  # two steps of two seeds
+    assert found[0] == found[1] and found[0][0] != found[0][1] and found[0] != found[2]
 
 
 def test_wrong_settings_name_the_key():

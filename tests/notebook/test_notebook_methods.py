@@ -14,9 +14,10 @@ from hybridrl_lib.records.run_folder import RunFolder
 def drawn(monkeypatch):
     """The panels of every figure that is shown, as (title, number of points, dashed lines)."""
     panels = []
-    monkeypatch.setattr(methods, "show", lambda figure, alt: panels.extend((axes.get_title(
-        loc="left"), len(axes.lines[0].get_xdata()), *(line.get_ydata()[0] for line in axes.lines[
-            1:] if line.get_linestyle() == "--")) for axes in figure.axes if axes.lines))
+    monkeypatch.setattr(methods, "show", lambda figure, alt: panels.extend(
+        (axes.get_title(loc="left"), len(axes.lines[0].get_xdata()),
+         *(line.get_ydata()[0] for line in axes.lines[1:] if line.get_linestyle() == "--"))
+        for axes in figure.axes if axes.lines))
     return panels
 
 

@@ -36,9 +36,10 @@ LARGEST_PICTURE = 60_000
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     """Made-up records of three setups, two seeds each."""
-    return build_experiment(tmp_path_factory.mktemp("records") / "tiny", setups=(
-        "base", "sft", "rl", "sft_then_rl"), seeds=range(2), test={
-            "tiny_word": 40, "tiny_symbolic": 30}, train={"tiny_word": 10, "tiny_symbolic": 10})
+    return build_experiment(tmp_path_factory.mktemp("records") / "tiny",
+                            setups=("base", "sft", "rl", "sft_then_rl"), seeds=range(2),
+                            test={"tiny_word": 40, "tiny_symbolic": 30},
+                            train={"tiny_word": 10, "tiny_symbolic": 10})
 
 
 @pytest.fixture()
@@ -285,9 +286,10 @@ def test_a_users_error_is_one_sentence(monkeypatch, capsys):
     right, wrong, untried = (said(answer, 1.5) for answer in (1.5, 1.6, None))
     assert len({right, wrong, untried}) == 3
     assert (right[1], wrong[1], untried[1]) == (False, True, False), "a hint for wrong answers"
-    rows = [(1.4999, np.float64(1.5), right), ([1, 2.0], np.array([1.0, 2.0]), right), (
-        [1], [1, 2], wrong), (True, True, right), (1, True, wrong), (False, True, wrong), (
-            " Yes", "yes", right), ("1.5", 1.5, right), ({}, 1.5, wrong), (-0.0375, -0.0375, right)]
+    rows = [(1.4999, np.float64(1.5), right), ([1, 2.0], np.array([1.0, 2.0]), right),
+            ([1], [1, 2], wrong), (True, True, right), (1, True, wrong), (False, True, wrong),
+            (" Yes", "yes", right), ("1.5", 1.5, right), ({}, 1.5, wrong),
+            (-0.0375, -0.0375, right)]
     assert not [row for row in rows if said(*row[:2]) != row[2]]
 
 
@@ -315,15 +317,18 @@ def test_execute_runs_in_place_or_not_at_all(tmp_path, monkeypatch, capsys):
     assert (folder / "02_bad.ipynb").read_text() == before
     new = nbformat.v4
     stream = {"output_type": "stream", "name": "stdout"}
-    cells = [new.new_code_cell("x = 1", metadata={"tags": ["parameters"], "papermill": {
-        "duration": 1}}, execution_count=1), new.new_code_cell("x = 2", metadata={
-            "tags": ["injected-parameters"]}, execution_count=2), new.new_code_cell(
-                "x", metadata={"execution": {"iopub": "now"}}, execution_count=3,
-                outputs=[nbformat.from_dict({**stream, "text": "a\n"}), nbformat.from_dict(
-                    {**stream, "text": "b\n"}), new.new_output("execute_result", data={
-                        "text/plain": "1"}, metadata={"z": 1}, execution_count=3)])]
-    notebook = new.new_notebook(cells=cells, metadata={"papermill": {}, "widgets": {
-        "state": {}}, "language_info": {"name": "python", "version": "3.11.7"}})
+    cells = [
+        new.new_code_cell("x = 1", metadata={"tags": ["parameters"], "papermill": {"duration": 1}},
+                          execution_count=1),
+        new.new_code_cell("x = 2", metadata={"tags": ["injected-parameters"]}, execution_count=2),
+        new.new_code_cell("x", metadata={"execution": {"iopub": "now"}}, execution_count=3,
+                          outputs=[nbformat.from_dict({**stream, "text": "a\n"}),
+                                   nbformat.from_dict({**stream, "text": "b\n"}),
+                                   new.new_output("execute_result", data={"text/plain": "1"},
+                                                  metadata={"z": 1}, execution_count=3)])]
+    notebook = new.new_notebook(cells=cells, metadata={
+        "papermill": {}, "widgets": {"state": {}},
+        "language_info": {"name": "python", "version": "3.11.7"}})
     done = execute.clean(notebook)
     assert [cell.source for cell in done.cells] == ["x = 1", "x"]
     assert [cell.metadata for cell in done.cells] == [{"tags": ["parameters"]}, {}]

@@ -42,17 +42,20 @@ def test_every_cell_is_in_its_place():
     for name in NOTEBOOKS:
         cells = read(name).cells
         title, last = cells[0], cells[-1]
-        held = {"title": (title.cell_type == "markdown" and title.source.startswith(
-            f"# {name[:2]} · ") and f"{BADGE}{name}.ipynb)" in title.source
-                          and "| | CPU | T4 | A100 |" in title.source),
-                "setup": cells[1].source == setup_cell(name) == setup_cell(NAMES[0]),
-                "parameters": cells[2].source == PARAMETERS and [2] == [i for i, cell in enumerate(
-                    cells) if "parameters" in cell.metadata.get("tags", ())], "files": "list_files"
-                in last.source or (last.cell_type == "markdown" and "files" in last.source),
-                "solutions": all(cell.source.startswith("answer = None\n") and "check("
-                                 in cell.source and SOLUTION.search(below.source) for cell,
-                                 below in zip(cells, cells[1:], strict=False) if cell.cell_type
-                                 == "code" and cell.source.startswith("answer = "))}
+        held = {
+            "title": (title.cell_type == "markdown" and title.source.startswith(f"# {name[:2]} · ")
+                      and f"{BADGE}{name}.ipynb)" in title.source
+                      and "| | CPU | T4 | A100 |" in title.source),
+            "setup": cells[1].source == setup_cell(name) == setup_cell(NAMES[0]),
+            "parameters": cells[2].source == PARAMETERS and [2] == [
+                i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", ())],
+            "files": "list_files" in last.source or (
+                last.cell_type == "markdown" and "files" in last.source),
+            "solutions": all(
+                cell.source.startswith("answer = None\n") and "check(" in cell.source
+                and SOLUTION.search(below.source)
+                for cell, below in zip(cells, cells[1:], strict=False)
+                if cell.cell_type == "code" and cell.source.startswith("answer = "))}
         wrong += [(name, part) for part, holds in held.items() if not holds]
     assert not wrong
 

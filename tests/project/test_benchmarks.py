@@ -13,7 +13,6 @@ from facts import lines_with
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridrl_lib.experiments.compare import choose_arms
-from hybridrl_lib.policy.packing import PromptCompletion, pack
 from hybridrl_lib.policy.products import Linear
 from hybridrl_lib.system.errors import UserError
 
@@ -110,11 +109,13 @@ def test_ceiling_scaling_and_overhead_run(measure):
 
 def test_the_bound_is_what_the_numbers_say(script):
     """Protects the reason given for a bar that was missed."""
-    ceiling = {"model": "m", "precision": "fp32", "product_gflops": {"fp32": 400.0}, "update": {
-        "share_median": 0.2}, "update_products": {"gflops": [100.0, 100.0, 300.0]},
+    ceiling = {"model": "m", "precision": "fp32", "product_gflops": {"fp32": 400.0},
+               "update": {"share_median": 0.2},
+               "update_products": {"gflops": [100.0, 100.0, 300.0]},
                "update_kernels": {"products": 0.4, "attention": 0.1, "activation": 0.0}}
-    step = {"model": "m", "precision": "fp32", "groups": "all", "seconds": {"ours": [1.5], "trl": [
-        4.0]}, "seconds_sampling": {"ours": [0.5]}, "seconds_update": {"ours": [1.0]}}
+    step = {"model": "m", "precision": "fp32", "groups": "all",
+            "seconds": {"ours": [1.5], "trl": [4.0]},
+            "seconds_sampling": {"ours": [0.5]}, "seconds_update": {"ours": [1.0]}}
     half = step | {"groups": "signal", "seconds_update": {"ours": [0.6]}}
     text = script("page").bounds_text([ceiling], [step, half, step | {"model": "other"}])
     assert lines_with(" ".join(text.split()), "0.25", "0.40", "4.0", "5.0")
@@ -281,24 +282,3 @@ def test_scaling_is_drawn(script, tmp_path, monkeypatch):
     assert len(path.with_suffix(".md").read_text(encoding="utf-8")) > 500
     with pytest.raises(UserError, match="nonsense"):
         suite.main([*out, "--only", "nonsense"])
-
-
-def test_one_row_per_completion_has_every_token(script, policy):
-    """The other side of the packing benchmark scores the same tokens within its budget."""
-    sequences = [PromptCompletion([5, 6, 7], [8, 9, 10]), PromptCompletion([5, 6, 7], [11]),
-                 PromptCompletion([12], [13, 14, 15, 16, 17])]
-
-    def scores(micro_batches):
-        found = {}
-        with torch.no_grad():
-            for micro_batch in micro_batches:
-                values, _ = policy.score(micro_batch)
-                for index in micro_batch.sequence.unique().tolist():
-                    found[index] = values[micro_batch.sequence == index]
-        return torch.cat([found[index] for index in range(len(sequences))])
-
-    for budget in (1, 30, 1000):
-        rows = script("packing").one_row_each(sequences, budget, policy.pad_id)
-        assert all(len(m.input_ids) == 1 or m.input_ids.numel() <= budget for m in rows)
-        torch.testing.assert_close(scores(rows), scores(pack(sequences, budget, policy.pad_id)),
-                                   atol=1e-5, rtol=1e-5)

@@ -479,9 +479,10 @@ def test_best_checkpoint_that_is_the_last_one_counts(own_records):
         write_whole(run / "manifest.json", json.dumps(
             record | {"steps": 216, "best_on_validation": {"strict": strict, "step": step}}))
         assert best().interval.seeds == seeds, (step, strict)
-    strict = [line["greedy"]["strict"] for seed in range(3) for line in (
-        lines(own_records / "rl" / f"seed-{seed}" / "eval.jsonl")) if (line["checkpoint"], line[
-            "part"], line["benchmark"]) == ("last" if seed == 1 else "best", "test", "tiny_word")]
+    strict = [line["greedy"]["strict"] for seed in range(3) for line in
+              (lines(own_records / "rl" / f"seed-{seed}" / "eval.jsonl"))
+              if (line["checkpoint"], line["part"], line["benchmark"])
+              == ("last" if seed == 1 else "best", "test", "tiny_word")]
     assert best().interval.mean == pytest.approx(np.mean(strict))
 
 

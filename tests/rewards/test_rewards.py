@@ -41,7 +41,6 @@ LABELED = {
         [r"\begin{bmatrix} -\frac13 \\ \frac23 \end{bmatrix}"],
         [r"\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}"]),
 }  # fmt: skip
-
 # Golds of GSM8K and MATH-500 with the oddest spellings of their kind.
 ODD_GOLDS = (
     "18", "-10", "1,450,000", r"\frac43", r"\frac 59", r"\frac9{19}", r"\frac{270}7\text{ degrees}",

@@ -15,11 +15,8 @@ from hybridrl_lib.rewards.workers import Worker, WorkerPool
 from hybridrl_lib.system.errors import UserError
 
 ROOT = str(Path(__file__).resolve().parents[2])
-
 HARMLESS = (r"\sqrt{2}", r"2^{1/2}")  # right, and takes a worker
-
 ENDLESS = (r"9^{9^{9^9}}", r"(10^9)!", r"\binom{10^7}{5000000}")
-
 MALFORMED = {"braces": r"\boxed{" + "{" * 50_000 + "}" * 50_000 + "}",
              "opened braces": r"\boxed{" + "{" * 100_000, "opened boxes": r"\boxed{" * 15_000,
              "nested boxes": r"\boxed{" * 15_000 + "5" + "}" * 15_000, "NUL": "\\boxed{5\0}",

@@ -179,8 +179,9 @@ def collect_outputs(hostile: Path, report: Path) -> list:
         for name in ("table2.csv", "differences.csv"):
             lines = (report / name).read_text().splitlines()
             text = html.unescape(TEXT).replace('"', "'").replace("\ud800", "")
-            (report.parent / NAME / name).write_text("\n".join([lines[0], *(
-                f'{line},"{text}"'.replace("tiny_word", f'"tiny{text}"') for line in lines[1:])]))
+            (report.parent / NAME / name).write_text("\n".join(
+                [lines[0], *(f'{line},"{text}"'.replace("tiny_word", f'"tiny{text}"')
+                             for line in lines[1:])]))
         findings.show_findings("rl", NAME)
         findings.show_claims(report.parent / NAME)
         (report / f"{NAME}.txt").write_text("")

@@ -32,8 +32,9 @@ def nothing_outside(tmp_path, monkeypatch):
     monkeypatch.setenv("HYBRIDRL_RESULTS_DIR", str(place / "runs"))
     yield place
     found = {path.relative_to(tmp_path).parts[:3] for path in tmp_path.rglob("*")}
-    assert found <= {("one",), ("one", "two"), ("one", "two", "runs"), ("record",), (
-        "record", "config.json"), ("record", "manifest.json"), ("record", "eval.jsonl")}
+    assert found <= {("one",), ("one", "two"), ("one", "two", "runs"), ("record",),
+                     ("record", "config.json"), ("record", "manifest.json"),
+                     ("record", "eval.jsonl")}
 
 
 def refused(error: type[Exception], function, *arguments, **named) -> str:
@@ -77,8 +78,6 @@ def test_setups_and_seeds():
 
 
 GOOD = {"setup": "sft", "preset": "tiny", "seed": 3, "experiment": "x", "settings": {}}
-
-
 HOSTILE_CONFIGS = [
     {"experiment": "../../x"}, {"experiment": "/tmp/x"}, {"experiment": ["a"]}, {"setup": "../x"},
     {"setup": "/tmp"}, {"setup": None}, {"setup": ["sft"]}, {"setup": {}}, {"seed": "../3"},

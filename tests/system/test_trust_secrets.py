@@ -62,10 +62,11 @@ def written(tmp_path_factory, model_folders):
     shutil.copytree(model_folders["qwen2"], home / "models" / "small")
     done = subprocess.run(
         [sys.executable, "-m", "hybridrl_lib.cli", "reproduce", "--setups", "sft", "--set",
-         f"model.path={home / 'models' / 'small'}"], cwd=checkout, capture_output=True, text=True,
-        check=False, env={**os.environ, **dict.fromkeys(KEYS, SECRET), "HOME": str(
-            home), "USER": PERSON, "LOGNAME": PERSON, "HOSTNAME": PERSON, "PYTHONPATH": str(
-                checkout), "HYBRIDRL_SMOKE": "1", "HYBRIDRL_RESULTS_DIR": str(home / "results")})
+         f"model.path={home / 'models' / 'small'}"],
+        cwd=checkout, capture_output=True, text=True, check=False, env={
+            **os.environ, **dict.fromkeys(KEYS, SECRET), "HOME": str(home), "USER": PERSON,
+            "LOGNAME": PERSON, "HOSTNAME": PERSON, "PYTHONPATH": str(checkout),
+            "HYBRIDRL_SMOKE": "1", "HYBRIDRL_RESULTS_DIR": str(home / "results")})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return home / "results"
 

@@ -470,6 +470,20 @@ def test_random_numbers_of_a_step_come_from_seed_purpose_and_step(make_trainer):
     assert len({draw(*case) for case in cases}) == len(cases)
 
 
+def test_every_step_and_every_seed_has_its_own_samples(make_trainer, monkeypatch):
+    """Of the same policy and problems: nothing is learned here, since all answers are wrong."""
+    taken = watch_rollouts(monkeypatch)
+    for seed in (0, 0, 1):
+        trained(make_trainer, "rl", "rl.beta=0", verifier=Fixed([0]), seed=seed,
+                folder=f"run-{len(taken)}")
+    one, two, again, _, other, _ = (
+        {tuple(g.prompt_ids): [c.token_ids for c in g.completions] for g in groups}
+        for groups in taken)
+    assert set(one) == set(two) == set(other)
+    assert one == again
+    assert all(one[prompt] != two[prompt] != other[prompt] != one[prompt] for prompt in one)
+
+
 # Both weights at once -----------------------------------------------------------------------------
 
 
