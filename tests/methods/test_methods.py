@@ -191,7 +191,7 @@ def last_step(make_trainer, make_policy, setup, *overrides):
     """
     trainer = make_trainer(
         setup, "rl.updates_per_rollout=1", "rl.learning_rate=0.01",
-        "training.micro_batch_tokens=60", *overrides, folder=f"last-{setup}",
+        "training.micro_batch_tokens=200", *overrides, folder=f"last-{setup}",
         policy=make_policy(adapter="lora") if setup == "bridge" else None,
         # in every step three problems for the buffer, and it is empty again
         verifier=Fixed([0] * 12 + [1, 0, 0, 1] * 5) if setup in ("relift", "mifo") else None)
