@@ -101,10 +101,8 @@ class UFTSettings(MixingSettings):
     section: ClassVar[str] = "uft"
     algorithm: ClassVar[str] = "UFT"
     chunks: int = setting(5, "n, parts of a demonstration", "released code: 5", at_least=1)
-    high: float = setting(0.95, "p at the first step", "released code: 0.95",
-                          at_least=0, at_most=1)
-    low: float = setting(0.05, "p when the hints end", "released code: 0.05",
-                         at_least=0, at_most=1)
+    high: float = setting(0.95, "p at the first step", "released code: 0.95", at_least=0, at_most=1)
+    low: float = setting(0.05, "p when the hints end", "released code: 0.05", at_least=0, at_most=1)
     hinted: float = setting(0.6, "fraction of the steps that have hints",
                             "released code: 300 of 500", at_least=0, at_most=1)
     sft_coefficient: float = setting(0.001, "c, weight of the hints' negative log-likelihood",

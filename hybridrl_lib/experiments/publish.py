@@ -148,8 +148,7 @@ def tables_of(folder: Path, name: str) -> dict[str, str]:
                           row["setup"], float(row["rate_factor"]), int(row["seed"]))
                  for row in read_csv(folder / "tuning.csv")]
         alone = {benchmark: load_experiment(folder / f"only-{benchmark}")
-                 for benchmark in experiment.benchmarks
-                 if (folder / f"only-{benchmark}").is_dir()}
+                 for benchmark in experiment.benchmarks if (folder / f"only-{benchmark}").is_dir()}
         texts |= arms_texts(experiment, make_arms(experiment, BASELINE, factors), BASELINE, tuned,
                             alone)
     swept = read_csv(folder / "sweep.csv")

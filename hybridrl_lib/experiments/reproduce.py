@@ -249,8 +249,7 @@ def report_jobs(plan: Reproduction, seeds: Sequence[int], say: Callable[[str], N
     that has failed would fail again.
     """
     finished = [seed for seed in dict.fromkeys(seeds) if all(
-        run_folder(plan.folder, name, seed).is_complete
-        for name in setups_with_notebook())]
+        run_folder(plan.folder, name, seed).is_complete for name in setups_with_notebook())]
     if finished:
         return [notebook_job(plan, name, name, finished[0], 1.0, name) for name in REPORT_NOTEBOOKS]
     say(f"skipping {' and '.join(REPORT_NOTEBOOKS)}, since not every setup is finished")

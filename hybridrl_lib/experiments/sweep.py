@@ -145,8 +145,7 @@ def write_sweep(plan: Plan, parameter: str, values: Sequence[str],
                 say: Callable[[str], None]) -> list[Path]:
     """Writes table and figure from the records and prints the table."""
     folder = experiment_folder(plan.experiment)
-    experiments = {value: only_runs(plan, experiment_folder(place(plan, value)))
-                   for value in values
+    experiments = {value: only_runs(plan, experiment_folder(place(plan, value))) for value in values
                    if any(experiment_folder(place(plan, value)).glob("*/seed-*/manifest.json"))}
     experiments = {value: found for value, found in experiments.items() if found.runs}
     if not experiments:

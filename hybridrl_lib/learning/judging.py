@@ -72,5 +72,4 @@ def reward_metrics(groups: Sequence[Group], rewards: Tensor) -> dict:
         "entropy": sum(sum(c.entropies) for c in completions) / max(1, sum(lengths)),
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
-        "groups/correct_counts": [right.count(n) for n in range(size + 1)],
-    }
+        "groups/correct_counts": [right.count(n) for n in range(size + 1)]}

@@ -296,8 +296,7 @@ class Learner:
         if keep.any() and control is not None and update.marked is None:
             sampled = control.sampled_to_mark(update)
             if sampled:
-                control.mark(update, sampled,
-                             self.scores([update.sequences[i] for i in sampled]))
+                control.mark(update, sampled, self.scores([update.sequences[i] for i in sampled]))
                 keep = self.has_gradient(update)  # what KL-Cov has marked has a gradient
         return keep.nonzero().squeeze(-1).tolist()
 

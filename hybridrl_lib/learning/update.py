@@ -66,8 +66,7 @@ class Totals:
     def add(self, name: str, values: Tensor, count: int | None = None) -> None:
         """Adds values to a sum; they count as `count` tokens, by default as their number."""
         self.sums[name] = self.sums.get(name, 0.0) + float(values.sum())
-        self.counts[name] = self.counts.get(name, 0) + (
-            values.numel() if count is None else count)
+        self.counts[name] = self.counts.get(name, 0) + (values.numel() if count is None else count)
 
     def merge(self, other: "Totals") -> None:
         """Adds the sums and counts of another process."""

@@ -129,12 +129,9 @@ def catalogue() -> dict:
         "setups": [{"name": setup.name, "title": setup.title, "method": setup.method,
                     "stages": list(setup.stages), "entropy": setup.entropy,
                     "notebook": f"notebooks/{setup.notebook}.ipynb" if setup.notebook else None,
-                    "paper": setup.paper}
-                   for setup in SETUPS.values()],
+                    "paper": setup.paper} for setup in SETUPS.values()],
         "methods": [{"name": name, "description": (cls.__doc__ or "").strip().split("\n")[0]}
-                    for name, cls in METHODS.items()],
-        "presets": presets,
-    }
+                    for name, cls in METHODS.items()], "presets": presets}
 
 
 def render(listing: dict) -> str:

@@ -88,8 +88,7 @@ def report(preset: str | None = None) -> list[Row]:
         ("data folder", os.environ.get(FOLDER_VARIABLE, "") or "not set", machine.data),
         ("hub", "not reached" if machine.hub else "reachable", machine.hub),
         *(preset_row(name, machine) for name in presets),
-        *(budget_rows(preset, machine) if preset else ()),
-    ]
+        *(budget_rows(preset, machine) if preset else ())]
 
 
 def render(preset: str | None = None, rows: list[Row] | None = None) -> str:
@@ -215,8 +214,7 @@ def preset_problems(name: str, settings: Settings, machine: Machine) -> list[str
     if settings.model.path == "tiny":
         if not machine.tiny_model:
             problems.append("the tiny model is missing: hybridrl pretrain-tiny")
-    elif machine.hub and not in_hub_cache(settings.model.path,
-                                                  settings.model.revision):
+    elif machine.hub and not in_hub_cache(settings.model.path, settings.model.revision):
         problems.append(f"{settings.model.path} cannot be fetched: give a model folder or a GGUF "
                         "file with --set model.path=...")
     if set(settings.data.benchmarks) & set(REAL_SOURCES) and machine.data and machine.hub:

@@ -126,8 +126,7 @@ def show_file(path: Path) -> None:
         raise UserError(f"There is no figure {path.name} in {path.parent.parent.name}; there was "
                         "no data, or it was not made yet.")
     else:
-        display(Image(data=smaller(path.read_bytes()),
-                      metadata={"alt": f"Figure {path.stem}"}))
+        display(Image(data=smaller(path.read_bytes()), metadata={"alt": f"Figure {path.stem}"}))
 
 
 def smaller(png: bytes) -> bytes:

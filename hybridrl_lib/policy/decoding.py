@@ -327,8 +327,7 @@ class TransformersDecoder:
         positions += 1
         return hidden
 
-    def _advance(self, ids: Tensor, positions: Tensor, mask: Tensor,
-                 cache: DynamicCache) -> Tensor:
+    def _advance(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         with self.policy.autocast():
             return self.base.get_decoder()(
                 input_ids=ids, position_ids=positions, attention_mask=mask,

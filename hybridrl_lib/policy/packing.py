@@ -158,8 +158,7 @@ def _fill(sequences: Sequence[PromptCompletion], rows: list[list[int]], pad_id: 
                 completions.append(places + r * length)
                 rows_of.append(r)
             end += inner
-    segments = _segments(prompts, completions, rows_of,
-                         rounded_up(len(rows) * length, TOKENS))
+    segments = _segments(prompts, completions, rows_of, rounded_up(len(rows) * length, TOKENS))
     return Packed(input_ids, position_ids, None, torch.cat(before), torch.cat(targets),
                   torch.cat(owner), segments)
 

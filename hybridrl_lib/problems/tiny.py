@@ -146,8 +146,7 @@ def draw_fractions(random_source: random.Random) -> Exercise:
     b, d = random_source.randint(2, 9), random_source.randint(2, 9)
     a, c = random_source.randint(1, b - 1), random_source.randint(1, d - 1)
     phrasing = random_source.choice("AB")
-    question = {"A": f"Compute {a}/{b} + {c}/{d}.",
-                "B": f"What is {a}/{b} + {c}/{d}?"}[phrasing]
+    question = {"A": f"Compute {a}/{b} + {c}/{d}.", "B": f"What is {a}/{b} + {c}/{d}?"}[phrasing]
     common = lcm(b, d)
     left, right = a * common // b, c * common // d
     steps = (Step(f"{left}/{common}", "+", f"{right}/{common}", f"{left + right}/{common}"),)

@@ -26,8 +26,7 @@ TITLES = {SFT_WEIGHT: "λ, weight of the SFT loss", "kl/anchor": "KL to the loss
 def draw_forest(experiment: Experiment, arms: Sequence[Arm], baseline: str,
                 titles: Mapping[str, str]) -> Figure | None:
     """Each arm's difference to the baseline in exact match, with its interval."""
-    shown = [arm for arm in arms
-             if any(metric == EXACT_MATCH for _, metric in arm.differences)]
+    shown = [arm for arm in arms if any(metric == EXACT_MATCH for _, metric in arm.differences)]
     if not shown:
         return None
     benchmarks = experiment.benchmarks
@@ -41,8 +40,7 @@ def draw_forest(experiment: Experiment, arms: Sequence[Arm], baseline: str,
             look = line_style(arm.setup)
             panel.plot([100 * difference.low, 100 * difference.high], [row, row],
                        color=look["color"], linewidth=1.8, solid_capstyle="butt")
-            panel.plot(100 * difference.mean, row, marker="o", markersize=5.5,
-                       color=look["color"],
+            panel.plot(100 * difference.mean, row, marker="o", markersize=5.5, color=look["color"],
                        markerfacecolor=look["color"] if p < SIGNIFICANT else "white")
         panel.axvline(0.0, color=GREY, linewidth=0.9)
         panel.set_title(benchmark_title(benchmark).title, loc="left")

@@ -104,8 +104,7 @@ def unlike_their_names(experiment: Experiment) -> list[str]:
         if verdicts := verdicts_of(experiment.of(setup)):
             alike.setdefault(verdicts, []).append(setup_title(setup))
     return found + [f"{' and '.join(names)} solved the same problems with every seed. They still "
-                    "count as separate arms."
-                    for names in alike.values() if len(names) > 1]
+                    "count as separate arms." for names in alike.values() if len(names) > 1]
 
 
 def verdicts_of(runs: Sequence[Run]) -> tuple:
@@ -163,8 +162,7 @@ def by_samples(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
     return ["By the share of correct samples in the last probe, "
             f"{other} of {len(best)} arms would have another factor ("
             + ", ".join(f"× {factor:g}: {count}"
-                        for factor, count in sorted(Counter(best.values()).items()))
-            + ")."]
+                        for factor, count in sorted(Counter(best.values()).items())) + ")."]
 
 
 def means_of(tuned: Sequence, setup: str, factor: float) -> list[float]:
@@ -180,8 +178,7 @@ def grid_ends(arms: Sequence[Arm], tuned: Sequence) -> list[str]:
     factors = sorted({t.factor for t in tuned})
     trained = [arm for arm in arms if SETUPS[arm.setup].stages]
     return [f"{len(there)} of {len(trained)} arms took the {which} factor, {factor:g}, at the end "
-            "of the grid."
-            for which, factor in (("smallest", factors[0]), ("largest", factors[-1]))
+            "of the grid." for which, factor in (("smallest", factors[0]), ("largest", factors[-1]))
             if (there := [arm for arm in trained if arm.rate_factor == factor])]
 
 

@@ -124,8 +124,7 @@ def score_rows(experiment: Experiment, arms: Sequence[Arm],
     """A row per arm: `mean [low, high]` in percent."""
     return [[setup_title(arm.setup), *(
         bracket(i.mean, i.low, i.high) if (i := arm.scores.get((benchmark, metric))) else NOTHING
-        for benchmark in experiment.benchmarks for metric in metrics)]
-        for arm in arms]
+        for benchmark in experiment.benchmarks for metric in metrics)] for arm in arms]
 
 
 def difference_rows(experiment: Experiment, arms: Sequence[Arm], baseline: str) -> list[list[str]]:
@@ -201,8 +200,7 @@ def arms_markdown(experiment: Experiment, arms: Sequence[Arm], baseline: str, tu
              f"over all arms and benchmarks of one metric); bold below {SIGNIFICANT}. The verdict "
              "is by exact match. Each metric is corrected separately.\n",
              markdown_table([*head, "verdict"], difference_rows(experiment, arms, baseline),
-                            range(1, len(head))),
-             who_beats(experiment, arms, baseline),
+                            range(1, len(head))), who_beats(experiment, arms, baseline),
              "## What each arm used\n",
              f"Per run, mean over seeds; in brackets relative to {title}. An arm whose numbers are "
              "not 1.00 has another budget. Updates after a + are of other trained weights than "

@@ -161,8 +161,7 @@ def make_gaps(experiment: Experiment) -> list[Gap]:
                 seeds = sorted(set(train.seeds) & set(test.seeds)) if train and test else []
                 if seeds:
                     difference = gap_interval(train.for_seeds(seeds), test.for_seeds(seeds))
-                    gaps.append(Gap(setup, benchmark, metric,
-                                    float(train.for_seeds(seeds).mean()),
+                    gaps.append(Gap(setup, benchmark, metric, float(train.for_seeds(seeds).mean()),
                                     float(test.for_seeds(seeds).mean()), difference,
                                     (len(train.ids), len(test.ids))))
     return gaps

@@ -108,5 +108,4 @@ def _base_models(published: Path, up: str) -> str:
         model = RunFolder(next(folder.glob("base/seed-*"))).read("manifest.json")["model"]
         rows.append([f"[{Path(model['name']).stem}]({up}results/published/{folder.name}/report.md)",
                      f"`{model['sha256'][:12]}`", *(base[index] for index in scored)])
-    return markdown_table(["model", "sha256", *header], rows,
-                          range(2, 2 + len(header)))
+    return markdown_table(["model", "sha256", *header], rows, range(2, 2 + len(header)))

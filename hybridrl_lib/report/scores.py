@@ -75,8 +75,7 @@ def score(experiment: Experiment, setup: str, benchmark: str, metric: str) -> Sc
     ids = tuple(name for name in columns[0][1].ids if name in common)
     rows = [values[[name in common for name in answers.ids]] for _, answers, values in columns]
     largest = max(len(answers.ids) for _, answers, _ in columns)
-    return Scores(tuple(run.seed for run, _, _ in columns), ids, np.stack(rows),
-                  largest - len(ids))
+    return Scores(tuple(run.seed for run, _, _ in columns), ids, np.stack(rows), largest - len(ids))
 
 
 def paired_family(pairs: Iterable[tuple[Key, Scores | None, Scores | None]]

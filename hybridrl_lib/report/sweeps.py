@@ -77,8 +77,7 @@ def sweep_texts(parameter: str, title: str, setup: str,
             "Choose a value on validation problems, not by this table."))])
     return {"sweep.md": text, "sweep.csv": csv_text(COLUMNS, [
         (parameter, setup, *key, percent(i.mean), percent(i.low), percent(i.high), i.seeds,
-         i.problems, *_difference_cells(apart.get(key)))
-        for key, i in cells.items()])}
+         i.problems, *_difference_cells(apart.get(key))) for key, i in cells.items()])}
 
 
 def usual_value(setup: str, experiments: Mapping[str, Experiment]) -> str:
@@ -128,8 +127,7 @@ def _difference_cells(both: tuple[Difference, float] | None) -> tuple[str, ...]:
             number(p, 6))
 
 
-def _cells(setup: str, experiments: Mapping[str, Experiment]
-           ) -> dict[Key, Interval]:
+def _cells(setup: str, experiments: Mapping[str, Experiment]) -> dict[Key, Interval]:
     """{(value, benchmark, metric): score}."""
     return {(value, benchmark, metric): mean_interval(found.values)
             for value, experiment in experiments.items() for benchmark in experiment.benchmarks

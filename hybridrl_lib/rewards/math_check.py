@@ -46,8 +46,7 @@ def _parse(answer: str) -> tuple[Any, ...]:
         extraction_config=[LatexExtractionConfig()],
         fallback_mode="no_fallback",
         extraction_mode="first_match",
-        parsing_timeout=None,
-    )
+        parsing_timeout=None)
     return tuple(_with_imaginary_unit(expression) for expression in found)
 
 

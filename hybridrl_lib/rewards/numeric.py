@@ -161,9 +161,7 @@ def _same(gold: Number, answer: Number) -> bool:
         return True
     if not (gold.is_decimal or answer.is_decimal):
         return False
-    return any(
-        abs(left - right) <= TOLERANCE * min(1, abs(left)) for left, right in readings
-    )
+    return any(abs(left - right) <= TOLERANCE * min(1, abs(left)) for left, right in readings)
 
 
 _ONLY_WORDS = re.compile(r"(?=.*[A-Za-z]{2})[A-Za-z ,.'\"!?()]*")
@@ -199,8 +197,7 @@ def _is_another_thing(text: str) -> bool:
         if _LIST_MARK.search(_THOUSANDS.sub("0", text)):
             return True
         if re.search(r"[0-9}]\\text\{", text) and not _ALTERNATIVES.isdisjoint(
-            re.findall("[a-z]+", text.lower())
-        ):
+            re.findall("[a-z]+", text.lower())):
             return True
     # An unevaluated calculation: rewarding "24-7" for 17 teaches a model to stop too early.
     if _SUM.fullmatch(text):
@@ -255,8 +252,7 @@ def _numerals_equal(gold: str, answer: str) -> bool | None:
         return None
     text = _BASE_NAME.sub(
         lambda name: "_" + _BASE_NAMES.get(name[1], name[1]),
-        re.sub("^[A-Za-z]=", "", canonical(answer)),
-    )
+        re.sub("^[A-Za-z]=", "", canonical(answer)))
     numeral = _BASED.fullmatch(text)
     if numeral:
         digits, base = numeral.groups()
@@ -300,7 +296,4 @@ def decide(gold: str, answer: str) -> str | None:
 def is_plain(gold: str) -> bool:
     """Whether the gold is a number, words or a numeral with a base: sound without a parser."""
     return not is_malformed(gold) and (
-        parse_number(gold) is not None
-        or is_text(gold)
-        or bool(_BASED.fullmatch(canonical(gold)))
-    )
+        parse_number(gold) is not None or is_text(gold) or bool(_BASED.fullmatch(canonical(gold))))

@@ -97,8 +97,7 @@ class Verifier:
         """
         readings = [
             _read(gold, text, bool(ended))
-            for gold, text, ended in zip(golds, texts, finished, strict=True)
-        ]
+            for gold, text, ended in zip(golds, texts, finished, strict=True)]
         with self._lock:
             restarts = self._pool.restarts
             self._settle([q for reading in readings for q in reading.questions()])
@@ -144,8 +143,7 @@ class Verifier:
             else:
                 reason = "conflicting_boxes" if "right" in outcomes else outcomes[-1]
         lenient = reading.lenient is not None and (
-            self._outcomes[reading.gold, reading.lenient] == "right"
-        )
+            self._outcomes[reading.gold, reading.lenient] == "right")
         return Verdict(strict=reason == "right", lenient=lenient or reason == "right",
                        reason=reason)  # fmt: skip
 
@@ -177,8 +175,7 @@ def _cut(answer: str) -> str:
 
 def _bad_gold(gold: str) -> UserError:
     return UserError(
-        f"The gold answer {gold[:80]!r} cannot be parsed; correct it or leave its problem out."
-    )
+        f"The gold answer {gold[:80]!r} cannot be parsed; correct it or leave its problem out.")
 
 
 _gold_verifier: Verifier | None = None
@@ -192,5 +189,4 @@ def check_gold(gold: str, problem_id: str) -> None:
     if not isinstance(gold, str) or not _gold_verifier.can_parse(gold):
         raise UserError(
             f"The gold answer {str(gold)[:80]!r} of problem {problem_id} cannot be parsed; "
-            "correct it or leave the problem out."
-        )
+            "correct it or leave the problem out.")

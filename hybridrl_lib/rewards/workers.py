@@ -44,8 +44,7 @@ class Worker:
         for _ in range(2):
             self._ensure_started()
             reply = self._exchange(
-                {"gold": gold, "answer": answer, "seconds": self.time_limit}, self.time_limit
-            )
+                {"gold": gold, "answer": answer, "seconds": self.time_limit}, self.time_limit)
             if reply is not None:
                 return reply["outcome"]
             self.stop()
@@ -89,8 +88,7 @@ class Worker:
             reason = (reply or {}).get("error", "its process ended at once, or did not get ready")
             raise UserError(
                 f"The answer checker math-verify could not be started ({reason}); "
-                "install the project's requirements again."
-            )
+                "install the project's requirements again.")
 
     def _start(self) -> dict | None:
         """Starts a process; returns what it says when ready, or None if it died or was killed."""
@@ -102,17 +100,14 @@ class Worker:
         # In a session of its own, Ctrl-C in the terminal reaches the parent alone.
         apart = (
             {"start_new_session": True}
-            if os.name == "posix"
-            else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        )
+            if os.name == "posix" else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP})
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hybridrl_lib.rewards.math_check", str(self.memory_limit)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
-            **apart,
-        )
+            **apart)
         return self._exchange(None, START_LIMIT_SECONDS)
 
     def _exchange(self, request: dict | None, seconds: float) -> dict | None:

@@ -140,5 +140,4 @@ def _fetch(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
                                 f"hub cannot be read ({unreachable}); go online, {instead}."
                                 ) from error
             raise UserError(f"The model {name} could not be downloaded from the hub "
-                            f"({reason(error)}); run the same command again, {instead}."
-                            ) from error
+                            f"({reason(error)}); run the same command again, {instead}.") from error

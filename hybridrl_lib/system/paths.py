@@ -21,8 +21,7 @@ def home_folder() -> str:
 def is_place(path: str) -> bool:
     """Whether a model's path can only be a file or folder, not a hub name."""
     place = Path(path).expanduser()
-    return (place.is_absolute() or path.startswith((".", "~"))
-            or place.suffix.lower() == ".gguf")
+    return (place.is_absolute() or path.startswith((".", "~")) or place.suffix.lower() == ".gguf")
 
 
 def is_missing(path: str) -> bool:

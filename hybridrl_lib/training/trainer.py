@@ -233,8 +233,7 @@ class Trainer:
 
     def steps_of(self, stage: Stage) -> int:
         """Number of steps of a stage."""
-        return (stage.epochs * self.steps_per_epoch(stage) if stage.steps is None
-                else stage.steps)
+        return (stage.epochs * self.steps_per_epoch(stage) if stage.steps is None else stage.steps)
 
     def steps_per_epoch(self, stage: Stage) -> int:
         return max(1, math.ceil(len(self.parts.train) / self._batch_size(stage)))

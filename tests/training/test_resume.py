@@ -274,7 +274,7 @@ def test_a_finished_run_of_another_numerics_version_is_refused(start, done):
     """Numbers of different code are not mixed."""
     config = done.read("config.json")
     done.write("config.json", config | {"numerics_version": config["numerics_version"] + 1})
-    with pytest.raises(UserError, match="numerics version") as caught:
+    with pytest.raises(UserError, match="numerics") as caught:
         start("sft", "done")
     assert "\n" not in str(caught.value) and done.is_complete
 
