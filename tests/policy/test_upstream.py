@@ -17,6 +17,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -203,6 +204,33 @@ def test_every_method_takes_what_it_is_given():
     wrong = {path: missing for path, names in METHODS.items()
              if (missing := not_taken(looked_up(path), names))}
     assert not wrong
+
+
+def test_no_argument_of_these_methods_is_missing():
+    """A new argument of such a call must be added above."""
+    listed: dict[str, set[str]] = {}
+    for path, names in METHODS.items():
+        listed.setdefault(path.rpartition(".")[2], set()).update(names)
+    seen = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and (
+                    node.func.attr in listed) and not path.match("rewards/*"):
+                names = {k.arg for k in node.keywords if k.arg}
+                assert names <= listed[node.func.attr], f"{where(path, node)}: {names}"
+                seen |= names
+    assert {"dtype", "return_dict", "skip_special_tokens"} <= seen
+
+
+def test_a_method_that_has_changed_is_named(monkeypatch):
+    """Even if **kwargs would hide the argument."""
+    def from_pretrained(path, **kwargs):
+        """Takes `attn_implementation`."""
+
+    assert not_taken(from_pretrained, ("attn_implementation", "dtype")) == ["dtype"]
+    monkeypatch.delattr(transformers.PreTrainedTokenizerBase, "apply_chat_template")
+    with pytest.raises(AssertionError, match="apply_chat_template"):
+        looked_up("transformers.PreTrainedTokenizerBase.apply_chat_template")
 
 
 def test_what_the_arguments_ask_for_is_done(model_folders, tmp_path):
