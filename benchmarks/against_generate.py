@@ -1,7 +1,7 @@
 """Our sampler against `transformers`' generate: tokens per second, in alternating pairs.
 
 Same weights, prompts, number of samples and cap; both sample at temperature 1 without top-k and
-top-p, in one batch, and stop at the same tokens. See README.md beside this file.
+top-p, in one batch, and stop at the same tokens. See README.md in this folder.
 """
 
 import sys

@@ -115,11 +115,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--groups", choices=("all", "signal"), default="all",
                         help="groups with unequal rewards: all, or every other one (signal)")
     parser.add_argument("--loss-normalization", choices=tuple(LOSS_TYPES), default="sequence_mean",
-                        help="as rl.loss_normalization; sequence_mean unless given")
+                        help="as rl.loss_normalization; default: sequence_mean")
     parser.add_argument("--micro-batch-tokens", type=positive_number,
-                        help="of our micro-batches; the fastest of some unless given")
+                        help="of our micro-batches; default: the fastest of some")
     parser.add_argument("--trl-rows", type=positive_number,
-                        help="completions of TRL's micro-batches; the fastest of some unless given")
+                        help="completions of TRL's micro-batches; default: the fastest of some")
     arguments = parser.parse_args(argv)
     policy, questions = load_questions(arguments)
     ours = GRPOStep(policy, questions, samples=arguments.samples, which=arguments.groups,

@@ -40,12 +40,12 @@ def make_parser(description: str, *, prompts: int, pairs: int,
             ("--max-new-tokens", max_new_tokens, "cap on a completion's tokens"),
             ("--pairs", pairs, "timed pairs, after one run of each that is not timed")):
         parser.add_argument(name, type=positive_number, default=default,
-                            help=f"{meaning}; {default} unless given")
+                            help=f"{meaning}; default: {default}")
     parser.add_argument("--prompt-tokens", type=positive_number, metavar="N",
                         help="take the problems whose prompts are nearest to N tokens; the first "
                              "problems unless given")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-                        help="as model.precision; auto unless given")
+                        help="as model.precision; default: auto")
     add_threads_and_json(parser)
     return parser
 
@@ -53,7 +53,7 @@ def make_parser(description: str, *, prompts: int, pairs: int,
 def add_threads_and_json(parser: argparse.ArgumentParser) -> None:
     """The options of benchmarks without a model, too."""
     parser.add_argument("--threads", type=positive_number,
-                        help="CPU threads; torch's choice unless given")
+                        help="CPU threads; default: torch's choice")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="also write the JSON of the last line there")
 
@@ -61,7 +61,7 @@ def add_threads_and_json(parser: argparse.ArgumentParser) -> None:
 def add_lengths(parser: argparse.ArgumentParser) -> None:
     """`--lengths`, for benchmarks that can keep answers from ending."""
     parser.add_argument("--lengths", choices=("natural", "fixed"), default="natural",
-                        help="fixed: no answer ends before the cap; natural unless given")
+                        help="fixed: no answer ends before the cap; default: natural")
 
 
 def load_questions(arguments: argparse.Namespace) -> tuple[Policy, list[str]]:

@@ -4,7 +4,7 @@ Steps of every method and of SFT, then RL are taken on the same problems, in pro
 passes through the model (sampling, scores, gradients) and in the verifier is left out: what remains
 is the loop's and the method's own code, its optimizers and what it puts into the losses included.
 The overhead is how much more of it a method's median step has than the plain loop's median step of
-the same stage, over that whole step. See README.md beside this file.
+the same stage, over that whole step. See README.md in this folder.
 """
 
 import argparse
@@ -131,11 +131,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Measures, prints a table and the JSON line; returns what the line holds."""
     parser = argparse.ArgumentParser(description="What a method adds to a step of the plain loop.")
     parser.add_argument("--setups", nargs="+", default=[], metavar="NAME",
-                        help="setups or methods; one of each method unless given")
+                        help="setups or methods; default: one of each method")
     parser.add_argument("--problems", type=positive_number, default=64,
-                        help="training problems of each benchmark; 64 unless given")
+                        help="training problems of each benchmark; default: 64")
     parser.add_argument("--epochs", type=positive_number, default=4,
-                        help="passes over them; 4 unless given")
+                        help="passes over them; default: 4")
     add_threads_and_json(parser)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads or 1)

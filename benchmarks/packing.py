@@ -1,7 +1,7 @@
 """The gradient of one RL batch: the prompt once a group against one row a completion.
 
 Both take the same completions, sampled from the model, the same loss and the same budget of tokens
-a micro-batch. See README.md beside this file.
+a micro-batch. See README.md in this folder.
 """
 
 import sys
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser = make_parser("The prompt packed once a group against one row a completion.",
                          prompts=16, pairs=6)
     parser.add_argument("--micro-batch-tokens", type=positive_number, default=1024,
-                        help="tokens of a micro-batch, padding included; 1024 unless given")
+                        help="tokens of a micro-batch, padding included; default: 1024")
     arguments = parser.parse_args(argv)
     policy, prompts = load(arguments)
     batch = Batch(policy, prompts, arguments.samples, arguments.max_new_tokens,

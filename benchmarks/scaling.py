@@ -3,7 +3,7 @@
 Models are built from a config with random weights. Every point is a process of its own, so that its
 peak is its own; the rest of the sizes stay as in `BASE`. The last curve is the update's memory at a
 large vocabulary, against the length of the completions at the same number of completion tokens and
-of tokens a micro-batch. See README.md beside this file.
+of tokens a micro-batch. See README.md in this folder.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Measures all points, prints a table and the JSON line; returns what the line holds."""
     parser = argparse.ArgumentParser(description="Time and memory against the sizes.")
     parser.add_argument("--repeats", type=int, default=2,
-                        help="timed runs a point, after one that is not; 2 unless given")
+                        help="timed runs a point, after one that is not; default: 2")
     parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32")
     parser.add_argument("--smallest", action="store_true", help="two points of two curves alone")
     add_threads_and_json(parser)

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
                         help="run these cases alone; with no name make the page again")
     parser.add_argument("--threads", type=positive_number, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=project_folder() / "results/runs/bench",
-                        help="the folder; results/runs/bench unless given")
+                        help="the folder; default: results/runs/bench")
     arguments = parser.parse_args(argv)
     known = cases(arguments.model)
     for name in arguments.only or ():

@@ -1,6 +1,6 @@
 """Verdicts a second: numeric ones, decided in this process, and symbolic ones, by workers.
 
-No pair comes twice, so no cache helps. See README.md beside this file.
+No pair comes twice, so no cache helps. See README.md in this folder.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             ("--symbolic", 700, "symbolic verdicts a round"),
             ("--workers", 2, "worker processes"), ("--rounds", 3, "timed rounds")):
         parser.add_argument(name, type=positive_number, default=default,
-                            help=f"{meaning}; {default} unless given")
+                            help=f"{meaning}; default: {default}")
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="also write the JSON of the last line there")
     arguments = parser.parse_args(argv)

@@ -205,7 +205,8 @@ OPTIONS: dict[str, dict[str, Any] | Callable[[], dict[str, Any]]] = {
         "change settings, such as rl.beta=0.04; can be repeated")},
     "--json": {"action": "store_true", "help": "JSON output"},
     # Of one command.
-    "--setups": LIST | {"metavar": "SETUP", "help": "only these; default: all"},
+    "--setups": LIST | {"metavar": "SETUP", "help": (
+        "only these; default: the base model and the paper's six setups")},
     "--methods": LIST | {"metavar": "NAME", "help": (
         "setups, or methods, each with its control; default: the paper's setups and all methods")},
     "--grid": grid_option,
@@ -242,7 +243,7 @@ COMMANDS: dict[str, tuple[Callable, str, str, str]] = {  # function, options, su
             "hybridrl run sft_then_rl --preset tiny --seed 1 --set rl.beta=0.04"),
     "reproduce": (commands.reproduce_command,
                   "--preset --seeds --jobs --executor --setups --experiment --set",
-                  "run the notebooks of all setups and seeds through papermill, then the report",
+                  "run the notebooks of setups and seeds through papermill, then the report",
                   "hybridrl reproduce --preset tiny --seeds 3 --jobs 2"),
     "compare": (commands.compare_command, "--preset --seeds --methods --grid --transfer --jobs "
                 "--executor --experiment --set",

@@ -128,7 +128,7 @@ SETUPS: dict[str, Setup] = {
               method="prl", settings=("rl.beta=0",), shares=(0.5,)),
         Setup("prl", "PRL, fixed steps", ("rl",), method="prl", shares=(0.5,),
               settings=("rl.beta=0", "prl.steps=fixed", "prl.suffix=exclusive")),
-        Setup("prl_newline", "PRL, a step a line", ("rl",), method="prl", shares=(0.5,),
+        Setup("prl_newline", "PRL, one step per line", ("rl",), method="prl", shares=(0.5,),
               settings=("rl.beta=0", "prl.steps=newline", "prl.suffix=exclusive")),
         Setup("pear", "PEAR", ("sft", "rl"), notebook="37_pear", method="pear"),
         Setup("pear_centered", "PEAR, centered", ("sft", "rl"), method="pear",

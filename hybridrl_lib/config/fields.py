@@ -1,4 +1,4 @@
-"""How a setting is declared, checked and written: the machinery under `config.py`.
+"""How a setting is declared, checked, and written; used by `sections.py` and `methods.py`.
 
 A section of settings is a frozen dataclass whose fields are made by `setting`; building one casts
 every value to the field's type and refuses what cannot be, naming the key and what it takes.

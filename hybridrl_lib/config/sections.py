@@ -226,7 +226,7 @@ class RLSettings(Section):
 
 @dataclass(frozen=True)
 class EntropyControlSettings(Section):
-    """What keeps the entropy of RL from collapsing, with every method."""
+    """What keeps the entropy of RL from collapsing; a method refuses kinds that it cannot use."""
 
     section: ClassVar[str] = "entropy_control"
     kind: str = setting(

@@ -1,4 +1,4 @@
-"""Executes the notebooks of all setups and seeds through papermill, then writes the report.
+"""Executes the notebooks of the setups and seeds through papermill, then writes the report.
 
 Every notebook is its own process and trains by calling the library, which resumes from checkpoints
 and reads finished runs instead of running them again. So the whole can be stopped and restarted at
@@ -75,12 +75,12 @@ class Reproduction:
 def reproduce(preset: str = "tiny", seeds: Sequence[int] = (0,), setups: Sequence[str] = (),
               jobs: int | None = None, experiment: str | None = None,
               settings: Sequence[str] = (), say=None, executor: str = "local") -> list[Path]:
-    """Executes the notebooks of all setups and seeds, then those of the report.
+    """Executes the notebooks of the setups and seeds, then those of the report.
 
     Args:
         preset: a preset's name, or `auto`.
         seeds: the seeds of every setup.
-        setups: names of `setups.SETUPS`; default: all with a notebook, including the base model.
+        setups: names of `setups.SETUPS`; default: the base model and the paper's six.
         jobs: notebooks at a time; default: one per GPU, or without GPUs one per core as far as the
             memory goes.
         experiment: the folder under `results/runs/`; default: the preset's name.

@@ -1,4 +1,4 @@
-"""Ways to keep the entropy of RL from collapsing, for every method (`entropy_control.*`).
+"""Ways to keep the entropy of RL from collapsing (`entropy_control.*`), for methods that sample.
 
     adaptive  L - c H while H is below a target; after each step c rises by a fixed change if H is
               below it and falls otherwise, within 0 and a maximum (Skywork-OR1)

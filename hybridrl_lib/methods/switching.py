@@ -1,6 +1,6 @@
 """Switching between SFT and RL by validation metrics (the paper's second way).
 
-    a stage ends once one of these has held several times in a row:
+    a stage ends once one of these holds (all but the first: several times in a row):
         the validation loss falls by less than a fraction of itself  (SFT: it is what SFT minimizes)
         the KL divergence to the base model changes by less than a fraction of itself
         there are few distinct answers per problem, or the entropy is low

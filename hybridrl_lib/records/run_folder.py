@@ -22,7 +22,7 @@ from .files import (
     write_whole,
 )
 
-# Raised whenever the three-step digest of a reference run changes (test_numerics.py).
+# Raised whenever a reference run's digest changes (tests/training/test_numerics.py).
 NUMERICS_VERSION = 2
 LOGS = ("metrics.jsonl", "probe.jsonl", "validation.jsonl", "samples.jsonl")
 ANSWERS = "eval.jsonl"

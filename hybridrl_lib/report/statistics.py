@@ -44,7 +44,8 @@ def pass_at_k(samples: int, right: ArrayLike, k: int) -> np.ndarray:
     """
     right = np.asarray(right)
     if not 1 <= k <= samples:
-        raise ValueError(f"Pass@{k} needs k >= 1 and {k} samples a problem or more, not {samples}.")
+        raise ValueError(f"Pass@{k} needs k >= 1 and at least {k} samples per problem, not "
+                         f"{samples}.")
     if right.size and (right.min() < 0 or right.max() > samples):
         raise ValueError(f"The number of right samples has to lie in 0..{samples}.")
     # all_wrong[c] = probability that k samples out of m, c of them right, are all wrong

@@ -1,4 +1,4 @@
-"""What a run reports while it goes on, and how long it took."""
+"""What a run reports during training, and how long it took."""
 
 import time
 

@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--each-once", action="store_true", help="one trial of each kind")
     parser.add_argument("--only", default="", help="names of kinds, separated by commas")
-    parser.add_argument("--keep", type=Path, help="folder for all trials; removed unless given")
+    parser.add_argument("--keep", type=Path, help="folder for all trials; default: removed")
     arguments = parser.parse_args()
     enter_own_mounts()
     os.environ |= {"OMP_NUM_THREADS": "1", "HYBRIDRL_SMOKE": "1", "HF_HUB_OFFLINE": "1",
