@@ -88,8 +88,9 @@ test-all: env
 
 # Fast tests with the oldest versions that pyproject.toml allows, in a separate environment.
 OLDEST := .venv-oldest
-OLDEST_TESTS := config learning methods policy problems training report/test_report.py \
-  notebook/test_notebook_views.py machine/test_memory.py test_objectives.py
+OLDEST_TESTS := config methods policy problems training learning/test_entropy_control.py \
+  learning/test_grpo_variants.py report/test_report.py notebook/test_notebook_views.py \
+  machine/test_memory.py system/test_hub.py test_objectives.py
 
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.oldest
