@@ -90,7 +90,7 @@ test-all: env
 OLDEST := .venv-oldest
 OLDEST_TESTS := config methods policy problems training learning/test_entropy_control.py \
   learning/test_grpo_variants.py report/test_report.py notebook/test_notebook_views.py \
-  machine/test_memory.py system/test_hub.py test_objectives.py
+  machine/test_memory.py test_objectives.py
 
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.oldest
