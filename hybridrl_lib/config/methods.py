@@ -22,7 +22,6 @@ class StagedSettings(MethodSettings):
     """SFT, RL, or SFT then RL: the paper's six setups."""
 
     section: ClassVar[str] = "staged"
-    algorithm: ClassVar[str] = "Staged"
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class DeepSeekMathSettings(MethodSettings):
     """SFT, then GRPO with a frozen reference; Dr. GRPO and DAPO."""
 
     section: ClassVar[str] = "deepseekmath"
-    algorithm: ClassVar[str] = "DeepSeekMath"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ class CombinedSettings(MixingSettings):
     """A weighted sum of the two losses, with a weight that may follow a schedule."""
 
     section: ClassVar[str] = "combined"
-    algorithm: ClassVar[str] = "Combined"
     dynamic_sampling: ClassVar[bool] = True
     first: float = setting(0.5, "lambda at the first step", "the paper has no value",
                            at_least=0, at_most=1)
@@ -58,7 +55,6 @@ class SwitchingSettings(MethodSettings):
     """Switching between SFT and RL when validation metrics say so."""
 
     section: ClassVar[str] = "switching"
-    algorithm: ClassVar[str] = "Switching"
     demonstrations: ClassVar[str] = "as needed"
     limits: ClassVar[tuple[str, ...]] = ("loss_fall", "kl_change", "distinct_answers", "entropy")
     reads_probes: ClassVar[bool] = True
@@ -127,7 +123,6 @@ class ReLIFTSettings(MixingSettings):
     """RL interleaved with SFT on the problems that no answer solves."""
 
     section: ClassVar[str] = "relift"
-    algorithm: ClassVar[str] = "ReLIFT"
     demonstrations: ClassVar[str] = "as needed"
     batch_size: int = setting(16, "M, demonstrations per SFT update",
                               "released code: 128, the number of problems per step", at_least=1)
@@ -146,7 +141,6 @@ class SuperRLSettings(MixingSettings):
     """RL where an answer earned a reward, SFT where none did."""
 
     section: ClassVar[str] = "superrl"
-    algorithm: ClassVar[str] = "SuperRL"
     demonstrations: ClassVar[str] = "as needed"
     mixing: str = setting("gate", "gate = each problem takes one of the losses; log_sigma = each "
                           "takes both, with learned weights", "paper: both",
@@ -186,7 +180,6 @@ class SASRSettings(MixingSettings):
     """Steps of SFT or GRPO, drawn with a probability from the norm of the SFT gradient."""
 
     section: ClassVar[str] = "sasr"
-    algorithm: ClassVar[str] = "SASR"
     demonstrations: ClassVar[str] = "as needed"
     warmup_epochs: int = setting(1, "epochs of SFT before the first draw",
                                  "the paper has a warm-up; its length is unverified", at_least=1)
@@ -202,7 +195,6 @@ class BridgeSettings(MixingSettings):
     """SFT and RL on the base weights, and an adapter that is trained to make them cooperate."""
 
     section: ClassVar[str] = "bridge"
-    algorithm: ClassVar[str] = "Bridge"
     adapters: ClassVar[tuple[str, ...]] = ("lora",)
     trains_base: ClassVar[bool] = True
     rl_weight: float = setting(0.5, "lambda, weight of L_RL and of the gain, at the first step; "
@@ -242,7 +234,6 @@ class PEARSettings(MethodSettings):
     """SFT weighted by how likely the policy is to continue as the demonstration does, then RL."""
 
     section: ClassVar[str] = "pear"
-    algorithm: ClassVar[str] = "PEAR"
     own_loss: ClassVar[bool] = True
     level: str = setting("token", "what shares a weight: a token, a block, or the whole sequence; "
                          "none = all weights are 1", "PEAR has the three",
@@ -300,7 +291,6 @@ class PRLSettings(MethodSettings):
     """RL with process rewards: how far the rest of an answer moves away from the reference."""
 
     section: ClassVar[str] = "prl"
-    algorithm: ClassVar[str] = "PRL"
     dynamic_sampling: ClassVar[bool] = False
     beta: float = setting(0.01, "weight of the log-ratio summed over the rest of the answer; 1/eta",
                           "v2: 0.01; v1's scripts: 1 to 1/200", at_least=0)
@@ -328,7 +318,6 @@ class RAFTSettings(MethodSettings):
     """SFT on the model's own correct answers."""
 
     section: ClassVar[str] = "raft"
-    algorithm: ClassVar[str] = "RAFT"
     dynamic_sampling: ClassVar[bool] = False
 
     def check_run(self, settings: Settings) -> None:

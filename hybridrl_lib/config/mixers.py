@@ -14,7 +14,6 @@ class HPTSettings(MixingSettings):
     """RL on problems above a rate of correct answers, SFT on the others."""
 
     section: ClassVar[str] = "hpt"
-    algorithm: ClassVar[str] = "HPT"
     demonstrations: ClassVar[str] = "as needed"
     gamma: float = setting(0.0, "a problem goes to RL if its fraction of correct answers is above "
                            "this", "released code: 0 for Qwen, 0.25 for Llama",
@@ -31,7 +30,6 @@ class MIFOSettings(MixingSettings):
     """RL, and SFT on the uncertain tokens of hard problems that spares the weights RL moved."""
 
     section: ClassVar[str] = "mifo"
-    algorithm: ClassVar[str] = "MIFO"
     demonstrations: ClassVar[str] = "as needed"
     limits: ClassVar[tuple[str, ...]] = ("token_share", "frozen")
     own_loss: ClassVar[bool] = True
@@ -55,7 +53,6 @@ class LUFFYSettings(MixingSettings):
     """Demonstrations as off-policy answers of the group."""
 
     section: ClassVar[str] = "luffy"
-    algorithm: ClassVar[str] = "LUFFY"
     own_loss: ClassVar[bool] = True
     gamma: float = setting(0.1, "f(x) = x / (x + gamma): the probability at which a token of a "
                            "demonstration learns most", "paper and released code: 0.1", above=0)
@@ -66,7 +63,6 @@ class CHORDSettings(MixingSettings):
     """A scheduled weight between the losses, and a weight for every token of a demonstration."""
 
     section: ClassVar[str] = "chord"
-    algorithm: ClassVar[str] = "CHORD"
     own_loss: ClassVar[bool] = True
     schedule: str = setting("cosine", "how mu moves: cosine = warm-up, then from peak to valley; "
                             "constant = at its peak; adaptive = max(0, tau - mean reward)",
@@ -99,7 +95,6 @@ class UFTSettings(MixingSettings):
     """RL from hints that become shorter, with a little SFT on the hints."""
 
     section: ClassVar[str] = "uft"
-    algorithm: ClassVar[str] = "UFT"
     chunks: int = setting(5, "n, parts of a demonstration", "released code: 5", at_least=1)
     high: float = setting(0.95, "p at the first step", "released code: 0.95", at_least=0, at_most=1)
     low: float = setting(0.05, "p when the hints end", "released code: 0.05", at_least=0, at_most=1)
@@ -118,7 +113,6 @@ class PrefixRFTSettings(MixingSettings):
     """RL with one answer per group that starts like the demonstration."""
 
     section: ClassVar[str] = "prefix_rft"
-    algorithm: ClassVar[str] = "PrefixRFT"
     own_loss: ClassVar[bool] = True
     longest: float = setting(0.95, "largest fraction of a demonstration that becomes the prefix; "
                              "also where the smallest starts", "paper: 0.95", at_least=0, below=1)

@@ -24,7 +24,7 @@ class MethodSettings(Section):
     """The settings of a method (`config/methods.py`), and what follows from them alone.
 
     Attributes:
-        algorithm: the class in `methods/<section>.py`.
+        algorithm: the class in `methods/<section>.py`: this one's name without "Settings".
         adapters: values of model.adapter that the method works with.
         dynamic_sampling: whether groups without signal may be dropped before the method sees them.
         demonstrations: when it learns from demonstrations: in the `stages` named sft, at `every
@@ -44,6 +44,10 @@ class MethodSettings(Section):
     trains_base: ClassVar[bool] = False
     reads_probes: ClassVar[bool] = False
     limits: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.algorithm = cls.__name__.removesuffix("Settings")
 
     def stages(self, setup: Setup, epochs: int) -> tuple[tuple[str, int], ...]:
         """(name, epochs) of each stage: the setup's stages share the epochs of the run."""

@@ -43,18 +43,21 @@ def prepare_torch(preset: str = "") -> None:
 def reproduce_command(arguments: argparse.Namespace) -> None:
     from .reproduce import reproduce
 
-    setups = [name for text in arguments.setups for name in text.split(",") if name]
-    reproduce(arguments.preset, arguments.seeds, setups, arguments.jobs, arguments.experiment,
-              arguments.settings, executor=arguments.executor)
+    reproduce(arguments.preset, arguments.seeds, names_in(arguments.setups), arguments.jobs,
+              arguments.experiment, arguments.settings, executor=arguments.executor)
 
 
 def compare_command(arguments: argparse.Namespace) -> None:
     from .compare import compare
 
-    names = [name for text in arguments.methods for name in text.split(",") if name]
-    compare(arguments.preset, arguments.seeds, names, arguments.grid, arguments.transfer,
-            arguments.jobs, arguments.experiment, arguments.settings,
+    compare(arguments.preset, arguments.seeds, names_in(arguments.methods), arguments.grid,
+            arguments.transfer, arguments.jobs, arguments.experiment, arguments.settings,
             executor=arguments.executor)
+
+
+def names_in(texts: list[str]) -> list[str]:
+    """The names in arguments such as `sft,rl base`."""
+    return [name for text in texts for name in text.split(",") if name]
 
 
 def sweep_command(arguments: argparse.Namespace) -> None:

@@ -19,13 +19,12 @@ from ..config.presets import (
     get_setup,
     load_settings,
     resolve_preset,
-    smoke_from_environment,
 )
-from ..records.folders import experiment_folder, project_folder, published_folder
+from ..records.folders import experiment_folder, project_folder
 from ..records.locks import only_writer
 from ..records.run_folder import RunFolder, run_folder
 from ..report.loading import load_experiment
-from ..report.page import beside_published
+from ..report.page import beside_published, published_to_compare
 from ..report.report import make_report
 from ..report.table2 import make_table2
 from ..setups import Setup, setups_with_notebook
@@ -262,11 +261,10 @@ def write_report(plan: Reproduction, say: Callable[[str], None]) -> list[Path]:
                for path in plan.folder.glob("*/seed-*/manifest.json")):
         say("no run is finished, so there is no report yet")
         return []
-    published = published_folder() / plan.preset
-    compared = (published / "table2.csv").is_file() and not smoke_from_environment()
+    published = published_to_compare(plan.preset)
     say("")
-    files = make_report(plan.folder, published=published if compared else None)
-    if compared:
+    files = make_report(plan.folder, published=published)
+    if published is not None:
         experiment = load_experiment(plan.folder)
         say("\n" + beside_published(experiment, make_table2(experiment), published))
     return files

@@ -1,4 +1,4 @@
-"""Makes the method of a setup: the class that its settings name, in the file named like it."""
+"""Makes the method of a setup: the class named like its settings, in the file named like it."""
 
 from importlib import import_module
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from IPython.display import HTML, Image, Markdown, display
 
-from ..config.presets import smoke_from_environment
 from ..records.folders import published_folder
 from ..report.figures import FIGURES
 from ..report.loading import load_experiment
+from ..report.page import published_to_compare
 from ..report.report import make_report
 from ..report.style import style
 from ..system.errors import UserError, printable
@@ -67,10 +67,8 @@ def write_report(folder: Path, preset: str) -> list[Path]:
     Raises:
         UserError: the experiment has no finished run.
     """
-    published = published_folder() / preset
-    compared = (published / "table2.csv").is_file() and not smoke_from_environment()
     with contextlib.redirect_stdout(io.StringIO()):
-        files = make_report(folder, published=published if compared else None)
+        files = make_report(folder, published=published_to_compare(preset))
     print(f"{len(files)} files, from the records of all finished runs")
     return files
 

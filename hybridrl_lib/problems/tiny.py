@@ -238,7 +238,3 @@ def load_tiny_word() -> tuple[Problem, ...]:
 def load_tiny_symbolic() -> tuple[Problem, ...]:
     """320 problems of symbolic math, which stand for MATH-500 in the preset `tiny`."""
     return _benchmark("tiny_symbolic", draw_symbolic, SYMBOLIC_COUNT)
-
-
-__all__ = ["Exercise", "Step", "draw_symbolic", "draw_word", "is_held_out", "load_tiny_symbolic",
-           "load_tiny_word", "run_chain", "solution_text", "working", "write_word"]

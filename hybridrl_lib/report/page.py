@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..config.presets import smoke_from_environment
+from ..records.folders import published_folder
 from ..records.health import DETECTORS, replay
 from ..system.errors import UserError
 from .loading import Experiment, agreed, benchmark_title, probe_problems, setup_title
@@ -154,6 +156,13 @@ def answers_table(experiment: Experiment) -> str:
                    [NOTHING, NOTHING]
         rows.append(row)
     return "## Greedy test answers\n\n" + markdown_table(header, rows, range(1, len(header)))
+
+
+def published_to_compare(preset: str) -> Path | None:
+    """The folder of the preset's published table; None without one, and for smoke runs."""
+    folder = published_folder() / preset
+    found = (folder / "table2.csv").is_file() and not smoke_from_environment()
+    return folder if found else None
 
 
 def beside_published(experiment: Experiment, table: Table2, published: Path) -> str:

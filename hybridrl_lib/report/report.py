@@ -29,8 +29,6 @@ from .table2 import (
 )
 from .text import plain_table
 
-__all__ = ["Experiment", "load_experiment", "make_report", "make_table2", "make_texts"]
-
 
 def make_report(experiment_folder: Path, out_folder: Path | None = None,
                 published: Path | None = None) -> list[Path]:
